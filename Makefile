@@ -1,0 +1,33 @@
+# Everything a person does with a clone. `make demo` and `make test` need nothing installed
+# before them but make, git and a Debian 12/13 or Ubuntu machine; they install the rest.
+
+.PHONY: demo test check setup testbed bench format clean
+
+demo: setup testbed
+	@.venv/bin/python contrib/demo/demo.py
+
+test: setup testbed check
+	.venv/bin/python -m pytest
+
+check: setup
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+setup:
+	@contrib/setup.sh
+
+testbed: setup
+	@contrib/testbed/build.sh || test "$$?" = 3
+
+bench: setup testbed
+	.venv/bin/python bench/restore.py
+	.venv/bin/python bench/read_path.py
+
+format: setup
+	.venv/bin/ruff format .
+	.venv/bin/ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build *.egg-info
