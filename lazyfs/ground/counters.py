@@ -1,0 +1,30 @@
+"""What happened, in numbers. Plain additions under the GIL; readers tolerate being one behind."""
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """One mount's counters, from its start."""
+
+    requests: int = 0
+    """HTTP requests and local reads sent to the source, retries included."""
+    retries: int = 0
+    bytes_fetched: int = 0
+    """Body bytes received, as they were on the wire (compressed, headers not counted)."""
+    reads: int = 0
+    """Reads that reached lazyfs; what the kernel answers from its cache is not seen."""
+    bytes_read: int = 0
+    reads_waited: int = 0
+    """Reads that had to wait for the source."""
+    failed_reads: int = 0
+    """Reads answered with an error. CRIU ignores some: whoever drives a restore looks here."""
+    chunks_from_cache: int = 0
+    """Chunks of an earlier mount found in the cache and proven unchanged."""
+    cache_refused: int = 0
+    """Chunks of an earlier mount whose bytes had changed; fetched anew."""
+    cache_write_errors: int = 0
+
+    def snapshot(self) -> dict[str, int]:
+        """All counters by name."""
+        return asdict(self)

@@ -1,0 +1,57 @@
+"""What may be tuned, as plain values; the door fills them in, everything below reads them."""
+
+from dataclasses import dataclass
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class TransportSettings:
+    """How long to wait for a source, and how often to ask again.
+
+    `deadline_s` bounds the silence of one fetch: attempts and pauses since its last byte, or
+    since its first attempt. A server that is restarted is back within a minute; CRIU would
+    rather wait than be told EIO, some of which it ignores (shared memory, CRIU <= 4.2).
+    """
+
+    connect_timeout_s: float = 5.0
+    stall_timeout_s: float = 10.0
+    """No byte for so long, or fewer than `stall_floor_bytes` within it: the attempt is over."""
+    stall_floor_bytes: int = 4 * KIB
+    deadline_s: float = 60.0
+    backoff_first_s: float = 0.1
+    backoff_most_s: float = 3.0
+    whole_body_limit_bytes: int = 4 * MIB
+    """A server without ranges answers 200 with everything; up to here that is good enough."""
+    plain_http: bool = False
+    """Speak HTTP to any registry; loopback is always spoken to in HTTP first."""
+
+
+@dataclass(frozen=True, slots=True)
+class ContentSettings:
+    """Sizes of requests and how many at once; see ARCHITECTURE.md, "The read path".
+
+    Fill rule: connections x request size >= 3 x the link's bandwidth-delay product.
+    """
+
+    demand_connections: int = 16
+    demand_least_bytes: int = 256 * KIB
+    """A lone fault fetches so much around it: at 1 Gbit/s that is 2 ms beside a round trip."""
+    demand_most_bytes: int = 2 * MIB
+    readahead_connections: int = 6
+    readahead_request_bytes: int = 8 * MIB
+    """At most; while a window is small its requests are small enough for all connections."""
+    readahead_window_bytes: int = 64 * MIB
+    yield_s: float = 0.2
+    """After a fault out of the blue, background lanes keep to one connection for so long."""
+    patience_s: float = 0.4
+    """A reader that waits for somebody else's fetch and sees no byte of it for so long asks
+    for itself."""
+    idle_s: float = 2.0
+    """The background pass over an unproven layer begins when nobody missed for so long."""
+    completion_connections: int = 2
+    memory_cache_bytes: int = 32 * MIB
+    """Chunks held in memory where there is no disk to hold them."""
+    verify_full: bool = False
+    """Prove the whole layer before the first byte of it is served."""
