@@ -1,0 +1,1 @@
+"""Blobs by byte range, wherever they are. Only `http.py` imports requests."""

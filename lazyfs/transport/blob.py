@@ -1,0 +1,50 @@
+"""What the floors above know of a source: a blob of known size that gives byte ranges.
+
+`read_into` blocks and is called in worker threads, several at once on one blob; it makes a
+single attempt. Retrying is `retry.fetch`'s, so that every kind of blob is retried alike.
+"""
+
+from typing import Protocol
+
+from lazyfs.ground.ranges import ByteRange
+
+
+class Sink(Protocol):
+    """Where a blob's bytes go: the receiver lends its buffer, the blob fills it in order."""
+
+    def space(self) -> memoryview:
+        """Return writable room for the next bytes; at least one byte."""
+
+    def advance(self, count: int) -> None:
+        """Say that `count` bytes of the last `space()` are filled.
+
+        May raise anything, which ends the attempt; it is also where a cancelled reader's
+        thread learns of it.
+        """
+
+
+class Blob(Protocol):
+    """Bytes that do not change."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it in messages: no credentials, no query string."""
+
+    @property
+    def size_bytes(self) -> int:
+        """Its size as promised by whoever named it."""
+
+    def read_into(self, byte_range: ByteRange, sink: Sink) -> None:
+        """Deliver exactly the bytes of `byte_range` into `sink`, in order.
+
+        What was delivered before an error is good and need not be asked for again. Between
+        `space()` and `advance()` it only copies and waits for nothing: that is when a cancelled
+        fetch cannot take its sink back.
+
+        Raises:
+            FetchError: `.transient` says if asking again may help.
+            SourceError: it will not.
+        """
+
+    def close(self) -> None:
+        """Let go of connections and descriptors. Reads under way may fail."""

@@ -1,0 +1,288 @@
+"""HTTP(S) for all the URLs of one source: connections kept warm, redirects, credentials.
+
+Decides which connection a request gets, which redirects are followed, who sees credentials, and
+what becomes of a connection afterwards. A request leases a `Connection`; idle ones are taken
+back last in, first out, so that few stay warm rather than many lukewarm. What was read to its
+end is used again; after any error, or a body not read to its end, the connection is closed.
+"""
+
+import ssl
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Protocol, Self
+
+from lazyfs.ground.errors import FetchError, SourceError
+from lazyfs.ground.settings import TransportSettings
+from lazyfs.transport.http import ClosedEarly, Connection, environment_proxies, trust_store
+from lazyfs.transport.urls import Origin, origin_of, redirect_target, shown
+
+_REDIRECTS = {301, 302, 303, 307, 308}
+_HOPS_MOST = 5
+_DISCARD_MOST_BYTES = 64 * 1024
+_IDLE_MOST_S = 55.0
+"""Servers and NATs forget idle connections from a minute on; some without a word."""
+_IDLE_CONNECTIONS_MOST = 32
+
+
+class Authorizer(Protocol):
+    """Who knows what to put into `Authorization`. Called in several threads at once."""
+
+    def authorization(self, origin: Origin) -> str | None:
+        """Return the header for requests to `origin`; None: ask without."""
+
+    def renew(self, challenge: str, rejected: str | None) -> str | None:
+        """Return the header to try after a 401 with this `WWW-Authenticate`; None: no other."""
+
+
+class Reply:
+    """An answer whose body is still to be read; a context that lets go of the connection."""
+
+    def __init__(
+        self,
+        client: "HttpClient",
+        connection: Connection,
+        url: str,
+        answer: tuple[int, Mapping[str, str]],
+    ) -> None:
+        """Hold `connection` until `close`."""
+        self._client = client
+        self._connection = connection
+        self._ended = False
+        self._closed = False
+        self.url = url
+        """Who answered in the end: not to be shown."""
+        self.status, self.headers = answer
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yield the body as it comes, a receive at a time.
+
+        Raises:
+            FetchError: transient: it was cut short, stalled, or drips.
+        """
+        settings = self._client.settings
+        began_s = time.monotonic()
+        window_bytes = 0
+        while True:
+            piece = self._connection.receive()
+            if not piece:
+                self._ended = True
+                return
+            window_bytes += len(piece)
+            window_s = time.monotonic() - began_s
+            if window_s >= settings.stall_timeout_s:
+                if window_bytes < settings.stall_floor_bytes:
+                    raise FetchError(
+                        f"{shown(self.url)} came too slowly: {window_bytes} bytes in "
+                        f"{window_s:.0f} s",
+                        transient=True,
+                    )
+                began_s += window_s
+                window_bytes = 0
+            yield piece
+
+    def read(self, limit_bytes: int) -> bytes:
+        """Return the whole body.
+
+        Raises:
+            FetchError: it was cut short.
+            SourceError: it is longer than `limit_bytes`.
+        """
+        pieces = []
+        size_bytes = 0
+        for piece in self.pieces():
+            pieces.append(piece)
+            size_bytes += len(piece)
+            if size_bytes > limit_bytes:
+                raise SourceError(
+                    f"{shown(self.url)} sent more than the {limit_bytes} bytes allowed for it"
+                )
+        return b"".join(pieces)
+
+    def discard(self) -> bytes:
+        """Read what is left if that is little, to keep the connection; return it."""
+        try:
+            return self.read(_DISCARD_MOST_BYTES)
+        except SourceError:
+            return b""
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the connection back, or close it if the body was not read to its end."""
+        if not self._closed:
+            self._closed = True
+            self._client.give_back(self._connection, clean=self._ended)
+
+
+@dataclass(frozen=True, slots=True)
+class SmallReply:
+    """An answer that was read whole."""
+
+    url: str
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class HttpClient:
+    """Connections, redirects and credentials for all the URLs of one source. Thread-safe."""
+
+    def __init__(self, settings: TransportSettings, *, trust: ssl.SSLContext | None = None) -> None:
+        """Connect to nobody yet. `trust`: for https; None: what this machine trusts."""
+        self.settings = settings
+        self._lock = threading.Lock()
+        self._idle: dict[Origin, list[Connection]] = {}
+        self._proxies: dict[Origin, dict[str, str]] = {}
+        self._trust = trust
+        self._closed = False
+
+    def open(
+        self, url: str, headers: Mapping[str, str], authorizer: Authorizer | None = None
+    ) -> Reply:
+        """GET `url`, through redirects, and return the answer, whatever its status.
+
+        A 401 of the first origin is answered once, if `authorizer` knows how.
+
+        Raises:
+            FetchError: transient: nobody answered.
+            SourceError: TLS failed, or a redirect leads where none may.
+        """
+        if authorizer is None:
+            return self._follow(url, headers, None)
+        origin = origin_of(url)
+        sent = authorizer.authorization(origin)
+        reply = self._follow(url, headers, sent)
+        if reply.status != 401 or origin_of(reply.url) != origin:
+            return reply
+        challenge = reply.headers.get("WWW-Authenticate")
+        if challenge is None:
+            return reply
+        try:
+            renewed = authorizer.renew(challenge, sent)
+        except BaseException:
+            reply.close()
+            raise
+        if renewed is None:
+            return reply
+        reply.discard()
+        return self._follow(url, headers, renewed)
+
+    def get(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        limit_bytes: int,
+        authorizer: Authorizer | None = None,
+    ) -> SmallReply:
+        """GET `url` like `open` and return the answer with its body.
+
+        The body of an answer other than 200 is cut at 64 KiB.
+
+        Raises:
+            FetchError: transient: nobody answered, or the body was cut short.
+            SourceError: as `open`; or the body is longer than `limit_bytes`, or encoded.
+        """
+        with self.open(url, headers, authorizer) as reply:
+            if reply.status == 200:
+                refuse_encoding(reply)
+                body = reply.read(limit_bytes)
+            else:
+                body = reply.discard()
+            return SmallReply(reply.url, reply.status, reply.headers, body)
+
+    def give_back(self, connection: Connection, *, clean: bool) -> None:
+        """Take a connection back, to be used again if its last answer was read to the end."""
+        if clean:
+            connection.used = True
+            connection.idle_since_s = time.monotonic()
+            with self._lock:
+                idle = self._idle.setdefault(connection.origin, [])
+                if not self._closed and len(idle) < _IDLE_CONNECTIONS_MOST:
+                    idle.append(connection)
+                    return
+        connection.close()
+
+    def close(self) -> None:
+        """Close what is idle; what is under way closes when it ends."""
+        with self._lock:
+            self._closed = True
+            connections = [each for idle in self._idle.values() for each in idle]
+            self._idle.clear()
+        for each in connections:
+            each.close()
+
+    def _follow(self, url: str, headers: Mapping[str, str], authorization: str | None) -> Reply:
+        asked = url
+        for _ in range(_HOPS_MOST + 1):
+            reply = self._ask_once(url, headers, authorization)
+            if reply.status not in _REDIRECTS:
+                return reply
+            reply.discard()
+            target = redirect_target(url, reply.headers.get("Location"))
+            if origin_of(target) != origin_of(url):
+                authorization = None  # for good: a way back must not bring it back
+            url = target
+        raise SourceError(f"{shown(asked)} redirects more than {_HOPS_MOST} times")
+
+    def _ask_once(self, url: str, headers: Mapping[str, str], authorization: str | None) -> Reply:
+        origin = origin_of(url)
+        if authorization is not None:
+            headers = {**headers, "Authorization": authorization}
+        proxies = self._proxies.get(origin)
+        if proxies is None:
+            proxies = self._proxies[origin] = environment_proxies(origin, url)
+        while True:
+            connection = self._lease(origin)
+            try:
+                answer = connection.ask(url, headers, proxies)
+            except BaseException as error:
+                connection.close()
+                if connection.used and isinstance(error, ClosedEarly):
+                    continue  # it was closed while idle; the next may be, too, a new one is not
+                raise
+            return Reply(self, connection, url, answer)
+
+    def _lease(self, origin: Origin) -> Connection:
+        stale: list[Connection] = []
+        with self._lock:
+            idle = self._idle.get(origin)
+            if idle:
+                connection = idle.pop()
+                if time.monotonic() - connection.idle_since_s <= _IDLE_MOST_S:
+                    return connection
+                stale = [connection, *idle]  # the others have been idle for longer
+                idle.clear()
+            if origin.scheme == "https" and self._trust is None:
+                self._trust = trust_store()
+        for each in stale:
+            each.close()
+        return Connection(origin, self.settings, self._trust)
+
+
+def refuse_encoding(reply: Reply) -> None:
+    """Make sure that the body is the bytes themselves.
+
+    Raises:
+        SourceError: it is compressed although that was declined.
+    """
+    encoding = reply.headers.get("Content-Encoding", "").strip().lower()
+    if encoding not in ("", "identity"):
+        raise SourceError(
+            f"{shown(reply.url)} came with Content-Encoding {encoding[:40]!r} although it was "
+            "declined: a proxy or the server rewrites what it serves"
+        )

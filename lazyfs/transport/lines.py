@@ -1,0 +1,84 @@
+"""A response whose header cannot be dripped for ever.
+
+`http.client` reads status, headers, chunk sizes and trailers by lines, each receive with the
+socket's timeout anew. Assumes what it has done since Python 2: that it reads through `fp`.
+"""
+
+import contextlib
+import http.client
+import io
+import socket
+import time
+from typing import Any
+
+_PATIENCE_DEFAULT_S = 60.0
+_GATHER_BYTES = 64 * 1024
+"""Half of the kernel's first receive buffer: a higher mark would clamp the window (tcp.c)."""
+
+
+class _Lines(io.BufferedReader):
+    """A response's bytes; the lines between two pieces of body have `patience_s` in all.
+
+    A socket's timeout is per receive: without this a server that drips a header, or a trailer
+    without end, holds a thread for as long as it likes.
+    """
+
+    def __init__(self, raw: io.RawIOBase, patience_s: float) -> None:
+        super().__init__(raw)
+        self._patience_s = patience_s
+        self._began_s: float | None = None
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        most = io.DEFAULT_BUFFER_SIZE * 16 if size is None or size < 0 else size
+        line = b""
+        while len(line) < most:
+            ahead = self.peek(1)
+            now_s = time.monotonic()
+            if self._began_s is None:
+                self._began_s = now_s
+            if now_s - self._began_s > self._patience_s:
+                raise TimeoutError("a header came too slowly")
+            if not ahead:
+                break
+            ahead = ahead[: most - len(line)]
+            line += self.read(ahead.find(b"\n") + 1 or len(ahead))
+            if line.endswith(b"\n"):
+                break
+        return line
+
+    def read1(self, size: int = -1, /) -> bytes:
+        self._began_s = None
+        return super().read1(size)
+
+
+class BoundedResponse(http.client.HTTPResponse):
+    """http.client's response, its header and chunk lines bounded in time.
+
+    While much of a body is to come, a receive waits until some of it can be had at once
+    (SO_RCVLOWAT, socket(7)): with eight connections on a link of 1 Gbit/s a thread would
+    otherwise be woken for every 17 KiB, and half of the CPU time go into waking. The mark is 1
+    again well before the body's end, and so for whatever comes after it.
+    """
+
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        """Take what `http.client` gives; the patience is the socket's own timeout."""
+        super().__init__(sock, *args, **kwargs)
+        self.fp = _Lines(self.fp.detach(), sock.gettimeout() or _PATIENCE_DEFAULT_S)
+        self._socket = sock
+        self._low_water_bytes = 1
+
+    def read1(self, n: int = -1) -> bytes:
+        """Return what has come of the body, once it is worth a receive."""
+        self._mark_low_water()
+        piece = super().read1(n)
+        self._mark_low_water()
+        return piece
+
+    def _mark_low_water(self) -> None:
+        left_bytes = self.length
+        enough = left_bytes is not None and left_bytes >= 2 * _GATHER_BYTES
+        wanted_bytes = _GATHER_BYTES if enough else 1
+        if wanted_bytes != self._low_water_bytes:
+            with contextlib.suppress(OSError):  # it was closed meanwhile: the read will tell
+                self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted_bytes)
+            self._low_water_bytes = wanted_bytes

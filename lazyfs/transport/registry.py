@@ -1,0 +1,163 @@
+"""One repository of an OCI registry: manifests by tag or digest, blobs by digest.
+
+A digest is proven over the bytes as they were served. A tag's manifest is trusted as far as the
+connection is: its digest is computed here, and everything below it is proven by that.
+
+Plain HTTP is spoken to this machine's own loopback and where the settings say so; to loopback
+HTTPS is tried when plain HTTP is refused (400) for being plain.
+
+Source: OCI distribution-spec, "Pull".
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from lazyfs.ground.counters import Counters
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import IntegrityError, MalformedError
+from lazyfs.ground.settings import TransportSettings
+from lazyfs.transport.answers import Question, refusal
+from lazyfs.transport.auth import RegistryAuthorizer, login_advice
+from lazyfs.transport.blob import Blob
+from lazyfs.transport.client import HttpClient, SmallReply
+from lazyfs.transport.credentials import Credentials, find_credentials
+from lazyfs.transport.httpblob import HttpBlob
+from lazyfs.transport.retry import attempts
+from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest
+from lazyfs.transport.urls import Origin, is_loopback, origin_of
+
+_TOKEN_LIMIT_BYTES = 256 * 1024
+_ACCEPT = ", ".join(
+    (
+        "application/vnd.oci.image.manifest.v1+json",
+        "application/vnd.oci.image.index.v1+json",
+        "application/vnd.docker.distribution.manifest.v2+json",
+        "application/vnd.docker.distribution.manifest.list.v2+json",
+        "application/vnd.oci.artifact.manifest.v1+json",
+    )
+)
+_SERVED_BY = {"docker.io": "registry-1.docker.io"}
+
+
+class RegistrySource:
+    """See `ImageSource`. Connections and tokens are shared by all its blobs."""
+
+    def __init__(
+        self,
+        host: str,
+        repository: str,
+        *,
+        settings: TransportSettings,
+        counters: Counters,
+        authfile: Path | None = None,
+    ) -> None:
+        """Connect to nobody yet. `host` may have a port."""
+        self._host = host
+        self._repository = repository
+        self._settings = settings
+        self._counters = counters
+        self._authfile = authfile
+        self._client = HttpClient(settings)
+        loopback = is_loopback(host if host.endswith("]") else host.rpartition(":")[0] or host)
+        self._may_be_tls = loopback and not settings.plain_http
+        self._speak("http" if loopback or settings.plain_http else "https")
+
+    @property
+    def name(self) -> str:
+        """What a person calls it: `docker.io/library/alpine`."""
+        return f"{self._host}/{self._repository}"
+
+    def manifest(self, reference: str | None) -> Manifest:
+        """Return the manifest with this tag or digest. See `ImageSource.manifest`."""
+        wanted = reference or "latest"
+        digest = Digest.parse(wanted) if ":" in wanted else None
+        what = f"{self.name}{'@' if digest else ':'}{wanted}"
+        reply = self._get(what, f"manifests/{quote(wanted, safe=':')}", MANIFEST_LIMIT_BYTES)
+        promised = reply.headers.get("Docker-Content-Digest")
+        if promised is not None:
+            try:
+                Digest.parse(promised.strip()).check(reply.body, f"{what} as {self._host} sent it")
+            except MalformedError as error:
+                raise IntegrityError(f"{what}: Docker-Content-Digest: {error}") from None
+        if digest is None:
+            digest = Digest.of(reply.body)
+        else:
+            digest.check(reply.body, what)
+        media_type = reply.headers.get("Content-Type", "").partition(";")[0].strip()
+        return Manifest(reply.body, media_type, digest)
+
+    def blob(self, digest: Digest, size_bytes: int) -> Blob:
+        """Return the blob, to be read by range. See `ImageSource.blob`."""
+        what = f"{self.name}@{digest}"
+        return HttpBlob(
+            self._client,
+            self._url(f"blobs/{digest}"),
+            question=self._question(what),
+            size_bytes=size_bytes,
+            authorizer=self._authorizer,
+        )
+
+    def read_blob(self, digest: Digest, size_bytes: int) -> bytes:
+        """Return a small blob whole. See `ImageSource.read_blob`."""
+        what = f"{self.name}@{digest}"
+        if size_bytes > MANIFEST_LIMIT_BYTES:
+            raise MalformedError(f"{what} is said to have {size_bytes} bytes: too many to be read")
+        body = self._get(what, f"blobs/{digest}", size_bytes).body
+        digest.check(body, what)
+        return body
+
+    def close(self) -> None:
+        """Close connections; those under way close when they end."""
+        self._client.close()
+
+    def _speak(self, scheme: str) -> None:
+        self._base = f"{scheme}://{_SERVED_BY.get(self._host, self._host)}"
+        self._authorizer = RegistryAuthorizer(
+            self._origin, self._repository, self._credentials, self._get_token, name=self._host
+        )
+
+    @property
+    def _origin(self) -> Origin:
+        return origin_of(self._base)
+
+    def _url(self, path: str) -> str:
+        return f"{self._base}/v2/{self._repository}/{path}"
+
+    def _question(self, what: str, credentials: Credentials | None = None) -> Question:
+        return Question(what, self._host, login_advice(self._host, credentials))
+
+    def _credentials(self) -> Credentials | None:
+        return find_credentials(
+            self._host, self._repository, authfile=self._authfile, environ=os.environ
+        )
+
+    def _get_token(self, url: str, headers: Mapping[str, str]) -> SmallReply:
+        return self._client.get(url, headers, limit_bytes=_TOKEN_LIMIT_BYTES)
+
+    def _get(self, what: str, path: str, limit_bytes: int) -> SmallReply:
+        return attempts(
+            what,
+            lambda: self._get_once(what, path, limit_bytes),
+            settings=self._settings,
+            counters=self._counters,
+        )
+
+    def _get_once(self, what: str, path: str, limit_bytes: int) -> SmallReply:
+        headers = {"Accept": _ACCEPT if path.startswith("manifests/") else "*/*"}
+        authorizer = self._authorizer
+        reply = self._client.get(
+            self._url(path), headers, limit_bytes=limit_bytes, authorizer=authorizer
+        )
+        if reply.status == 400 and self._may_be_tls:
+            self._may_be_tls = False
+            self._speak("https")
+            return self._get_once(what, path, limit_bytes)
+        if reply.status != 200:
+            credentials = self._credentials() if reply.status in (401, 403, 404) else None
+            question = self._question(what, credentials)
+            raise refusal(question, reply.status, reply.headers, reply.body)
+        self._may_be_tls = False
+        self._counters.bytes_fetched += len(reply.body)
+        return reply

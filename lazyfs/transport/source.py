@@ -1,0 +1,63 @@
+"""Where images are: what a registry and a layout directory have in common.
+
+All of it blocks and is called in worker threads. Manifests and small blobs are retried within
+(they are what a mount begins with); a `Blob`'s ranges are `retry.fetch`'s.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lazyfs.ground.digest import Digest
+from lazyfs.transport.blob import Blob
+
+MANIFEST_LIMIT_BYTES = 4 * 1024 * 1024
+"""The most that distribution-spec asks a registry to take, and that we read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """A manifest or an index as it was served, its digest computed and, if asked by it, proven."""
+
+    data: bytes
+    media_type: str
+    """As the source labels it; the document may say otherwise."""
+    digest: Digest
+    annotations: Mapping[str, str] = field(default_factory=dict)
+    """Of the descriptor that named it, where there was one."""
+
+
+class ImageSource(Protocol):
+    """One repository of a registry, or one layout directory."""
+
+    @property
+    def name(self) -> str:
+        """What a person calls it in messages."""
+
+    def manifest(self, reference: str | None) -> Manifest:
+        """Return the manifest or index with this tag or digest; None for the source's default.
+
+        Raises:
+            SourceError: there is none, it is not to be had, or nothing says which it should be.
+            IntegrityError: its bytes are not what the digest promised.
+        """
+
+    def blob(self, digest: Digest, size_bytes: int) -> Blob:
+        """Return the blob, to be read by range. Asks nothing of a network yet.
+
+        Raises:
+            SourceError: it is known already that there is none.
+            IntegrityError: it is known already that it is not as large as promised.
+        """
+
+    def read_blob(self, digest: Digest, size_bytes: int) -> bytes:
+        """Return a small blob whole, proven by its digest.
+
+        Raises:
+            SourceError: it is not to be had.
+            MalformedError: it is said to be larger than a manifest may be.
+            IntegrityError: its bytes are not what the digest promised.
+        """
+
+    def close(self) -> None:
+        """Let go of connections and descriptors; blobs that it gave are closed too."""

@@ -1,0 +1,78 @@
+"""Small parts of HTTP: headers and URLs."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lazyfs.ground.errors import SourceError
+from lazyfs.ground.ranges import ByteRange
+from lazyfs.transport.answers import parse_content_range, range_header, retry_after_s
+from lazyfs.transport.urls import Origin, is_loopback, origin_of, redirect_target, shown
+
+
+def test_ranges_are_half_open_here_and_closed_there() -> None:
+    assert range_header(ByteRange(0, 1)) == "bytes=0-0"
+    found = parse_content_range("bytes 0-0/10")
+    assert found is not None
+    assert (found.byte_range, found.total_bytes) == (ByteRange(0, 1), 10)
+    unknown = parse_content_range("Bytes 5-9/*")
+    assert unknown is not None
+    assert (unknown.byte_range, unknown.total_bytes) == (ByteRange(5, 10), None)
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "bytes 5-4/10", "bytes 0-10/10", "bytes */10", "items 0-1/2", "bytes 0-1"]
+)
+def test_content_ranges_that_make_no_sense(text: str | None) -> None:
+    assert parse_content_range(text) is None
+
+
+@given(st.text())
+def test_any_header_is_read_without_an_error(text: str) -> None:
+    parse_content_range(text)
+    wait_s = retry_after_s(text)
+    assert wait_s is None or 0 <= wait_s <= 3600
+
+
+def test_retry_after() -> None:
+    assert retry_after_s("7") == 7
+    assert retry_after_s("99999999") == 3600
+    assert retry_after_s("Thu, 01 Jan 1970 00:01:40 GMT", now_s=40) == 60
+    assert retry_after_s("Thu, 01 Jan 1970 00:01:40 GMT", now_s=200) == 0
+    for text in (None, "", "soon", "-1", "1e3"):
+        assert retry_after_s(text) is None
+
+
+def test_what_is_shown_of_a_url() -> None:
+    assert shown("https://u:p@host:1/a/b?sig=x#y") == "https://host:1/a/b"
+    assert shown("https://u:p@ss@host/a") == "https://host/a"
+    assert "secret" not in shown("user:secret@host?secret")
+
+
+@given(st.text())
+def test_any_url_has_an_origin_or_is_refused(text: str) -> None:
+    try:
+        origin = origin_of(text)
+    except SourceError:
+        return
+    assert origin.scheme in ("http", "https")
+
+
+def test_origins() -> None:
+    assert origin_of("HTTPS://Host/x") == Origin("https", "host", 443)
+    assert str(origin_of("http://[::1]:5000/")) == "[::1]:5000"
+    assert str(origin_of("http://host:80/")) == "host"
+
+
+def test_loopback() -> None:
+    for host in ("localhost", "127.0.0.1", "127.9.9.9", "::1", "[::1]"):
+        assert is_loopback(host)
+    for host in ("localhost.example", "10.0.0.1", "::2", "127.0.0.1.example", ""):
+        assert not is_loopback(host)
+
+
+def test_redirect_targets() -> None:
+    assert redirect_target("https://a/b/c", "d?e#f") == "https://a/b/d?e"
+    assert redirect_target("http://a/b", "//c/d") == "http://c/d"
+    with pytest.raises(SourceError, match="plain http"):
+        redirect_target("https://a/b", "http://a/b")
