@@ -1,0 +1,160 @@
+"""What all layer formats look like to the floor above.
+
+A layer has a *content address space*: its files' bytes, uncompressed, each file in one piece.
+A format decides the addresses (for a plain tar they are the tar's own offsets) and cuts the
+space into *chunks*, the unit of fetching, caching and verifying. Chunks are numbered from 0 in
+content order, cover the space without gap or overlap, and each comes from one blob range that
+no other chunk shares.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from lazyfs.ground.data import Data
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.ranges import ByteRange
+
+
+class EntryType(Enum):
+    """What a name in a layer stands for. Hard links are resolved to files by the format."""
+
+    FILE = "file"
+    DIRECTORY = "directory"
+    SYMLINK = "symlink"
+    OTHER = "other"
+    """A device, FIFO or socket: known to be there, never shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One name of a layer, in the order of the layer.
+
+    `path`: relative, normalised ("checkpoint/pages-1.img"), "" for the layer's root; never
+    absolute, never with "." or "..". Bytes that are not UTF-8 are surrogate-escaped.
+    `content_start`: address of a file's first byte; files that are hard links of each other
+    share it, and `link_of` is then the path of the first.
+    """
+
+    path: str
+    type: EntryType
+    mode: int
+    """Permission bits, with suid, sgid and sticky as archived."""
+    uid: int = 0
+    gid: int = 0
+    size_bytes: int = 0
+    mtime_ns: int = 0
+    content_start: int = 0
+    symlink_target: str = ""
+    link_of: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerDescriptor:
+    """A layer as the manifest describes it (OCI image-spec, descriptor.md).
+
+    `digest` is None where nothing promises one: a checkpoint archive that is not in an image.
+    """
+
+    media_type: str
+    digest: Digest | None
+    size_bytes: int
+    annotations: Mapping[str, str]
+
+
+class ChunkMap(Protocol):
+    """Where each chunk lies in the content address space and in the blob."""
+
+    @property
+    def content_size_bytes(self) -> int:
+        """Size of the content address space."""
+
+    @property
+    def proven(self) -> bool:
+        """Whether `decode` proves each chunk by a digest that the manifest vouches for."""
+
+    def relocate(self, keep: Callable[[Data], memoryview]) -> None:
+        """Move what is large into memory that `keep` gives: a read-only copy of its argument.
+
+        Before anybody else uses the map. Where there is no such memory, `keep` may raise
+        OSError; the map is then as it was, or partly moved, and good in either case.
+        """
+
+    def zero_chunks(self) -> Sequence[int]:
+        """Numbers of the chunks of zeros, whose blob range is empty."""
+
+    def __len__(self) -> int:
+        """How many chunks there are."""
+
+    def index_at(self, content_offset: int) -> int:
+        """Number of the chunk that holds the byte at `content_offset` (0 <= it < size)."""
+
+    def content_start(self, index: int) -> int:
+        """Address of the chunk's first byte; for `index == len(self)`, the end of the space."""
+
+    def content_size(self, index: int) -> int:
+        """How many bytes `decode` gives.
+
+        What is left up to the next chunk's start is padding that belongs to no file.
+        """
+
+    def blob_range(self, index: int) -> ByteRange:
+        """The bytes of the blob from which the chunk is decoded; empty for a chunk of zeros."""
+
+    def decode(self, index: int, data: Data) -> Iterator[Data]:
+        """Yield the chunk's content in order, in pieces of bounded size, from its blob bytes.
+
+        A caller may use the pieces only after the iterator has ended without an error: the
+        digest is compared last. A chunk of at most 1 MiB comes in one piece; of a larger one a
+        piece is valid only until the next is asked for. A piece may be a view of `data`.
+
+        Raises:
+            IntegrityError: the content is not what the digest promised, or not as long.
+        """
+
+
+Walk = Generator[Sequence[ByteRange], Sequence[bytes], list[Entry]]
+"""Yields content ranges that it must see, is sent their bytes, returns the entries."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerIndex:
+    """An opened layer: how its content is cut, and the walk that finds its entries.
+
+    The walk's ranges are read through the chunks like any file, so what it saw is cached.
+    """
+
+    format_name: str
+    """Short and stable ("tar", "zstd:chunked"): shown to people."""
+    cache_tag: str
+    """Names the content layout ("tar-256k", "zstd-chunked-1"): the same tag and digest mean
+    the same addresses and chunks, in every later version."""
+    chunks: ChunkMap
+    walk: Walk
+
+
+class LayerFormat(Protocol):
+    """One way to lay out a layer. Sans-I/O: the caller fetches what `prelude` asks for."""
+
+    name: str
+    media_types: tuple[str, ...]
+    """Media types that a layer of this format may carry, for the message that lists what works."""
+
+    def recognises(self, layer: LayerDescriptor) -> bool:
+        """Whether the manifest's words alone say that the layer is of this format."""
+
+    def prelude(self, layer: LayerDescriptor) -> Sequence[ByteRange]:
+        """Blob ranges to fetch before `open`: few and of bounded size; often none.
+
+        Raises:
+            MalformedError: the annotations cannot be true.
+        """
+
+    def open(self, layer: LayerDescriptor, prelude: Sequence[Data]) -> LayerIndex:
+        """Parse what `prelude` asked for.
+
+        Raises:
+            IntegrityError: an index contradicts the digest that the manifest promised.
+            MalformedError: the index lies: offsets, overlaps, sizes, names.
+        """
