@@ -1,0 +1,112 @@
+"""The pass that proves a whole blob whose chunks carry no digests of their own.
+
+It hashes the content in order, as it was served (what is held, not what the source would say
+now), and has fetched what nobody asked for once readers have been idle for a while; what readers
+bring in is hashed at once. A mismatch condemns the content.
+
+Only where content and blob are the same bytes (a plain tar).
+"""
+
+import logging
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs.content.lanes import Lane
+from lazyfs.content.layer_content import LayerContent
+from lazyfs.content.readahead import Readahead
+from lazyfs.ground.data import Data
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import IntegrityError, LazyfsError
+from lazyfs.ground.ranges import ByteRange
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+log = logging.getLogger(__name__)
+
+_STEP_BYTES = 4 << 20
+_AHEAD_BYTES = 32 << 20
+_LOOK_AGAIN_S = 0.5
+_REST_S = 5.0
+
+
+class Completion:
+    """The whole-blob proof of one layer."""
+
+    def __init__(
+        self, content: LayerContent, readahead: Readahead, digest: Digest, name: str
+    ) -> None:
+        """`readahead` must be running; `name` is the blob's, for messages."""
+        self._content = content
+        self._readahead = readahead
+        self._digest = digest
+        self._name = name
+        self.hashed_bytes = 0
+
+    async def run(self) -> None:
+        """Prove the blob at leisure, and again whenever its proof is lost; for ever."""
+        while True:
+            if self._content.holdings.sealed or self._content.poison is not None:
+                await self._content.wait_change(ByteRange(0, 1))
+            else:
+                try:
+                    await self.prove(eager=False)
+                except IntegrityError:
+                    continue  # said, and the content condemned, where it was found
+                except LazyfsError as error:
+                    log.warning("%s is not proven yet: %s", self._name, error)
+                    await trio.sleep(_REST_S)
+
+    async def prove(self, *, eager: bool) -> None:
+        """Hash the whole blob and compare.
+
+        `eager`: fetch at full speed, whoever is reading, and give up when the source does;
+        otherwise a source that fails is asked again later.
+
+        Raises:
+            IntegrityError: the blob is not what its digest promises; the content is condemned.
+            FetchError, SourceError: `eager`, and it could not be had.
+        """
+        hasher = self._digest.hasher()
+        size_bytes = self._content.chunks.content_size_bytes
+        self.hashed_bytes = 0
+        while self.hashed_bytes < size_bytes:
+            start = self.hashed_bytes
+            step = ByteRange(start, min(start + _STEP_BYTES, size_bytes))
+            await self._obtain(step, ByteRange(start, min(start + _AHEAD_BYTES, size_bytes)), eager)
+            data = await self._content.read(step, Lane.COMPLETION)
+            await trio.to_thread.run_sync(_update, hasher, data)
+            self.hashed_bytes = step.stop
+        self._content.raise_if_condemned()
+        if hasher.hexdigest() != self._digest.hex:
+            error = IntegrityError(
+                f"{self._name} does not match its digest: promised {self._digest}, "
+                f"received {self._digest.algorithm}:{hasher.hexdigest()}"
+            )
+            self._content.condemn(error)
+            raise error
+        self._content.holdings.seal()
+        log.info("%s is whole and matches its digest", self._name)
+
+    async def _obtain(self, step: ByteRange, ahead: ByteRange, eager: bool) -> None:
+        """Come back when `step` is here, or when its time has come to be read."""
+        lanes, idle_s = self._content.lanes, self._content.settings.idle_s
+        while not self._content.is_here(step):
+            self._content.raise_if_condemned()
+            error = self._readahead.take_fill_error()
+            if error is not None:
+                if eager:
+                    raise error
+                log.warning("%s is not proven yet: %s", self._name, error)
+                await trio.sleep(_REST_S)
+            if eager or lanes.idle_for_s >= idle_s:
+                if not self._content.holdings.keeps_all:
+                    return  # what is fetched ahead would have to go before it is hashed
+                self._readahead.fill(ahead, eager=eager)
+            with trio.move_on_after(_LOOK_AGAIN_S):
+                await self._content.wait_change(step)
+
+
+def _update(hasher: "_Hash", data: Data) -> None:
+    hasher.update(data)

@@ -1,0 +1,417 @@
+"""The content of one layer: chunks fetched once however many readers ask.
+
+No lock: chunk states and `_flights` change only on the trio thread and only between two
+checkpoints, so whoever finds chunks absent marks them as flying in the same go. An `await` put
+between the two breaks that. Worker threads report through `run_sync_soon`, whose order is kept:
+all landings of a fetch are known before the task that awaits the fetch goes on.
+
+A fetch under way is a *flight*. It belongs to the task that began it; when that task is
+cancelled its chunks are absent again and the next waiter leads anew. A waiter that sees no byte
+of a background flight for `patience_s` fetches for itself; whichever copy is whole first is
+kept, the other is dropped unseen, so there is never more than one truth about a chunk.
+"""
+
+import logging
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+
+import trio
+
+from lazyfs.content.cache_file import CacheFile
+from lazyfs.content.holdings import ABSENT, FLYING, READY, UNCHECKED, Holdings
+from lazyfs.content.landing import Landing
+from lazyfs.content.lanes import Lane, Lanes
+from lazyfs.ground.counters import Counters
+from lazyfs.ground.data import Data
+from lazyfs.ground.errors import IntegrityError, LazyfsError, raise_sole_error
+from lazyfs.ground.ranges import ByteRange
+from lazyfs.ground.settings import ContentSettings, TransportSettings
+from lazyfs.layers.model import ChunkMap
+from lazyfs.transport import retry
+from lazyfs.transport.blob import Blob
+
+log = logging.getLogger(__name__)
+
+_CHECK_MOST_BYTES = 8 << 20
+_BRIDGE_BYTES = 64 << 10
+"""Gaps in the blob up to this size are fetched along: a request of its own costs more."""
+
+
+class LayerContent:
+    """Bytes of one layer by content address; the module's docstring has its rules."""
+
+    def __init__(
+        self,
+        blob: Blob,
+        chunks: ChunkMap,
+        cache: CacheFile | None,
+        lanes: Lanes,
+        counters: Counters,
+        settings: ContentSettings,
+        transport_settings: TransportSettings,
+    ) -> None:
+        """Without a `cache` chunks live in memory, within `settings.memory_cache_bytes`."""
+        self.chunks = chunks
+        self.counters = counters
+        self.settings = settings
+        self.lanes = lanes
+        self.holdings = Holdings(chunks, cache, counters, settings.memory_cache_bytes, blob.name)
+        self._state = self.holdings.state
+        self._blob = blob
+        self._transport_settings = transport_settings
+        self._flights: list[Flight] = []
+        self._changed = trio.lowlevel.ParkingLot()
+        self._poison: LazyfsError | None = None
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def peek(self, content: ByteRange) -> memoryview | None:
+        """Return the bytes as a slice of the cache's mapping, if they are all there."""
+        if content.start >= content.stop:
+            return memoryview(b"")
+        if self._poison is None and self.holdings.all_on_disk(*self._span(content)):
+            return self.holdings.view(content)
+        return None
+
+    async def read(
+        self, content: ByteRange, lane: Lane = Lane.DEMAND, *, out_of_the_blue: bool = True
+    ) -> Data:
+        """Return exactly the bytes of `content`, fetching what is missing.
+
+        `out_of_the_blue`: no readahead saw the demand coming, so background lanes make room.
+
+        Raises:
+            IntegrityError: bytes contradict their digest, now or at any time before.
+            FetchError, SourceError: not obtained.
+        """
+        view = self.peek(content)
+        if view is not None:
+            return view
+        if lane is Lane.DEMAND:
+            self.counters.reads_waited += 1
+            self.lanes.note_demand(out_of_the_blue=out_of_the_blue)
+        await self.ensure(content, lane)
+        view = self.peek(content)
+        return view if view is not None else await self._gather(content, lane)
+
+    async def ensure(self, content: ByteRange, lane: Lane) -> None:
+        """Come back when the chunks of `content` are here (or, in memory, have been).
+
+        Raises:
+            IntegrityError, FetchError, SourceError: as `read`.
+        """
+        if content.start < content.stop:
+            await self._ensure(*self._span(content), lane)
+
+    def is_here(self, content: ByteRange) -> bool:
+        """Whether the bytes are held, on disk or (until others need the room) in memory."""
+        first, last = self._span(content)
+        return all(state >= READY for state in self._state[first:last])
+
+    async def wait_change(self, content: ByteRange) -> None:
+        """Come back when it may be that more of `content` is here, or that it will not be."""
+        first, last = self._span(content)
+        index = self._state.find(FLYING, first, last)
+        flight = self._flight_over(index) if index >= 0 else None
+        if flight is None:
+            await self._changed.park()
+        else:
+            await flight.wait_landed(min(last, flight.last) - 1)
+
+    def next_run(self, content: ByteRange, most_bytes: int) -> tuple[int, int] | None:
+        """Return the first chunks within `content` that nobody fetches yet, for `take_off`.
+
+        No checkpoint may come between the two.
+        """
+        if content.start >= content.stop:
+            return None
+        first, last = self._span(content)
+        absent = self._state.find(ABSENT, first, last)
+        unchecked = self._state.find(UNCHECKED, first, last if absent < 0 else absent)
+        if unchecked >= 0:
+            return unchecked, self._unchecked_end(unchecked, last)
+        return (absent, self._run_end(absent, last, most_bytes)) if absent >= 0 else None
+
+    def take_off(self, run: tuple[int, int], lane: Lane) -> "Flight":
+        """Reserve the chunks of a run; whoever calls this must `conduct` the flight."""
+        flight = Flight(self, *run, lane)
+        flight.checks_cache = self._state[flight.first] == UNCHECKED
+        self._flights.append(flight)
+        self._changed.unpark_all()
+        for index in range(flight.first, flight.last):
+            if self._state[index] < READY:
+                self._state[index] = FLYING
+        return flight
+
+    async def conduct(self, flight: "Flight") -> None:
+        """Fetch, or check, the chunks of a flight that has taken off.
+
+        Raises:
+            IntegrityError, FetchError, SourceError: as `read`.
+        """
+        try:
+            await (self._check_cached(flight) if flight.checks_cache else self._fetch(flight))
+        finally:
+            self._touch_down(flight)
+
+    # -- the end of trust -------------------------------------------------------------------
+
+    @property
+    def poison(self) -> LazyfsError | None:
+        """Why nothing is served any more, if that is so."""
+        return self._poison
+
+    def condemn(self, error: LazyfsError) -> None:
+        """Serve nothing more of this layer, say why, and forget what the cache holds of it."""
+        if self._poison is not None:
+            return
+        self._poison = error
+        log.critical("%s; every read fails from now on", error)
+        self.holdings.purge()
+        for flight in self._flights:
+            flight.let_go_all()
+        self._changed.unpark_all()
+
+    def raise_if_condemned(self) -> None:
+        """Raise the error of a verification that has failed, if any has."""
+        if self._poison is not None:
+            raise self._poison
+
+    def close(self) -> None:
+        """Let go of what is held, when nobody reads any more."""
+        self.holdings.close()
+
+    # -- which chunks -----------------------------------------------------------------------
+
+    def _span(self, content: ByteRange) -> tuple[int, int]:
+        return self.chunks.index_at(content.start), self.chunks.index_at(content.stop - 1) + 1
+
+    def _run_end(self, first: int, last: int, most_bytes: int) -> int:
+        """Return where a run of absent chunks that one request can fetch ends."""
+        begin, end = self.chunks.blob_range(first)
+        index = first + 1
+        while index < last and self._state[index] == ABSENT:
+            source = self.chunks.blob_range(index)
+            if not 0 <= source.start - end <= _BRIDGE_BYTES or source.stop - begin > most_bytes:
+                break
+            end = source.stop
+            index += 1
+        return index
+
+    def _absent_runs(self, first: int, last: int, lane: Lane) -> list[tuple[int, int]]:
+        """Cut the absent chunks into requests; the last one may reach past `last` a little."""
+        settings = self.settings
+        demand = lane is Lane.DEMAND
+        most_bytes = settings.demand_most_bytes if demand else settings.readahead_request_bytes
+        runs = []
+        index = first
+        while 0 <= index < last:
+            end = self._run_end(index, last, most_bytes)
+            if demand and end == last:
+                end = max(end, self._run_end(index, len(self._state), settings.demand_least_bytes))
+            runs.append((index, end))
+            index = self._state.find(ABSENT, end, last)
+        return runs
+
+    def _unchecked_end(self, first: int, last: int) -> int:
+        limit = self.chunks.content_start(first) + _CHECK_MOST_BYTES
+        end = first + 1
+        while end < last and self._state[end] == UNCHECKED:
+            if self.chunks.content_start(end + 1) > limit:
+                break
+            end += 1
+        return end
+
+    # -- flights ----------------------------------------------------------------------------
+
+    async def _ensure(self, first: int, last: int, lane: Lane) -> None:
+        """As `ensure`, by chunk.
+
+        What has once been here is not looked at again: in memory it may have had to go, and
+        waiting for all at once could last for ever.
+        """
+        index, fetched_up_to = first, first
+        while index < last:
+            self.raise_if_condemned()
+            state = self._state[index]
+            if state >= READY or index < fetched_up_to:
+                index += 1
+            elif state == FLYING:
+                await self._await_flight(index, last, lane)
+            elif state == UNCHECKED:
+                run = index, self._unchecked_end(index, len(self._state))
+                await self.conduct(self.take_off(run, lane))
+            else:
+                runs = self._absent_runs(index, last, lane)
+                flights = [self.take_off(run, lane) for run in runs]
+                await at_once([partial(self.conduct, flight) for flight in flights])
+                fetched_up_to = runs[0][1]
+
+    async def _await_flight(self, index: int, last: int, lane: Lane) -> None:
+        """Wait for news of a chunk; fetch it oneself when there have been none for too long."""
+        flight = self._flight_over(index)
+        if flight is None:  # cannot be: FLYING says so
+            raise AssertionError(f"chunk {index} flies on no flight")
+        patience_s = self.settings.patience_s
+        end = index + 1
+        while end < min(last, flight.last) and self._state[end] == FLYING:
+            end += 1
+        with trio.move_on_after(patience_s):
+            await flight.wait_landed(end - 1)  # they land in order: one waking for all of them
+        if self._state[index] >= READY:
+            return
+        if flight.error is not None and flight.lane is lane:
+            raise flight.error
+        stalled = time.monotonic() - flight.moved_at_s >= patience_s
+        if stalled and lane is Lane.DEMAND and flight.lane is not Lane.DEMAND:
+            if self._flight_over(index) is not flight:
+                return
+            log.debug("chunks %d-%d: no byte for %.1f s, asking beside", index, end, patience_s)
+            await self.conduct(self.take_off((index, end), lane))
+
+    async def _fetch(self, flight: "Flight") -> None:
+        landing = Landing(self.chunks, flight.first, flight.last, flight, flight.check)
+        try:
+            await retry.fetch(
+                self._blob,
+                landing.byte_range,
+                landing,
+                settings=self._transport_settings,
+                limiter=self.lanes.limiter(flight.lane),
+                counters=self.counters,
+            )
+        except LazyfsError as error:
+            flight.error = error
+            if isinstance(error, IntegrityError):
+                self.condemn(error)
+            raise
+        finally:
+            landing.close()
+
+    async def _check_cached(self, flight: "Flight") -> None:
+        """Believe chunks of an earlier mount only if they still give their marks."""
+        indices = range(flight.first, flight.last)
+        verify = self.holdings.verify
+        good = await trio.to_thread.run_sync(lambda: [verify(index) for index in indices])
+        for index, is_good in zip(indices, good, strict=True):
+            if is_good:
+                self.holdings.accept(index)
+            else:
+                self.holdings.refuse(index)
+
+    def _touch_down(self, flight: "Flight") -> None:
+        self._flights.remove(flight)
+        flight.give_back_claims()
+        for index in range(flight.first, flight.last):
+            if self._state[index] == FLYING and self._flight_over(index) is None:
+                self._state[index] = ABSENT
+        flight.let_go_all()
+        self._changed.unpark_all()
+
+    def _flight_over(self, index: int) -> "Flight | None":
+        """Return the flight that carries a chunk, the latest if there are several."""
+        for flight in reversed(self._flights):
+            if flight.first <= index < flight.last:
+                return flight
+        return None
+
+    def landed(
+        self,
+        flight: "Flight",
+        first: int,
+        marks: Sequence[int],
+        memory: Sequence[bytes] | None,
+    ) -> None:
+        """Let readers at chunks that a flight has stored. On the trio thread; must not raise."""
+        self.holdings.publish(first, marks, memory)
+        last = first + len(marks)
+        for other in self._flights:  # a chunk may be carried by several
+            if other is flight or (other.first < last and first < other.last):
+                other.let_go(first, last)
+
+    async def _gather(self, content: ByteRange, lane: Lane) -> bytes:
+        """Put a range together chunk by chunk: those in memory may go at any moment."""
+        out = bytearray()
+        first, last = self._span(content)
+        for index in range(first, last):
+            while (part := self.holdings.part(index, content)) is None:
+                await self._ensure(index, index + 1, lane)
+            out += part
+        if len(out) != content.size_bytes:  # padding between files was asked for
+            raise AssertionError(f"{content} is not within one file")
+        return bytes(out)
+
+
+class Flight:
+    """One fetch under way, of the chunks `first` up to `last`; the shore of its landing.
+
+    Methods are called from the worker thread that receives, unless they say otherwise.
+    """
+
+    def __init__(self, content: LayerContent, first: int, last: int, lane: Lane) -> None:
+        self.first = first
+        self.last = last
+        self.lane = lane
+        self.checks_cache = False
+        self.error: LazyfsError | None = None
+        self.moved_at_s = time.monotonic()
+        self._content = content
+        self._token = trio.lowlevel.current_trio_token()
+        self._claims: set[int] = set()
+        self._awaited: dict[int, trio.Event] = {}
+
+    async def wait_landed(self, index: int) -> None:
+        """Come back when a chunk has landed, or the flight has ended. On the trio thread."""
+        await self._awaited.setdefault(index, trio.Event()).wait()
+
+    def let_go(self, first: int, last: int) -> None:
+        """Wake those who wait for chunks `first` up to `last`. On the trio thread."""
+        for index in [index for index in self._awaited if first <= index < last]:
+            self._awaited.pop(index).set()
+
+    def let_go_all(self) -> None:
+        """Wake all who wait. On the trio thread."""
+        self.let_go(self.first, self.last)
+
+    def check(self) -> None:
+        """Bytes have come: note when; stop if the layer was condemned meanwhile."""
+        self.moved_at_s = time.monotonic()
+        self._content.raise_if_condemned()
+
+    def claim(self, index: int) -> bool:
+        """Take the right to store a chunk, for as long as the flight lasts."""
+        if not self._content.holdings.claim(index):
+            return False
+        self._claims.add(index)
+        return True
+
+    def store(self, first: int, pieces: Sequence[Data]) -> None:
+        """Keep chunks and tell the trio thread."""
+        self._publish(first, *self._content.holdings.store(first, pieces))
+
+    def store_large(self, index: int, decode: Callable[[], Iterator[Data]]) -> None:
+        """Keep a large chunk and tell the trio thread."""
+        self._publish(index, *self._content.holdings.store_large(index, decode))
+
+    def _publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
+        self._claims.difference_update(range(first, first + len(marks)))
+        self._token.run_sync_soon(self._content.landed, self, first, marks, memory)
+
+    def give_back_claims(self) -> None:
+        """Chunks that were claimed and not stored may be stored by others again."""
+        for index in self._claims:
+            self._content.holdings.unclaim(index)
+
+
+async def at_once(jobs: Sequence[Callable[[], Awaitable[None]]]) -> None:
+    """Run jobs side by side; of their errors raise the first, the others being like it."""
+    if len(jobs) == 1:
+        await jobs[0]()
+        return
+    try:
+        async with trio.open_nursery() as nursery:
+            for job in jobs:
+                nursery.start_soon(job)
+    except BaseExceptionGroup as group:
+        raise_sole_error(group)

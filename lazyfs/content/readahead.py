@@ -1,0 +1,169 @@
+"""Bytes that a forward reader will want next, fetched before it asks.
+
+The kernel turns CRIU's one giant `preadv` into a train of small requests with two in flight, so
+it is here that a restore becomes parallel. A read that begins where an earlier one ended goes
+on a *stream*; a stream may be fetched ahead by half of what it has consumed, so bytes fetched
+stay within a factor of what was read, and the window opens exponentially all the same. A large
+first read is no page fault but the head of a giant one: its window opens at once.
+
+No lock: `_streams` is changed on the trio thread between checkpoints only. Failures are not
+told here: the reader that gets so far asks for itself and hears of it.
+"""
+
+import logging
+from collections import deque
+from dataclasses import dataclass
+
+import trio
+
+from lazyfs.content.lanes import Lane
+from lazyfs.content.layer_content import Flight, LayerContent
+from lazyfs.ground.data import Data
+from lazyfs.ground.errors import LazyfsError
+from lazyfs.ground.ranges import ByteRange
+
+log = logging.getLogger(__name__)
+
+_STREAMS_MOST = 64
+_SLACK_READS = 4
+"""The kernel's requests overtake each other by so many of their own size."""
+_LEAST_WINDOW_BYTES = 64 << 10
+_GIANT_READ_BYTES = 256 << 10
+"""CRIU faults 4 KiB at a time, for which the kernel begins with 16 KiB; what begins larger is
+the head of a long read."""
+_FIRST_WINDOW_BYTES = 16 << 20
+_LEAST_REQUEST_BYTES = 1 << 20
+
+
+@dataclass(eq=False, slots=True)
+class _Stream:
+    position: int
+    limit: int
+    consumed_bytes: int
+    window_bytes: int
+
+
+class Readahead:
+    """The readahead of one layer; `run` it in the mount's nursery."""
+
+    def __init__(self, content: LayerContent) -> None:
+        """`run` must be started for anything to be fetched."""
+        self._content = content
+        self._settings = content.settings
+        self._streams: deque[_Stream] = deque(maxlen=_STREAMS_MOST)
+        self._active = 0
+        self._fill = ByteRange(0, 0)
+        self._fill_eagerly = False
+        self._fill_error: LazyfsError | None = None
+        self._wanted = trio.Event()
+
+    def observe(self, content: ByteRange, limit: int) -> bool:
+        """Take note of a read within a file that ends at `limit`; say if it was foreseen."""
+        stream = self._find(content, limit)
+        foreseen = stream is not None
+        if stream is None:
+            stream = _Stream(content.start, limit, 0, 0)
+            self._streams.append(stream)
+            if content.size_bytes >= _GIANT_READ_BYTES:
+                stream.window_bytes = _FIRST_WINDOW_BYTES
+        advanced = content.stop - stream.position
+        if advanced > 0:
+            stream.position = content.stop
+            stream.consumed_bytes += advanced
+            stream.window_bytes = max(stream.window_bytes, stream.consumed_bytes // 2)
+        if stream.window_bytes >= _LEAST_WINDOW_BYTES:
+            self._wanted.set()
+        return foreseen
+
+    def fill(self, content: ByteRange, *, eager: bool) -> None:
+        """Fetch a stretch that nobody reads, when no stream wants anything.
+
+        With all connections if `eager`. It replaces the stretch that was asked for before.
+        """
+        self._fill = content
+        self._fill_eagerly = eager
+        self._wanted.set()
+
+    def take_fill_error(self) -> LazyfsError | None:
+        """Return why `fill` stopped, once."""
+        error, self._fill_error = self._fill_error, None
+        return error
+
+    async def run(self) -> None:
+        """Keep the windows of all streams filled, and then the stretch of `fill`; for ever."""
+        async with trio.open_nursery() as nursery:
+            while True:
+                await self._wanted.wait()
+                self._wanted = trio.Event()
+                while (flight := self._next()) is not None:
+                    self._active += 1
+                    nursery.start_soon(self._conduct, flight)
+
+    def _next(self) -> Flight | None:
+        """Begin what is to be fetched next, if a connection is free for it.
+
+        Of the latest streams first, nearest to the reader first.
+        """
+        settings = self._settings
+        connections = 1 if self._content.lanes.yielding else settings.readahead_connections
+        if self._active >= connections:
+            return None
+        for stream in reversed(self._streams):
+            window_bytes = min(stream.window_bytes, settings.readahead_window_bytes)
+            ahead = ByteRange(stream.position, min(stream.position + window_bytes, stream.limit))
+            share_bytes = max(_LEAST_REQUEST_BYTES, window_bytes // settings.readahead_connections)
+            run = self._content.next_run(ahead, min(share_bytes, settings.readahead_request_bytes))
+            if run is not None:
+                return self._content.take_off(run, Lane.READAHEAD)
+        if self._fill_eagerly or self._active < settings.completion_connections:
+            run = self._content.next_run(self._fill, settings.readahead_request_bytes)
+            if run is not None:
+                return self._content.take_off(run, Lane.COMPLETION)
+        return None
+
+    async def _conduct(self, flight: Flight) -> None:
+        try:
+            await self._content.conduct(flight)
+        except LazyfsError as error:
+            log.debug("readahead failed, its readers will ask for themselves: %s", error)
+            self._streams.clear()  # or it would ask for the same again at once
+            self._fill = ByteRange(0, 0)
+            self._fill_error = error
+        finally:
+            self._active -= 1
+            self._wanted.set()
+
+    def _find(self, content: ByteRange, limit: int) -> _Stream | None:
+        slack_bytes = _SLACK_READS * content.size_bytes
+        for stream in reversed(self._streams):
+            if stream.limit == limit and abs(content.start - stream.position) <= slack_bytes:
+                return stream
+        return None
+
+
+class FileReader:
+    """One open file: a stretch of a layer's content, read by offset."""
+
+    def __init__(self, content: LayerContent, readahead: Readahead, start: int, size: int) -> None:
+        """The file's bytes are the content from `start` on, `size` of them."""
+        self._content = content
+        self._readahead = readahead
+        self._start = start
+        self._stop = start + size
+
+    async def read(self, offset: int, size_bytes: int) -> Data:
+        """Return the bytes from `offset` on: `size_bytes` of them, or all up to the file's end.
+
+        A checkpoint only if bytes have to be fetched.
+
+        Raises:
+            IntegrityError, FetchError, SourceError: never a short read instead.
+        """
+        begin = min(self._start + offset, self._stop)
+        wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
+        foreseen = self._readahead.observe(wanted, self._stop)
+        view = self._content.peek(wanted)
+        if view is not None:
+            return view
+        giant = wanted.size_bytes >= _GIANT_READ_BYTES
+        return await self._content.read(wanted, out_of_the_blue=not foreseen and not giant)
