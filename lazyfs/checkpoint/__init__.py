@@ -1,0 +1,1 @@
+"""From a reference to what is shown: reference, manifest, CRIU layer, tree."""

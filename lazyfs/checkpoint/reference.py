@@ -1,0 +1,234 @@
+"""What a person may call an image, as values: a registry's, a layout's, an archive's.
+
+Imported before the daemon is forked: nothing heavier than `re` and `urllib.parse` here. The
+only look at the world is whether a word without a telling form is the name of a file.
+
+Grammar: OCI distribution-spec, "Pulling manifests" (name, tag); OCI image-spec,
+annotations.md (`org.opencontainers.image.ref.name`); defaults of docker.io as Docker and Podman
+have them.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeAlias
+from urllib.parse import urlsplit
+
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import MalformedError, UsageError
+
+FORMS = """\
+  [docker://]HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]   an image in a registry
+  oci:DIRECTORY[:TAG]                                an OCI layout on this machine
+  http://… or https://…                              a checkpoint archive by URL
+  ./FILE, /PATH/FILE, FILE.tar                       a checkpoint archive on this machine"""
+
+_NAME_LIMIT = 255
+_COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+_REPOSITORY = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_LABEL = r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?"
+_HOST = re.compile(rf"(?:{_LABEL}(?:\.{_LABEL})*|\[[0-9A-Fa-f:.]+\])(?::(?P<port>[0-9]{{1,5}}))?")
+_REF_NAME_PART = r"[A-Za-z0-9]+(?:(?:[-._:@+]|--)[A-Za-z0-9]+)*"
+_REF_NAME = re.compile(rf"{_REF_NAME_PART}(?:/{_REF_NAME_PART})*")
+_DIGEST_SUFFIX = re.compile(r"@((?:sha256|sha512):[0-9a-f]+)\Z")
+_BEFORE_AT = re.compile(r"(^|//).*@(?!(?:sha256|sha512|md5):)", re.DOTALL)
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
+_FOREIGN = re.compile(
+    r"(?:containers-storage|dir|docker-archive|docker-daemon|oci-archive|ostree|sif):.*"
+)
+_DOCKER_ALIASES = {"index.docker.io": "docker.io"}
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryReference:
+    """An image in a registry; where there is a digest, it decides and the tag is a comment."""
+
+    host: str
+    """With its port, if it was given: `localhost:5000`, `docker.io`."""
+    repository: str
+    tag: str | None
+    digest: Digest | None = None
+
+    @property
+    def wanted(self) -> str:
+        """What to ask the registry for: the digest if there is one, or the tag."""
+        return str(self.digest) if self.digest is not None else self.tag or "latest"
+
+    def pinned(self, digest: Digest) -> "RegistryReference":
+        """Return the same repository's image `digest`."""
+        return RegistryReference(self.host, self.repository, None, digest)
+
+    def __str__(self) -> str:
+        tag = f":{self.tag}" if self.tag is not None else ""
+        digest = f"@{self.digest}" if self.digest is not None else ""
+        return f"{self.host}/{self.repository}{tag}{digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutReference:
+    """An image in an OCI layout directory; without tag and digest, the only one there."""
+
+    directory: Path
+    tag: str | None = None
+    digest: Digest | None = None
+
+    @property
+    def wanted(self) -> str | None:
+        """What to look for in the layout's index; None for whatever is alone there."""
+        return str(self.digest) if self.digest is not None else self.tag
+
+    def pinned(self, digest: Digest) -> "LayoutReference":
+        """Return the same layout's image `digest`."""
+        return LayoutReference(self.directory, None, digest)
+
+    def __str__(self) -> str:
+        tag = f":{self.tag}" if self.tag is not None else ""
+        digest = f"@{self.digest}" if self.digest is not None else ""
+        return f"oci:{self.directory}{tag}{digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class ArchiveReference:
+    """A checkpoint archive that is in no image: `podman container checkpoint --export`.
+
+    `location` is a URL without its query, or a path that begins with `/`, `./` or `../`.
+    """
+
+    location: str
+    query: str = field(default="", repr=False, compare=False)
+    """Of a URL; often a signature, and so never in messages."""
+
+    @property
+    def is_url(self) -> bool:
+        """Whether it is fetched over HTTP rather than read from this machine."""
+        return self.location.startswith(("http://", "https://"))
+
+    @property
+    def url(self) -> str:
+        """The whole URL: to be asked for, not to be shown."""
+        return f"{self.location}?{self.query}" if self.query else self.location
+
+    @property
+    def path(self) -> Path:
+        """The file, if it is not a URL."""
+        return Path(self.location)
+
+    def __str__(self) -> str:
+        return self.location
+
+
+Reference: TypeAlias = RegistryReference | LayoutReference | ArchiveReference
+
+
+def parse_reference(text: str) -> Reference:
+    """Read any form of reference.
+
+    Raises:
+        UsageError: it is none; the message lists the forms there are.
+    """
+    if not text or _UNPRINTABLE.search(text):
+        raise _refused(text, "it is empty or has unprintable characters")
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme.lower() in ("http", "https"):
+        return _parse_url(text)
+    if separator and scheme.lower() == "docker":
+        return _parse_registry(rest, text)
+    if text.startswith(("/", "./", "../")):
+        return _path_reference(text)
+    if separator:
+        raise _refused(text, f"{scheme[:40]!r} is not a scheme that is known here")
+    if text.startswith("oci:"):
+        return _parse_layout(text)
+    if _FOREIGN.fullmatch(text):
+        raise _refused(text, "this way of storing images is not read here")
+    if text.endswith(".tar") or _is_file(text):
+        return _path_reference(text)
+    return _parse_registry(text, text)
+
+
+def _refused(text: str, why: str) -> UsageError:
+    shown = _BEFORE_AT.sub(r"\1…@", text.partition("?")[0])[:300]
+    return UsageError(f"{shown!r} is not a reference: {why}. A reference is one of\n{FORMS}")
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _path_reference(text: str) -> ArchiveReference:
+    path = str(Path(text))
+    return ArchiveReference(path if path.startswith(("/", "../")) else f"./{path}")
+
+
+def _parse_url(text: str) -> ArchiveReference:
+    try:
+        parts = urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        raise _refused(text, "it is not a URL") from None
+    if "@" in parts.netloc:
+        raise _refused(text, "a URL with a user name or password in it is not taken")
+    if not host or port == 0:
+        raise _refused(text, "the URL names no host")
+    if "\\" in text or any(each.isspace() for each in text):
+        raise _refused(text, "it is not a URL: blanks must be written %20, backslashes %5C")
+    if parts.path in ("", "/"):
+        raise _refused(text, "the URL names no file")
+    location = f"{parts.scheme}://{parts.netloc.lower()}{parts.path}"
+    return ArchiveReference(location, parts.query)
+
+
+def _split_digest(text: str, whole: str) -> tuple[str, Digest | None]:
+    found = _DIGEST_SUFFIX.search(text)
+    if found is None:
+        return text, None
+    try:
+        return text[: found.start()], Digest.parse(found.group(1))
+    except MalformedError as error:
+        raise _refused(whole, str(error)) from None
+
+
+def _parse_layout(text: str) -> LayoutReference:
+    rest, digest = _split_digest(text.removeprefix("oci:"), text)
+    directory, colon, tag = rest.partition(":")
+    if not directory:
+        raise _refused(text, "it names no directory")
+    if colon and not _REF_NAME.fullmatch(tag):
+        raise _refused(text, f"{tag[:100]!r} is not a tag")
+    return LayoutReference(Path(directory), tag if colon else None, digest)
+
+
+def _parse_registry(text: str, whole: str) -> RegistryReference:
+    name, digest = _split_digest(text, whole)
+    if "@" in name:
+        raise _refused(whole, "after '@' comes a digest, sha256:…; credentials are not taken")
+    host, slash, repository = name.partition("/")
+    if not slash or not (set(host) & set(".:[") or host == "localhost" or host != host.lower()):
+        host, repository = "docker.io", name
+    repository, colon, tag = repository.partition(":")
+    host = _checked_host(host, whole)
+    if host == "docker.io" and "/" not in repository:
+        repository = f"library/{repository}"
+    if not _REPOSITORY.fullmatch(repository) or len(host) + len(repository) >= _NAME_LIMIT:
+        raise _refused(
+            whole,
+            f"{repository[:100]!r} is not a repository's name (small letters, digits, "
+            "'.', '_', '-' and '/')",
+        )
+    if colon and not _TAG.fullmatch(tag):
+        raise _refused(whole, f"{tag[:150]!r} is not a tag")
+    if not colon:
+        return RegistryReference(host, repository, None if digest else "latest", digest)
+    return RegistryReference(host, repository, tag, digest)
+
+
+def _checked_host(host: str, whole: str) -> str:
+    found = _HOST.fullmatch(host)
+    if found is None or not 0 < int(found["port"] or 443) < 65536:
+        raise _refused(whole, f"{host[:100]!r} is not a host")
+    host = host.lower()
+    return _DOCKER_ALIASES.get(host, host)
