@@ -46,6 +46,13 @@ def _give_buffer(buffer: mmap.mmap) -> None:
 class Shore(Protocol):
     """Who keeps the chunks. Called in the worker thread; may raise IntegrityError."""
 
+    first: int
+    last: int
+    """Which chunks are fetched: from number `first` up to, not including, `last`."""
+
+    def moved(self) -> None:
+        """Note that bytes have come."""
+
     def claim(self, index: int) -> bool:
         """Whether this landing is the one to store the chunk; at most one is told so."""
 
@@ -60,15 +67,14 @@ class Shore(Protocol):
 
 
 class Landing:
-    """The sink of one fetch of the chunks `first` up to, not including, `last`.
+    """The sink of one fetch: of the chunks that its shore names.
 
-    `last - first` chunks must lie in order in the blob; chunks of zeros must not be among them.
+    They must lie in order in the blob, and none be of zeros.
     """
 
-    def __init__(
-        self, chunks: ChunkMap, first: int, last: int, shore: Shore, check: Callable[[], None]
-    ) -> None:
+    def __init__(self, chunks: ChunkMap, shore: Shore, check: Callable[[], None]) -> None:
         """`check` is called for every piece received and may raise to end the fetch."""
+        first, last = shore.first, shore.last
         self._chunks = chunks
         self._next = first
         self._last = last
@@ -93,6 +99,7 @@ class Landing:
     def advance(self, count: int) -> None:
         """Take in `count` bytes; decode and store what is whole by now."""
         self._check()
+        self._shore.moved()
         self._fill += count
         end = self._base + self._fill
         first = self._next

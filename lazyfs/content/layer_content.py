@@ -13,12 +13,13 @@ kept, the other is dropped unseen, so there is never more than one truth about a
 
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import trio
 
 from lazyfs.content.cache_file import CacheFile
+from lazyfs.content.flight import Flight
 from lazyfs.content.holdings import ABSENT, FLYING, READY, UNCHECKED, Holdings
 from lazyfs.content.landing import Landing
 from lazyfs.content.lanes import Lane, Lanes
@@ -133,9 +134,9 @@ class LayerContent:
             return unchecked, self._unchecked_end(unchecked, last)
         return (absent, self._run_end(absent, last, most_bytes)) if absent >= 0 else None
 
-    def take_off(self, run: tuple[int, int], lane: Lane) -> "Flight":
+    def take_off(self, run: tuple[int, int], lane: Lane) -> Flight:
         """Reserve the chunks of a run; whoever calls this must `conduct` the flight."""
-        flight = Flight(self, *run, lane)
+        flight = Flight(self.holdings, self._landed, *run, lane)
         flight.checks_cache = self._state[flight.first] == UNCHECKED
         self._flights.append(flight)
         self._changed.unpark_all()
@@ -144,7 +145,7 @@ class LayerContent:
                 self._state[index] = FLYING
         return flight
 
-    async def conduct(self, flight: "Flight") -> None:
+    async def conduct(self, flight: Flight) -> None:
         """Fetch, or check, the chunks of a flight that has taken off.
 
         Raises:
@@ -270,8 +271,8 @@ class LayerContent:
             log.debug("chunks %d-%d: no byte for %.1f s, asking beside", index, end, patience_s)
             await self.conduct(self.take_off((index, end), lane))
 
-    async def _fetch(self, flight: "Flight") -> None:
-        landing = Landing(self.chunks, flight.first, flight.last, flight, flight.check)
+    async def _fetch(self, flight: Flight) -> None:
+        landing = Landing(self.chunks, flight, self.raise_if_condemned)
         try:
             await retry.fetch(
                 self._blob,
@@ -289,7 +290,7 @@ class LayerContent:
         finally:
             landing.close()
 
-    async def _check_cached(self, flight: "Flight") -> None:
+    async def _check_cached(self, flight: Flight) -> None:
         """Believe chunks of an earlier mount only if they still give their marks."""
         indices = range(flight.first, flight.last)
         verify = self.holdings.verify
@@ -300,7 +301,7 @@ class LayerContent:
             else:
                 self.holdings.refuse(index)
 
-    def _touch_down(self, flight: "Flight") -> None:
+    def _touch_down(self, flight: Flight) -> None:
         self._flights.remove(flight)
         flight.give_back_claims()
         for index in range(flight.first, flight.last):
@@ -309,16 +310,16 @@ class LayerContent:
         flight.let_go_all()
         self._changed.unpark_all()
 
-    def _flight_over(self, index: int) -> "Flight | None":
+    def _flight_over(self, index: int) -> Flight | None:
         """Return the flight that carries a chunk, the latest if there are several."""
         for flight in reversed(self._flights):
             if flight.first <= index < flight.last:
                 return flight
         return None
 
-    def landed(
+    def _landed(
         self,
-        flight: "Flight",
+        flight: Flight,
         first: int,
         marks: Sequence[int],
         memory: Sequence[bytes] | None,
@@ -341,67 +342,6 @@ class LayerContent:
         if len(out) != content.size_bytes:  # padding between files was asked for
             raise AssertionError(f"{content} is not within one file")
         return bytes(out)
-
-
-class Flight:
-    """One fetch under way, of the chunks `first` up to `last`; the shore of its landing.
-
-    Methods are called from the worker thread that receives, unless they say otherwise.
-    """
-
-    def __init__(self, content: LayerContent, first: int, last: int, lane: Lane) -> None:
-        self.first = first
-        self.last = last
-        self.lane = lane
-        self.checks_cache = False
-        self.error: LazyfsError | None = None
-        self.moved_at_s = time.monotonic()
-        self._content = content
-        self._token = trio.lowlevel.current_trio_token()
-        self._claims: set[int] = set()
-        self._awaited: dict[int, trio.Event] = {}
-
-    async def wait_landed(self, index: int) -> None:
-        """Come back when a chunk has landed, or the flight has ended. On the trio thread."""
-        await self._awaited.setdefault(index, trio.Event()).wait()
-
-    def let_go(self, first: int, last: int) -> None:
-        """Wake those who wait for chunks `first` up to `last`. On the trio thread."""
-        for index in [index for index in self._awaited if first <= index < last]:
-            self._awaited.pop(index).set()
-
-    def let_go_all(self) -> None:
-        """Wake all who wait. On the trio thread."""
-        self.let_go(self.first, self.last)
-
-    def check(self) -> None:
-        """Bytes have come: note when; stop if the layer was condemned meanwhile."""
-        self.moved_at_s = time.monotonic()
-        self._content.raise_if_condemned()
-
-    def claim(self, index: int) -> bool:
-        """Take the right to store a chunk, for as long as the flight lasts."""
-        if not self._content.holdings.claim(index):
-            return False
-        self._claims.add(index)
-        return True
-
-    def store(self, first: int, pieces: Sequence[Data]) -> None:
-        """Keep chunks and tell the trio thread."""
-        self._publish(first, *self._content.holdings.store(first, pieces))
-
-    def store_large(self, index: int, decode: Callable[[], Iterator[Data]]) -> None:
-        """Keep a large chunk and tell the trio thread."""
-        self._publish(index, *self._content.holdings.store_large(index, decode))
-
-    def _publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
-        self._claims.difference_update(range(first, first + len(marks)))
-        self._token.run_sync_soon(self._content.landed, self, first, marks, memory)
-
-    def give_back_claims(self) -> None:
-        """Chunks that were claimed and not stored may be stored by others again."""
-        for index in self._claims:
-            self._content.holdings.unclaim(index)
 
 
 async def at_once(jobs: Sequence[Callable[[], Awaitable[None]]]) -> None:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import trio
 
 from lazyfs.content.lanes import Lane
-from lazyfs.content.layer_content import Flight, LayerContent
+from lazyfs.content.flight import Flight
+from lazyfs.content.layer_content import LayerContent
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.ranges import ByteRange

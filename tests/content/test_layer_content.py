@@ -193,16 +193,20 @@ async def test_a_later_mount_finds_what_was_fetched(tmp_path: Path) -> None:
         assert setup.counters.chunks_from_cache == 4
 
 
+def damage_cache(directory: Path, offset: int, damage: bytes) -> None:
+    (content,) = directory.glob("layers/*/content")
+    with content.open("r+b") as file:
+        file.seek(offset)
+        file.write(damage)
+
+
 @pytest.mark.parametrize("damage", [b"\0", b"x" * 4096])
 async def test_a_changed_cache_costs_a_fetch_and_no_wrong_byte(
     tmp_path: Path, damage: bytes
 ) -> None:
     with cached(tmp_path) as setup:
         await _expect(setup, ByteRange(0, MIB))
-    (content,) = tmp_path.glob("layers/*/content")
-    with open(content, "r+b") as file:
-        file.seek(300 * KIB)
-        file.write(damage)
+    damage_cache(tmp_path, 300 * KIB, damage)
     with cached(tmp_path) as setup:
         await _expect(setup, ByteRange(0, MIB))
         assert setup.counters.cache_refused == 1
@@ -257,11 +261,15 @@ class FullDisk(CacheFile):
         super().write(content_start, pieces)  # type: ignore[arg-type]
 
 
+def full_disk(path: Path) -> FullDisk:
+    with path.open("w+b") as file:
+        file.truncate(len(DATA))
+        return FullDisk(os.dup(file.fileno()), len(DATA))
+
+
 @pytest.mark.parametrize("writes_left", [0, 3])
 async def test_a_full_disk_is_gone_on_without(tmp_path: Path, writes_left: int) -> None:
-    with open(tmp_path / "content", "w+b") as file:
-        file.truncate(len(DATA))
-        cache = FullDisk(os.dup(file.fileno()), len(DATA))
+    cache = full_disk(tmp_path / "content")
     cache.writes_left = writes_left
     setup = Setup(MemoryBlob(DATA), cache, replace(SETTINGS, memory_cache_bytes=MIB))
     await _expect(setup, ByteRange(0, len(DATA)))

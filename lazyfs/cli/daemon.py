@@ -1,0 +1,92 @@
+"""A command that returns when its daemon is ready: fork, a pipe, and who says what to whom.
+
+The child keeps the caller's standard error until it is ready, so that what goes wrong on the
+way is said where it was asked; then it belongs to its log. If the caller goes away before that,
+the child ends too: nobody would know of it.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+_READY_LIMIT_BYTES = 64 * 1024
+_INTERRUPTED = 130
+
+
+def run_detached(serve: Callable[[Callable[[str], None]], int], log_file: Path) -> tuple[int, str]:
+    """Run `serve` in a child that lives on; return when it is ready or has failed.
+
+    `serve` is given a function to call once, with a message for the caller, when it is ready;
+    what it returns is the child's exit code. Returned are the exit code for the caller (0 when
+    ready) and that message.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reading)
+        _live(serve, writing, log_file)
+    os.close(writing)
+    try:
+        with open(reading, "rb") as pipe:
+            message = pipe.read(_READY_LIMIT_BYTES)
+    except KeyboardInterrupt:
+        os.kill(child, signal.SIGTERM)
+        os.waitpid(child, 0)
+        return _INTERRUPTED, ""
+    if message:
+        return 0, message.decode()
+    _, wait_status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(wait_status)
+    if code < 0:
+        sys.stderr.write(f"lazyfs: the daemon was ended by signal {-code}\n")
+    return abs(code) or 1, ""
+
+
+def _live(serve: Callable[[Callable[[str], None]], int], pipe: int, log_file: Path) -> None:
+    """Be the child; never returns."""
+    code = 1
+    try:
+        os.setsid()
+        _close_inherited(pipe)
+
+        def ready(message: str) -> None:
+            os.write(pipe, message.encode())
+            os.close(pipe)
+            os.chdir("/")  # the caller's directory may want to be removed or unmounted
+            null = os.open(os.devnull, os.O_RDWR)
+            for descriptor in (0, 1, 2):
+                os.dup2(null, descriptor)
+            os.close(null)
+
+        _log_to(log_file)
+        code = serve(ready)
+    finally:
+        logging.shutdown()
+        os._exit(code)
+
+
+def _log_to(path: Path) -> None:
+    """Log to a file, with times, beside standard error (which is /dev/null once ready)."""
+    logger = logging.getLogger("lazyfs")
+    for handler in logger.handlers:
+        handler.setLevel(logger.level or logging.WARNING)
+    logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(process)d %(message)s"))
+        logger.addHandler(to_file)
+
+
+def _close_inherited(kept: int) -> None:
+    """Let go of the caller's descriptors: a lock of its shell must not live as long as we do."""
+    for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        if descriptor > 2 and descriptor != kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

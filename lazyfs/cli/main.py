@@ -1,0 +1,174 @@
+"""The group of commands, each imported when it is run, and what becomes of their errors."""
+
+import contextlib
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import click
+from click.shell_completion import CompletionItem
+
+import lazyfs
+from lazyfs.cli.options import is_verbose, log_to_stderr, verbose_option
+from lazyfs.ground.errors import LazyfsError
+
+log = logging.getLogger(__name__)
+
+_INTERRUPTED = 130
+_PIPE_CLOSED = 141
+"""As a shell reports a program that SIGPIPE ended."""
+
+
+class _Lazy(NamedTuple):
+    """Where a command is, and its one line of help (a test compares it with the command's own)."""
+
+    path: str
+    summary: str
+
+
+COMMANDS: Mapping[str, _Lazy] = {
+    "mount": _Lazy(
+        "lazyfs.cli.mount:mount_command", "Show a checkpoint as a directory, fetched as it is read."
+    ),
+    "umount": _Lazy("lazyfs.cli.mount:umount_command", "End a mount, or clear away a dead one."),
+    "inspect": _Lazy("lazyfs.cli.inspect:inspect_command", "Tell what a checkpoint is."),
+    "ls": _Lazy("lazyfs.cli.ls:ls_command", "List the files of a checkpoint."),
+    "cat": _Lazy("lazyfs.cli.cat:cat_command", "Write a file of a checkpoint to standard output."),
+    "completion": _Lazy(
+        "lazyfs.cli.completion:completion_command", "Print the completion script for a shell."
+    ),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and summaries without importing them."""
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Run the command; a closed pipe is wrapped, or click would exit by itself with 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:
+            raise ExceptionGroup("standard output was closed", [error]) from None
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import the command."""
+        lazy = COMMANDS.get(cmd_name)
+        if lazy is None:
+            return None
+        module, _, name = lazy.path.partition(":")
+        command = getattr(importlib.import_module(module), name)
+        if not isinstance(command, click.Command):
+            raise TypeError(f"{lazy.path} is no command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the table's summaries."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, lazy.summary) for name, lazy in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Complete a command's name from the table, and options as any command does."""
+        names = [
+            CompletionItem(name, help=lazy.summary)
+            for name, lazy in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return names + click.Command.shell_complete(self, ctx, incomplete)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Exit codes:
+  0  done                                3  the source cannot be had
+  1  anything not named here             4  not a checkpoint that lazyfs can show
+  2  the command line is wrong           5  bytes contradict their digest""",
+)
+@click.version_option(lazyfs.__version__, message="%(prog)s %(version)s")
+@verbose_option
+def cli() -> None:
+    """Use a container checkpoint where it lies, before it has been downloaded.
+
+    lazyfs shows a checkpoint image of a registry as a directory, fetches by byte range what is
+    read, and proves it by its digest. The directory is what `criu restore -D` wants:
+
+    \b
+      lazyfs inspect registry.example/checkpoints/web:1
+      lazyfs mount registry.example/checkpoints/web:1 /mnt/web
+      criu restore -D /mnt/web -W /tmp/web -d
+      lazyfs umount /mnt/web
+    """  # noqa: D301 - click wants the character itself
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command line to its end; return the exit code. The one place that reports errors."""
+    log_to_stderr()
+    try:
+        code = cli.main(
+            args=list(arguments) or ["--help"], prog_name="lazyfs", standalone_mode=False
+        )
+        sys.stdout.flush()
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return _INTERRUPTED
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else 0
+    except BaseException as error:  # noqa: BLE001 - however a command ends, it is told here
+        return report(error)
+    return code if isinstance(code, int) else 0
+
+
+def report(error: BaseException) -> int:
+    """Say on standard error what went wrong, in one line where it can be; return the exit code.
+
+    A nursery's group is told by its gravest member: a bug, then what has the highest exit code.
+    """
+    leaves = list(_leaves(error))
+    if any(isinstance(leaf, KeyboardInterrupt) for leaf in leaves):
+        return _INTERRUPTED
+    if all(isinstance(leaf, BrokenPipeError) for leaf in leaves):
+        _forget_stdout()
+        return _PIPE_CLOSED
+    known = [leaf for leaf in leaves if isinstance(leaf, LazyfsError)]
+    if known and len(known) == len(leaves):
+        gravest = max(known, key=lambda leaf: leaf.exit_code)
+        click.echo(f"lazyfs: {gravest}", err=True)
+        log.debug("in full:", exc_info=error)
+        return gravest.exit_code
+    if is_verbose():
+        traceback.print_exception(error)
+    else:
+        bug = next(leaf for leaf in leaves if not isinstance(leaf, LazyfsError))
+        click.echo(
+            f"lazyfs: this is a bug in lazyfs: {type(bug).__name__}: {bug}. "
+            "Please report it with what the same command prints with -v.",
+            err=True,
+        )
+    return 1
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for member in error.exceptions:
+            yield from _leaves(member)
+    else:
+        yield error
+
+
+def _forget_stdout() -> None:
+    """Let what is still in the buffer go nowhere, or the interpreter complains as it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)

@@ -1,0 +1,57 @@
+"""What the commands that read a checkpoint share: open it, and find a path in it."""
+
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from lazyfs.cli.options import SourceOptions
+from lazyfs.ground.errors import LazyfsError
+
+if TYPE_CHECKING:
+    from lazyfs.checkpoint.opened import OpenedCheckpoint
+    from lazyfs.checkpoint.tree import Node
+
+_T = TypeVar("_T")
+
+
+def with_checkpoint(
+    reference: str, source: SourceOptions, job: "Callable[[OpenedCheckpoint], Awaitable[_T]]"
+) -> _T:
+    """Open a checkpoint, do a job with it, and return what the job returns.
+
+    A command is too short for a proof in the background: it is proven before, if that is asked
+    for, or chunk by chunk where the layer has digests for them, or not.
+    """
+    import trio
+
+    from lazyfs.checkpoint.opened import OpenConfig, open_checkpoint
+
+    config = OpenConfig(source.cache_dir, source.transport, source.content)
+
+    async def main() -> _T:
+        async with open_checkpoint(reference, config) as checkpoint:
+            return await job(checkpoint)
+
+    return trio.run(main)
+
+
+def locate(checkpoint: "OpenedCheckpoint", path: str) -> "tuple[str, Node]":
+    """Find what a person means by a path: its path in the layer, and its node.
+
+    A path is from the checkpoint's root, with or without `/` or `./` before it and `/` behind;
+    one that is not there is looked for in the images directory. `..` is never there.
+
+    Raises:
+        LazyfsError: it is in neither.
+    """
+    asked = "/".join(part for part in path.split("/") if part not in ("", "."))
+    node = checkpoint.tree.find(asked)
+    if node is not None:
+        return asked, node
+    if checkpoint.images_directory:
+        inside = f"{checkpoint.images_directory}/{asked}"
+        node = checkpoint.tree.find(inside)
+        if node is not None:
+            return inside, node
+    raise LazyfsError(
+        f"there is no {path!r} in {checkpoint.reference}; `lazyfs ls -R` lists what is there"
+    )

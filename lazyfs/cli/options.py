@@ -1,0 +1,128 @@
+"""Options that several commands share, and the settings that they become."""
+
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import click
+
+from lazyfs.checkpoint.reference import FORMS
+from lazyfs.ground.settings import ContentSettings, TransportSettings
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+REFERENCE_HELP = f"\b\nREF is one of\n{FORMS}"
+"""For the end of a command's help."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """How a checkpoint is to be opened."""
+
+    cache_dir: Path
+    transport: TransportSettings
+    content: ContentSettings
+
+
+def default_cache_dir() -> Path:
+    """Return /var/cache/lazyfs for root, and a user's own cache directory for anybody else.
+
+    Source: XDG base directory specification: a relative XDG_CACHE_HOME is to be ignored.
+    """
+    if os.geteuid() == 0:
+        return Path("/var/cache/lazyfs")
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if given.startswith("/") else Path.home() / ".cache") / "lazyfs"
+
+
+def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
+    """Give a command the options of everything that opens a checkpoint, as `source`."""
+
+    @click.option(
+        "--cache-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="LAZYFS_CACHE_DIR",
+        show_envvar=True,
+        metavar="DIR",
+        help="Keep fetched bytes in DIR.  [default: /var/cache/lazyfs for root, "
+        "otherwise lazyfs in the user's cache directory]",
+    )
+    @click.option(
+        "--plain-http",
+        is_flag=True,
+        help="Speak HTTP, not HTTPS, to the registry. Loopback needs no such word.",
+    )
+    @click.option(
+        "--verify",
+        type=click.Choice(["background", "full"]),
+        default="background",
+        show_default=True,
+        help="Compare a layer with its digest behind what is read, or in full before the first "
+        "byte is given out. A layer with digests for its chunks (zstd:chunked) needs neither: "
+        "there, each chunk is proven before it is given out.",
+    )
+    @click.option(
+        "--deadline",
+        type=click.FloatRange(min=0, min_open=True),
+        default=TransportSettings().deadline_s,
+        show_default=True,
+        metavar="SECONDS",
+        help="Give up on a fetch that no retry could complete for so long.",
+    )
+    @verbose_option
+    @functools.wraps(command)
+    def with_source(
+        *args: Any,
+        cache_dir: Path | None,
+        plain_http: bool,
+        verify: str,
+        deadline: float,
+        **kwargs: Any,
+    ) -> _R:
+        source = SourceOptions(
+            cache_dir=cache_dir or default_cache_dir(),
+            transport=TransportSettings(plain_http=plain_http, deadline_s=deadline),
+            content=ContentSettings(verify_full=verify == "full"),
+        )
+        return command(*args, source=source, **kwargs)
+
+    return with_source
+
+
+def verbose_option(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Give a command `-v`: one tells what is going on, two tell all."""
+    return click.option(
+        "-v",
+        "--verbose",
+        count=True,
+        expose_value=False,
+        callback=_be_verbose,
+        help="Say what is going on, on standard error; twice, in detail.",
+    )(command)
+
+
+def is_verbose() -> bool:
+    """Whether the user asked for more than results and errors."""
+    return logging.getLogger("lazyfs").isEnabledFor(logging.INFO)
+
+
+def log_to_stderr() -> None:
+    """Send warnings, and whatever `-v` asks for, to standard error, in the form of errors."""
+    logger = logging.getLogger("lazyfs")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("lazyfs: %(message)s"))
+        logger.addHandler(handler)
+
+
+def _be_verbose(context: click.Context, parameter: click.Parameter, count: int) -> None:
+    """Raise the logger's level; `-v` before and after the command's name add up to the most."""
+    logger = logging.getLogger("lazyfs")
+    wanted = {0: logging.WARNING, 1: logging.INFO}.get(count, logging.DEBUG)
+    if count or logger.level == logging.NOTSET:
+        logger.setLevel(min(wanted, logger.level or wanted))

@@ -1,0 +1,39 @@
+"""Words and numbers for a terminal. Names in a checkpoint are anybody's: none reaches it raw."""
+
+_UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def printable(text: str) -> str:
+    r"""Return text that moves no cursor and starts no line: `\x1b` for an escape, `\xff` for bytes.
+
+    What may be printed is as Unicode has it (`str.isprintable`); bytes of a name that are not
+    UTF-8 arrive as surrogates (PEP 383) and leave as the bytes that they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(item if item.isprintable() else _escaped(item) for item in text)
+
+
+def _escaped(character: str) -> str:
+    code = ord(character)
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def human_bytes(count: int) -> str:
+    """Write a size for people: "12 B", "3.4 KiB", "216 MiB"."""
+    if count < 1024:
+        return f"{count} B"
+    power = min((count.bit_length() - 1) // 10, len(_UNITS))
+    value = count / 1024**power
+    if value >= 1023.5 and power < len(_UNITS):
+        power, value = power + 1, value / 1024
+    return (
+        f"{value:.1f} {_UNITS[power - 1]}" if value < 99.95 else f"{value:.0f} {_UNITS[power - 1]}"
+    )
+
+
+def plural(count: int, thing: str, things: str | None = None) -> str:
+    """Write "1 file", "2 files"."""
+    return f"{count} {thing if count == 1 else things or thing + 's'}"

@@ -1,0 +1,78 @@
+"""One fetch under way: which chunks, on which lane, and who waits for them."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
+
+import trio
+
+from lazyfs.content.holdings import Holdings
+from lazyfs.content.lanes import Lane
+from lazyfs.ground.data import Data
+from lazyfs.ground.errors import LazyfsError
+
+Landed: TypeAlias = "Callable[[Flight, int, Sequence[int], Sequence[bytes] | None], None]"
+
+
+class Flight:
+    """One fetch under way, of the chunks `first` up to `last`; the shore of its landing.
+
+    Methods are called from the worker thread that receives, unless they say otherwise.
+    """
+
+    def __init__(
+        self, holdings: Holdings, landed: Landed, first: int, last: int, lane: Lane
+    ) -> None:
+        """`landed` is told on the trio thread what has been stored."""
+        self.first = first
+        self.last = last
+        self.lane = lane
+        self.checks_cache = False
+        self.error: LazyfsError | None = None
+        self.moved_at_s = time.monotonic()
+        self._holdings = holdings
+        self._landed = landed
+        self._token = trio.lowlevel.current_trio_token()
+        self._claims: set[int] = set()
+        self._awaited: dict[int, trio.Event] = {}
+
+    async def wait_landed(self, index: int) -> None:
+        """Come back when a chunk has landed, or the flight has ended. On the trio thread."""
+        await self._awaited.setdefault(index, trio.Event()).wait()
+
+    def let_go(self, first: int, last: int) -> None:
+        """Wake those who wait for chunks `first` up to `last`. On the trio thread."""
+        for index in [index for index in self._awaited if first <= index < last]:
+            self._awaited.pop(index).set()
+
+    def let_go_all(self) -> None:
+        """Wake all who wait. On the trio thread."""
+        self.let_go(self.first, self.last)
+
+    def moved(self) -> None:
+        """Note that bytes have come."""
+        self.moved_at_s = time.monotonic()
+
+    def claim(self, index: int) -> bool:
+        """Take the right to store a chunk, for as long as the flight lasts."""
+        if not self._holdings.claim(index):
+            return False
+        self._claims.add(index)
+        return True
+
+    def store(self, first: int, pieces: Sequence[Data]) -> None:
+        """Keep chunks and tell the trio thread."""
+        self._publish(first, *self._holdings.store(first, pieces))
+
+    def store_large(self, index: int, decode: Callable[[], Iterator[Data]]) -> None:
+        """Keep a large chunk and tell the trio thread."""
+        self._publish(index, *self._holdings.store_large(index, decode))
+
+    def _publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
+        self._claims.difference_update(range(first, first + len(marks)))
+        self._token.run_sync_soon(self._landed, self, first, marks, memory)
+
+    def give_back_claims(self) -> None:
+        """Chunks that were claimed and not stored may be stored by others again."""
+        for index in self._claims:
+            self._holdings.unclaim(index)

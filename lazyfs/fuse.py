@@ -1,0 +1,270 @@
+"""A view of a checkpoint as a FUSE filesystem; the only importer of pyfuse3.
+
+It adapts and decides nothing: names and attributes are the view's, bytes are the readers'. Every
+operation stands behind a guard, since an exception that escapes a pyfuse3 handler ends the whole
+mount. Nothing here changes during a mount, so everything may be cached by the kernel for good:
+attributes, names, names that are not there (CRIU probes dozens), and pages.
+"""
+
+import errno
+import json
+import logging
+import os
+import stat
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import pyfuse3
+from pyfuse3 import (
+    EntryAttributes,
+    FileHandleT,
+    FileInfo,
+    FileNameT,
+    FlagT,
+    FUSEError,
+    InodeT,
+    ModeT,
+    ReaddirToken,
+    RequestContext,
+    StatvfsData,
+    XAttrNameT,
+)
+
+from lazyfs.checkpoint.tree import Node, View
+from lazyfs.content.readahead import FileReader
+from lazyfs.ground.counters import Counters
+from lazyfs.ground.data import Data
+from lazyfs.ground.errors import LazyfsError
+from lazyfs.layers.model import EntryType
+from lazyfs.layers.names import decode_name, encode_name
+
+log = logging.getLogger(__name__)
+
+SUBTYPE = "lazyfs"
+STATUS_XATTR = "user.lazyfs.status"
+"""Extended attribute of the mount's root: its state as JSON. Not listed, so no copy takes it."""
+PID_XATTR = "user.lazyfs.pid"
+"""The daemon's process id, for whoever unmounts and waits for its end."""
+
+_FOREVER_S = 10 * 365 * 86400.0
+_BLOCK_BYTES = 4096
+_TASKS_MOST = 512
+"""Requests handled at once; beyond the kernel's background limit, so demand always finds one."""
+_KINDS = {
+    EntryType.FILE: stat.S_IFREG,
+    EntryType.DIRECTORY: stat.S_IFDIR,
+    EntryType.SYMLINK: stat.S_IFLNK,
+}
+_READABLE = 0o444
+_SEARCHABLE = 0o555
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _guarded(
+    operation: Callable[Concatenate["CheckpointOperations", P], Coroutine[Any, Any, R]],
+) -> Callable[Concatenate["CheckpointOperations", P], Coroutine[Any, Any, R]]:
+    @wraps(operation)
+    async def guarded(self: "CheckpointOperations", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return await operation(self, *args, **kwargs)
+        except FUSEError:
+            raise
+        except LazyfsError as error:
+            self.note_failure(operation.__name__, error)
+            raise FUSEError(error.errno) from None
+        except Exception as error:  # a bug must not end the mount
+            self.note_failure(operation.__name__, error)
+            log.exception("%s failed: please report this", operation.__name__)
+            raise FUSEError(errno.EIO) from None
+
+    return guarded
+
+
+class CheckpointOperations(pyfuse3.Operations):
+    """The operations of one read-only mount."""
+
+    supports_dot_lookup = False
+    enable_writeback_cache = False
+    enable_acl = False
+
+    def __init__(
+        self,
+        view: View,
+        open_reader: Callable[[Node], FileReader],
+        counters: Counters,
+        status: Callable[[], Mapping[str, Any]],
+    ) -> None:
+        """`status` gives what `STATUS_XATTR` shows."""
+        super().__init__()
+        self._view = view
+        self._open_reader = open_reader
+        self._counters = counters
+        self._status = status
+        self._readers: dict[int, FileReader] = {}
+        self._next_handle = 1
+        self._listings: dict[int, Sequence[tuple[bytes, int]]] = {}
+        self._absent = EntryAttributes()
+        self._absent.st_ino = InodeT(0)
+        self._absent.entry_timeout = _FOREVER_S
+
+    def note_failure(self, operation: str, error: Exception) -> None:
+        """Count and log a request that is answered with an error."""
+        self._counters.failed_reads += operation == "read"
+        log.error("%s answered with an error: %s", operation, error)
+
+    # -- names ------------------------------------------------------------------------------
+
+    @_guarded
+    async def lookup(
+        self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Find a name; one that is not there is remembered as absent (inode 0)."""
+        inode = self._view.find(parent_inode, decode_name(name))
+        return self._absent if inode is None else self._attributes(inode)
+
+    @_guarded
+    async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
+        """Attributes as archived, readable by all whom the mount lets in."""
+        return self._attributes(inode)
+
+    @_guarded
+    async def readlink(self, inode: InodeT, ctx: RequestContext) -> FileNameT:
+        """A link's target, as archived."""
+        return FileNameT(encode_name(self._view.node(inode).symlink_target))
+
+    @_guarded
+    async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
+        """The handle of a directory is its inode."""
+        return FileHandleT(inode)
+
+    @_guarded
+    async def readdir(self, fh: FileHandleT, start_id: int, token: ReaddirToken) -> None:
+        """List a directory from its `start_id`th name on."""
+        listing = self._listings.get(fh)
+        if listing is None:
+            listing = [(encode_name(name), inode) for name, inode in self._view.listing(fh)]
+            self._listings[fh] = listing
+        for position in range(start_id, len(listing)):
+            name, inode = listing[position]
+            attributes = self._attributes(inode)
+            if not pyfuse3.readdir_reply(token, FileNameT(name), attributes, position + 1):
+                return
+
+    @_guarded
+    async def releasedir(self, fh: FileHandleT) -> None:
+        """Listings are kept: they are small and cannot change."""
+
+    # -- bytes ------------------------------------------------------------------------------
+
+    @_guarded
+    async def open(self, inode: InodeT, flags: FlagT, ctx: RequestContext) -> FileInfo:
+        """Open for reading; CRIU's --auto-dedup wants to punch holes and must hear EROFS."""
+        if flags & os.O_ACCMODE != os.O_RDONLY:
+            raise FUSEError(errno.EROFS)
+        handle = self._next_handle
+        self._next_handle += 1
+        self._readers[handle] = self._open_reader(self._view.node(inode))
+        return FileInfo(fh=FileHandleT(handle), keep_cache=True)
+
+    @_guarded
+    async def read(self, fh: FileHandleT, off: int, size: int) -> Data:  # type: ignore[override]
+        """Exactly the bytes that the file's size promises, or an error; a view, not a copy."""
+        data = await self._readers[fh].read(off, size)
+        self._counters.reads += 1
+        self._counters.bytes_read += len(data)
+        return data
+
+    @_guarded
+    async def release(self, fh: FileHandleT) -> None:
+        """Forget an open file."""
+        self._readers.pop(fh, None)
+
+    # -- the whole --------------------------------------------------------------------------
+
+    @_guarded
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """Full to the brim: there is nothing to write."""
+        data = StatvfsData()
+        data.f_bsize = data.f_frsize = _BLOCK_BYTES
+        data.f_blocks = -(-self._view.size_bytes // _BLOCK_BYTES)
+        data.f_bfree = data.f_bavail = 0
+        data.f_files = len(self._view.nodes)
+        data.f_ffree = data.f_favail = 0
+        data.f_namemax = 255
+        return data
+
+    @_guarded
+    async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
+        """Only the root has any: the mount's state, its daemon."""
+        if inode == pyfuse3.ROOT_INODE:
+            if name == STATUS_XATTR.encode():
+                return json.dumps(self._status()).encode()
+            if name == PID_XATTR.encode():
+                return str(os.getpid()).encode()
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    @_guarded
+    async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
+        """None to copy."""
+        return ()
+
+    def _attributes(self, inode: int) -> EntryAttributes:
+        node = self._view.node(inode)
+        attributes = EntryAttributes()
+        attributes.st_ino = InodeT(inode)
+        attributes.generation = 0
+        attributes.entry_timeout = attributes.attr_timeout = _FOREVER_S
+        directory = node.type is EntryType.DIRECTORY
+        bits = node.mode | (_SEARCHABLE if directory else _READABLE)
+        attributes.st_mode = ModeT(_KINDS[node.type] | bits)
+        attributes.st_nlink = self._view.links[inode - 1]
+        attributes.st_uid, attributes.st_gid = node.uid, node.gid
+        attributes.st_rdev = 0
+        size_bytes = len(encode_name(node.symlink_target)) or node.size_bytes
+        attributes.st_size = size_bytes
+        attributes.st_blksize = _BLOCK_BYTES
+        attributes.st_blocks = -(-size_bytes // 512)
+        for stamp in ("st_atime_ns", "st_mtime_ns", "st_ctime_ns"):
+            setattr(attributes, stamp, node.mtime_ns)
+        return attributes
+
+
+def attach(
+    operations: CheckpointOperations, mountpoint: str, name: str, *, allow_other: bool
+) -> None:
+    """Mount; requests are served once `serve` runs.
+
+    Raises:
+        LazyfsError: the kernel or fusermount3 refuses.
+    """
+    options = {
+        "ro",
+        "nosuid",
+        "nodev",
+        "noatime",
+        "default_permissions",
+        f"subtype={SUBTYPE}",
+        f"fsname={name.replace(',', '_')}",
+    }
+    if allow_other:
+        options.add("allow_other")
+    try:
+        pyfuse3.init(operations, mountpoint, options)
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise LazyfsError(
+            f"cannot mount on {mountpoint}: {error}; what fusermount3 or the kernel said stands "
+            "above or in the log"
+        ) from None
+
+
+async def serve() -> None:
+    """Answer requests until the mount is gone."""
+    await pyfuse3.main(min_tasks=1, max_tasks=_TASKS_MOST)
+
+
+def detach() -> None:
+    """Unmount if that has not happened, and let go of the kernel: waiting readers get errors."""
+    pyfuse3.close(unmount=True)

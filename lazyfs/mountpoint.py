@@ -1,0 +1,197 @@
+"""Directories that are, were or shall be mount points: what the kernel says, and unmounting.
+
+Light imports only: used before the daemon is forked.
+"""
+
+import contextlib
+import errno
+import os
+import re
+import select
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from lazyfs.ground.errors import LazyfsError, UsageError
+
+FUSE_DEVICE = Path("/dev/fuse")
+_FILESYSTEM = "fuse.lazyfs"
+_OCTAL = re.compile(r"\\([0-7]{3})")
+_PROGRAM_TIMEOUT_S = 30
+_ALL_PROCESSES_ERRNOS = (errno.ENOTCONN, errno.ECONNABORTED)
+
+
+@dataclass(frozen=True, slots=True)
+class Mounted:
+    """A line of /proc/self/mountinfo (proc(5)), as far as it matters here."""
+
+    directory: str
+    filesystem: str
+    source: str
+
+
+def mounts() -> list[Mounted]:
+    """Return all mounts of this mount namespace, in the kernel's order."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+        left, _, right = line.partition(" - ")
+        filesystem, source, *_ = right.split(" ")
+        found.append(Mounted(_unescape(left.split(" ")[4]), filesystem, _unescape(source)))
+    return found
+
+
+def mounted_at(directory: Path) -> Mounted | None:
+    """Return the topmost mount on a directory, if there is one."""
+    path = _real(directory)
+    return next((item for item in reversed(mounts()) if item.directory == path), None)
+
+
+def prepare(directory: Path) -> None:
+    """See that a directory can be mounted on; a dead mount of an earlier daemon is cleared.
+
+    Raises:
+        UsageError: it is missing, no directory, not empty or a mount already.
+        LazyfsError: FUSE is not to be had.
+    """
+    mounted = mounted_at(directory)
+    if mounted is not None and mounted.filesystem == _FILESYSTEM and is_dead(directory):
+        detach(directory, lazy=True)
+        mounted = mounted_at(directory)
+    if mounted is not None:
+        advice = "mount on an empty directory"
+        if mounted.filesystem == _FILESYSTEM:
+            advice = f"unmount it first: lazyfs umount {directory}"
+        raise UsageError(
+            f"{directory} is a mount already ({mounted.filesystem} of {mounted.source}); {advice}"
+        )
+    try:
+        with os.scandir(directory) as names:
+            if next(names, None) is not None:
+                raise UsageError(f"{directory} is not empty; mount on an empty directory")
+    except FileNotFoundError:
+        raise UsageError(f"{directory} does not exist; create it first") from None
+    except NotADirectoryError:
+        raise UsageError(f"{directory} is not a directory") from None
+    except OSError as error:
+        raise UsageError(f"{directory} cannot be read: {error.strerror}") from None
+    check_fuse()
+
+
+def check_fuse() -> None:
+    """See that this kernel and this user can mount FUSE filesystems.
+
+    Raises:
+        LazyfsError: they cannot; the message says what to install or allow.
+    """
+    try:
+        os.close(os.open(FUSE_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise LazyfsError(
+            f"there is no {FUSE_DEVICE}: load the module (modprobe fuse), or give the container "
+            f"the device (--device {FUSE_DEVICE})"
+        ) from None
+    except OSError as error:
+        raise LazyfsError(f"{FUSE_DEVICE} cannot be opened: {error.strerror}") from None
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise LazyfsError("mounting without root needs fusermount3: install the package fuse3")
+
+
+def is_dead(directory: Path) -> bool:
+    """Whether a mount's daemon is gone: everything below answers ENOTCONN."""
+    try:
+        directory.stat()
+    except OSError as error:
+        return error.errno in _ALL_PROCESSES_ERRNOS
+    return False
+
+
+def unmount(directory: Path, *, lazy: bool, timeout_s: float = 20.0) -> None:
+    """Unmount a lazyfs mount, dead or alive, and wait until its daemon has ended.
+
+    `lazy`: detach it now, even while files on it are open.
+
+    Raises:
+        UsageError: there is no lazyfs mount.
+        LazyfsError: it is busy, or not ours to unmount.
+    """
+    mounted = mounted_at(directory)
+    if mounted is None or mounted.filesystem != _FILESYSTEM:
+        what = f"a mount of {mounted.filesystem}" if mounted else "not a mount point"
+        raise UsageError(f"{directory} is not a lazyfs mount: it is {what}")
+    daemon = _daemon_of(directory)
+    try:
+        detach(directory, lazy=lazy or daemon is None)
+        if daemon is not None:
+            _wait_end(daemon, timeout_s, directory)
+    finally:
+        if daemon is not None:
+            os.close(daemon)
+
+
+def detach(directory: Path, *, lazy: bool) -> None:
+    """Unmount by the system's programs.
+
+    Raises:
+        LazyfsError: they refuse.
+    """
+    options = ["-l"] if lazy else []
+    command = ["umount", *options, "--", str(directory)]
+    if os.geteuid() != 0:
+        command = ["fusermount3", "-u", *(["-z"] if lazy else []), "--", str(directory)]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROGRAM_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LazyfsError(f"cannot unmount {directory}: {error}") from None
+    if done.returncode == 0:
+        return
+    said = " ".join(done.stderr.split())
+    if "busy" in said.lower():
+        raise LazyfsError(
+            f"{directory} is busy: a process has a file or its working directory there; "
+            f"see `fuser -vm {directory}`, or detach it now: lazyfs umount --lazy {directory}"
+        )
+    raise LazyfsError(f"cannot unmount {directory}: {said}")
+
+
+def _daemon_of(directory: Path) -> int | None:
+    """Return a pidfd of the mount's daemon, if it lives and is in our pid namespace."""
+    with contextlib.suppress(OSError, ValueError):
+        pid = int(os.getxattr(directory, "user.lazyfs.pid"))
+        return os.pidfd_open(pid)
+    return None
+
+
+def _wait_end(pidfd: int, timeout_s: float, directory: Path) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    while not poll.poll(max(0.0, deadline_s - time.monotonic()) * 1000):
+        if time.monotonic() >= deadline_s:
+            raise LazyfsError(
+                f"{directory} is unmounted, but its daemon has not ended within {timeout_s:.0f} s: "
+                "a process still has files of it open"
+            )
+
+
+def _real(directory: Path) -> str:
+    """Resolve all but the last component, which may be a mount that no longer answers."""
+    absolute = directory.absolute()
+    parent = absolute.parent.resolve()
+    name = absolute.name
+    if name in ("", "..") or (not mounted_below(parent, name) and (parent / name).is_symlink()):
+        return str(absolute.resolve())
+    return str(parent / name)
+
+
+def mounted_below(parent: Path, name: str) -> bool:
+    """Whether `parent/name` is itself the directory of some mount."""
+    path = str(parent / name)
+    return any(item.directory == path for item in mounts())
+
+
+def _unescape(text: str) -> str:
+    return _OCTAL.sub(lambda found: chr(int(found[1], 8)), text)

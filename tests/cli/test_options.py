@@ -1,0 +1,77 @@
+import os
+import sys
+from pathlib import Path
+from subprocess import run
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from lazyfs.cli.options import SourceOptions, default_cache_dir, source_options
+from lazyfs.ground.settings import ContentSettings, TransportSettings
+
+
+def settings_of(*arguments: str, env: dict[str, str] | None = None) -> SourceOptions:
+    seen: list[SourceOptions] = []
+
+    @click.command()
+    @click.argument("other")
+    @source_options
+    def command(other: str, source: SourceOptions) -> None:
+        assert other == "x"
+        seen.append(source)
+
+    result = CliRunner().invoke(command, ["x", *arguments], env=env, catch_exceptions=False)
+    if result.exit_code:
+        raise click.UsageError(result.output)
+    return seen[0]
+
+
+def test_by_default() -> None:
+    settings = settings_of(env={"LAZYFS_CACHE_DIR": None})  # type: ignore[dict-item]
+    assert settings == SourceOptions(default_cache_dir(), TransportSettings(), ContentSettings())
+
+
+def test_all_of_them() -> None:
+    settings = settings_of("--cache-dir=/tmp/c", "--plain-http", "--verify=full", "--deadline=1.5")
+    assert settings == SourceOptions(
+        Path("/tmp/c"),
+        TransportSettings(plain_http=True, deadline_s=1.5),
+        ContentSettings(verify_full=True),
+    )
+
+
+def test_the_cache_directory_of_the_environment() -> None:
+    env = {"LAZYFS_CACHE_DIR": "/tmp/env"}
+    assert settings_of(env=env).cache_dir == Path("/tmp/env")
+    assert settings_of("--cache-dir=/tmp/c", env=env).cache_dir == Path("/tmp/c")
+
+
+@pytest.mark.parametrize("arguments", [["--deadline=0"], ["--deadline=x"], ["--verify=never"]])
+def test_what_cannot_be(arguments: list[str]) -> None:
+    with pytest.raises(click.UsageError):
+        settings_of(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("env", "directory"),
+    [
+        ({"XDG_CACHE_HOME": "/tmp/xdg", "HOME": "/tmp/home"}, "/tmp/xdg/lazyfs"),
+        ({"XDG_CACHE_HOME": "relative", "HOME": "/tmp/home"}, "/tmp/home/.cache/lazyfs"),
+        ({"HOME": "/tmp/home"}, "/tmp/home/.cache/lazyfs"),
+    ],
+)
+def test_a_users_cache_directory(env: dict[str, str], directory: str) -> None:
+    root = os.geteuid() == 0
+    code = (
+        "import os, lazyfs.cli.options as options\n"
+        f"{'os.setuid(65534)' if root else ''}\n"
+        "print(options.default_cache_dir())"
+    )
+    found = run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == directory
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_roots_cache_directory() -> None:
+    assert default_cache_dir() == Path("/var/cache/lazyfs")
