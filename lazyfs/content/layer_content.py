@@ -62,6 +62,8 @@ class LayerContent:
         self._blob = blob
         self._transport_settings = transport_settings
         self._flights: list[Flight] = []
+        self.landed_bytes = 0
+        """Content that has come from the source so far."""
         self._changed = trio.lowlevel.ParkingLot()
         self._poison: LazyfsError | None = None
 
@@ -327,6 +329,7 @@ class LayerContent:
         """Let readers at chunks that a flight has stored. On the trio thread; must not raise."""
         self.holdings.publish(first, marks, memory)
         last = first + len(marks)
+        self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
         for other in self._flights:  # a chunk may be carried by several
             if other is flight or (other.first < last and first < other.last):
                 other.let_go(first, last)

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.content.lanes import Lane
 from lazyfs.content.flight import Flight
+from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent
+from lazyfs.content.width import Width
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.ranges import ByteRange
@@ -53,6 +54,9 @@ class Readahead:
         self._settings = content.settings
         self._streams: deque[_Stream] = deque(maxlen=_STREAMS_MOST)
         self._active = 0
+        self._width = Width(
+            self._settings.readahead_connections_least, self._settings.readahead_connections
+        )
         self._fill = ByteRange(0, 0)
         self._fill_eagerly = False
         self._fill_error: LazyfsError | None = None
@@ -106,13 +110,18 @@ class Readahead:
         Of the latest streams first, nearest to the reader first.
         """
         settings = self._settings
-        connections = 1 if self._content.lanes.yielding else settings.readahead_connections
+        if self._content.lanes.yielding:
+            self._width.idle()
+            connections = 1
+        else:
+            self._width.observe(trio.current_time(), self._content.landed_bytes)
+            connections = self._width.connections
         if self._active >= connections:
             return None
         for stream in reversed(self._streams):
             window_bytes = min(stream.window_bytes, settings.readahead_window_bytes)
             ahead = ByteRange(stream.position, min(stream.position + window_bytes, stream.limit))
-            share_bytes = max(_LEAST_REQUEST_BYTES, window_bytes // settings.readahead_connections)
+            share_bytes = max(_LEAST_REQUEST_BYTES, window_bytes // connections)
             run = self._content.next_run(ahead, min(share_bytes, settings.readahead_request_bytes))
             if run is not None:
                 return self._content.take_off(run, Lane.READAHEAD)
@@ -120,6 +129,7 @@ class Readahead:
             run = self._content.next_run(self._fill, settings.readahead_request_bytes)
             if run is not None:
                 return self._content.take_off(run, Lane.COMPLETION)
+        self._width.idle()
         return None
 
     async def _conduct(self, flight: Flight) -> None:

@@ -39,7 +39,9 @@ class ContentSettings:
     demand_least_bytes: int = 256 * KIB
     """A lone fault fetches so much around it: at 1 Gbit/s that is 2 ms beside a round trip."""
     demand_most_bytes: int = 2 * MIB
-    readahead_connections: int = 6
+    readahead_connections_least: int = 2
+    readahead_connections: int = 8
+    """At most; as many as the link rewards (`content/width.py`)."""
     readahead_request_bytes: int = 8 * MIB
     """At most; while a window is small its requests are small enough for all connections."""
     readahead_window_bytes: int = 64 * MIB
