@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import stat
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -49,6 +51,8 @@ PID_XATTR = "user.lazyfs.pid"
 
 _FOREVER_S = 10 * 365 * 86400.0
 _BLOCK_BYTES = 4096
+_SAY_AGAIN_S = 60.0
+"""A program that reads on and on after an error must not fill the log's disk with it."""
 _TASKS_MOST = 512
 """Requests handled at once; beyond the kernel's background limit, so demand always finds one."""
 _KINDS = {
@@ -105,15 +109,20 @@ class CheckpointOperations(pyfuse3.Operations):
         self._status = status
         self._readers: dict[int, FileReader] = {}
         self._next_handle = 1
+        self._failure, self._failure_at_s = "", 0.0
         self._listings: dict[int, Sequence[tuple[bytes, int]]] = {}
         self._absent = EntryAttributes()
         self._absent.st_ino = InodeT(0)
         self._absent.entry_timeout = _FOREVER_S
 
     def note_failure(self, operation: str, error: Exception) -> None:
-        """Count and log a request that is answered with an error."""
+        """Count a request that is answered with an error, and log it; repetitions now and then."""
         self._counters.failed_reads += operation == "read"
-        log.error("%s answered with an error: %s", operation, error)
+        text = f"{operation} answered with an error: {error}"
+        now_s = time.monotonic()
+        if text != self._failure or now_s - self._failure_at_s >= _SAY_AGAIN_S:
+            self._failure, self._failure_at_s = text, now_s
+            log.error("%s", text)
 
     # -- names ------------------------------------------------------------------------------
 
@@ -263,6 +272,15 @@ def attach(
 async def serve() -> None:
     """Answer requests until the mount is gone."""
     await pyfuse3.main(min_tasks=1, max_tasks=_TASKS_MOST)
+
+
+def forget_bytes(inode: int) -> None:
+    """Have the kernel drop its copy of a file's bytes, mapped ones too.
+
+    For a thread: it blocks while a read of the file waits for its answer.
+    """
+    with suppress(OSError):  # a file that the kernel does not know
+        pyfuse3.invalidate_inode(InodeT(inode))
 
 
 def detach() -> None:

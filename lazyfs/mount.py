@@ -8,6 +8,7 @@ nobody stands.
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from lazyfs.layers.model import EntryType
 
 log = logging.getLogger(__name__)
 
+_SWITCH_INTERVAL_S = 0.0005
 _SMALL_FILE_BYTES = MIB
 _SMALL_FILES_BYTES = 32 * MIB
 _READAHEAD_KIB = 1024
@@ -61,6 +63,7 @@ async def serve_mount(config: MountConfig, on_ready: Callable[[Ready], None]) ->
     Raises:
         LazyfsError: whatever keeps it from being mounted.
     """
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     async with open_checkpoint(config.reference, config.open) as checkpoint:
         view = View(checkpoint.tree, await _root(checkpoint, config.view))
         try:
@@ -90,6 +93,7 @@ async def _mounted(
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_announce, config, checkpoint, on_ready)
+            nursery.start_soon(_withdraw, checkpoint, view)
             if checkpoint.completion is not None:
                 nursery.start_soon(checkpoint.completion.run)
             await fuse.serve()
@@ -103,10 +107,19 @@ async def _announce(
     config: MountConfig, checkpoint: OpenedCheckpoint, on_ready: Callable[[Ready], None]
 ) -> None:
     """Wait until the kernel and we have agreed, then raise its limits and tell."""
-    device = (await trio.to_thread.run_sync(config.directory.stat)).st_dev
-    raise_kernel_limits(device)
+    # Abandoned on the way out: whoever stops serving would wait for an answer of his own.
+    answer = await trio.to_thread.run_sync(config.directory.stat, abandon_on_cancel=True)
+    raise_kernel_limits(answer.st_dev)
     log.info("mounted %s on %s", checkpoint.reference, config.directory)
     on_ready(Ready(checkpoint.reference, checkpoint.images_directory or ""))
+
+
+async def _withdraw(checkpoint: OpenedCheckpoint, view: View) -> None:
+    """Once the bytes are known to be wrong, take back those that the kernel keeps of them."""
+    await checkpoint.content.condemned.wait()
+    for inode, node in enumerate(view.nodes, 1):
+        if node.type is EntryType.FILE:
+            await trio.to_thread.run_sync(fuse.forget_bytes, inode, abandon_on_cancel=True)
 
 
 def raise_kernel_limits(device: int) -> None:
@@ -115,6 +128,8 @@ def raise_kernel_limits(device: int) -> None:
     Only after the first reply: the kernel sets its readahead when it hears what we can do.
     """
     major, minor = os.major(device), os.minor(device)
+    if major != 0:  # a disk's: somebody has unmounted us meanwhile
+        return
     limits = {
         f"/sys/class/bdi/{major}:{minor}/read_ahead_kb": _READAHEAD_KIB,
         f"/sys/fs/fuse/connections/{minor}/max_background": _MAX_BACKGROUND,
@@ -152,6 +167,8 @@ async def _warm(checkpoint: OpenedCheckpoint, view: View) -> None:
         await checkpoint.prefetch(paths)
     except LazyfsError as error:
         log.warning("small files could not be fetched ahead: %s", error)
+    except Exception:  # a bug must not end the mount
+        log.exception("small files could not be fetched ahead: please report this")
 
 
 async def _root(checkpoint: OpenedCheckpoint, view: Literal["criu", "image"]) -> Node:

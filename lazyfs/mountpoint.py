@@ -10,17 +10,25 @@ import re
 import select
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 from lazyfs.ground.errors import LazyfsError, UsageError
+
+_T = TypeVar("_T")
 
 FUSE_DEVICE = Path("/dev/fuse")
 _FILESYSTEM = "fuse.lazyfs"
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _PROGRAM_TIMEOUT_S = 30
-_ALL_PROCESSES_ERRNOS = (errno.ENOTCONN, errno.ECONNABORTED)
+_ANSWER_TIMEOUT_S = 5
+_GONE_ERRNOS = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +101,26 @@ def check_fuse() -> None:
             f"the device (--device {FUSE_DEVICE})"
         ) from None
     except OSError as error:
-        raise LazyfsError(f"{FUSE_DEVICE} cannot be opened: {error.strerror}") from None
+        raise LazyfsError(
+            f"{FUSE_DEVICE} cannot be opened: {error.strerror}; whoever may mount must be able to "
+            f"read and write it (chmod 666 {FUSE_DEVICE}; in a container --device {FUSE_DEVICE})"
+        ) from None
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
         raise LazyfsError("mounting without root needs fusermount3: install the package fuse3")
 
 
 def is_dead(directory: Path) -> bool:
-    """Whether a mount's daemon is gone: everything below answers ENOTCONN."""
-    try:
-        directory.stat()
-    except OSError as error:
-        return error.errno in _ALL_PROCESSES_ERRNOS
+    """Whether a mount's daemon is gone. Asked by statfs, which the kernel never answers itself."""
+
+    def ask() -> bool:
+        try:
+            os.statvfs(directory)
+        except OSError as error:
+            return error.errno in _GONE_ERRNOS
+        return False
+
+    with contextlib.suppress(TimeoutError):
+        return _answer_of(ask)
     return False
 
 
@@ -120,7 +137,16 @@ def unmount(directory: Path, *, lazy: bool, timeout_s: float = 20.0) -> None:
     if mounted is None or mounted.filesystem != _FILESYSTEM:
         what = f"a mount of {mounted.filesystem}" if mounted else "not a mount point"
         raise UsageError(f"{directory} is not a lazyfs mount: it is {what}")
-    daemon = _daemon_of(directory)
+    try:
+        daemon = _answer_of(partial(_daemon_of, directory))
+    except TimeoutError:
+        if not lazy:
+            raise LazyfsError(
+                f"the daemon of {directory} does not answer; detach it all the same: "
+                f"lazyfs umount --lazy {directory}"
+            ) from None
+        detach(directory, lazy=True)
+        return
     try:
         detach(directory, lazy=lazy or daemon is None)
         if daemon is not None:
@@ -163,6 +189,20 @@ def _daemon_of(directory: Path) -> int | None:
         pid = int(os.getxattr(directory, "user.lazyfs.pid"))
         return os.pidfd_open(pid)
     return None
+
+
+def _answer_of(question: Callable[[], _T]) -> _T:
+    """Return what a call says that a stuck daemon would hold up for ever.
+
+    Raises:
+        TimeoutError: nothing, within five seconds. The thread that asks is left behind.
+    """
+    answers: SimpleQueue[_T] = SimpleQueue()
+    threading.Thread(target=lambda: answers.put(question()), daemon=True).start()
+    try:
+        return answers.get(timeout=_ANSWER_TIMEOUT_S)
+    except Empty:
+        raise TimeoutError from None
 
 
 def _wait_end(pidfd: int, timeout_s: float, directory: Path) -> None:

@@ -4,8 +4,8 @@ import logging
 import mmap
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from lazyfs.content.layer_content import LayerContent, at_once
 from lazyfs.content.readahead import FileReader, Readahead
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
+from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import (
     MalformedError,
     NotACheckpoint,
@@ -124,7 +125,7 @@ class OpenedCheckpoint:
             for node in nodes
             if node is not None and node.type is EntryType.FILE and node.size_bytes
         ]
-        await _ensure(self.content, ranges)
+        await _ensure(self.content, ranges, Lane.READAHEAD)
 
     async def prove(self) -> None:
         """Prove the whole layer, if its chunks do not prove themselves.
@@ -166,8 +167,9 @@ async def open_checkpoint(
     )
     content: LayerContent | None = None
     try:
-        layer, index, blob = await _open_layer(image, config, counters)
-        cache = _open_cache(config.cache_dir, layer, index)
+        with _named(image.reference):
+            layer, index, blob = await _open_layer(image, config, counters)
+        cache = _open_cache(config.cache_dir, image.reference, layer, index)
         content = LayerContent(
             blob,
             index.chunks,
@@ -177,7 +179,8 @@ async def open_checkpoint(
             config.content,
             config.transport,
         )
-        tree = Tree(await _entries(index, content))
+        with _named(image.reference):
+            tree = Tree(await _entries(index, content))
         checkpoint = OpenedCheckpoint(image, layer, index, content, tree)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checkpoint.readahead.run)
@@ -191,6 +194,15 @@ async def open_checkpoint(
         if content is not None:
             content.close()
         image.close()
+
+
+@contextmanager
+def _named(reference: str) -> Iterator[None]:
+    """Say of which image it is that a format finds fault with the bytes."""
+    try:
+        yield
+    except MalformedError as error:
+        raise MalformedError(f"{reference}: {error}") from error
 
 
 def find_images_directory(tree: Tree) -> str | None:
@@ -237,12 +249,16 @@ async def _open_layer(
     return layer, index, blob
 
 
-def _open_cache(cache_dir: Path, layer: LayerDescriptor, index: LayerIndex) -> CacheFile | None:
-    size_bytes = index.chunks.content_size_bytes
+def _open_cache(
+    cache_dir: Path, reference: str, layer: LayerDescriptor, index: LayerIndex
+) -> CacheFile | None:
+    chunks = index.chunks
+    tag = index.cache_tag
+    if not chunks.proven:
+        source = reference.partition("@")[0]
+        tag += "-" + Digest.of(source.encode()).hex[:16]
     try:
-        return open_cache_file(
-            cache_dir, layer.digest, index.cache_tag, size_bytes, len(index.chunks)
-        )
+        return open_cache_file(cache_dir, layer.digest, tag, chunks.content_size_bytes, len(chunks))
     except OSError as error:
         log.warning("no cache in %s (%s): what is read is kept in memory", cache_dir, error)
         return None
@@ -254,7 +270,7 @@ async def _entries(index: LayerIndex, content: LayerContent) -> list[Entry]:
     try:
         wanted = next(walk)
         while True:
-            await _ensure(content, wanted)
+            await _ensure(content, wanted, Lane.DEMAND)
             wanted = walk.send([bytes(await content.read(item)) for item in wanted])
     except StopIteration as stop:
         entries: list[Entry] = stop.value
@@ -263,11 +279,11 @@ async def _entries(index: LayerIndex, content: LayerContent) -> list[Entry]:
         walk.close()
 
 
-async def _ensure(content: LayerContent, ranges: Iterable[ByteRange]) -> None:
+async def _ensure(content: LayerContent, ranges: Iterable[ByteRange], lane: Lane) -> None:
     """Have ranges fetched at once, as few requests as their distances allow."""
     merged = list(coalesce(ranges, _COALESCE_BYTES))
     if merged:
-        await at_once([partial(content.ensure, item, Lane.DEMAND) for item in merged])
+        await at_once([partial(content.ensure, item, lane) for item in merged])
 
 
 class _Collector:

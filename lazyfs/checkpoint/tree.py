@@ -15,6 +15,8 @@ from lazyfs.layers.model import Entry, EntryType
 
 log = logging.getLogger(__name__)
 
+_NODES_MOST = 200_000
+"""A checkpoint has hundreds; a hostile index must not fill memory with implied directories."""
 _PERMISSIONS = 0o777
 _IMPLIED_DIRECTORY_MODE = 0o755
 _LINKS_MOST = 40
@@ -49,9 +51,10 @@ class Tree:
         """Fold the entries, in their order.
 
         Raises:
-            MalformedError: an entry lies below something that is no directory.
+            MalformedError: an entry lies below something that is no directory; too many names.
         """
         self.root = Node("", EntryType.DIRECTORY)
+        self._count = 1
         for entry in entries:
             if _is_shown(entry):
                 self._add(entry)
@@ -83,7 +86,7 @@ class Tree:
         for part in above:
             child = parent.children.get(part)
             if child is None:
-                child = parent.children[part] = Node(part, EntryType.DIRECTORY)
+                child = parent.children[part] = self._count_in(Node(part, EntryType.DIRECTORY))
             if child.type is not EntryType.DIRECTORY:
                 raise MalformedError(
                     f"layer entry {entry.path!r} lies below {part!r}, which is no directory"
@@ -100,7 +103,7 @@ class Tree:
         original = self.find(entry.link_of) if entry.link_of else None
         if original is not None and original.content_start != entry.content_start:
             original = None  # its name was given to another file meanwhile
-        parent.children[name] = Node(
+        node = Node(
             name=name,
             type=entry.type,
             mode=entry.mode & _PERMISSIONS,
@@ -112,6 +115,13 @@ class Tree:
             symlink_target=entry.symlink_target,
             original=original,
         )
+        parent.children[name] = self._count_in(node)
+
+    def _count_in(self, node: Node) -> Node:
+        self._count += 1
+        if self._count > _NODES_MOST:
+            raise MalformedError(f"the layer has more than {_NODES_MOST} names")
+        return node
 
     @staticmethod
     def _update_directory(node: Node, entry: Entry) -> None:

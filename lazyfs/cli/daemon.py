@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lazyfs.cli.options import OneLine
+
 _READY_LIMIT_BYTES = 64 * 1024
 _INTERRUPTED = 130
 
@@ -64,23 +66,24 @@ def _live(serve: Callable[[Callable[[str], None]], int], pipe: int, log_file: Pa
                 os.dup2(null, descriptor)
             os.close(null)
 
-        _log_to(log_file)
+        log_to(log_file)
         code = serve(ready)
     finally:
         logging.shutdown()
         os._exit(code)
 
 
-def _log_to(path: Path) -> None:
+def log_to(path: Path) -> None:
     """Log to a file, with times, beside standard error (which is /dev/null once ready)."""
     logger = logging.getLogger("lazyfs")
+    logging.raiseExceptions = False  # a log whose disk is full is no traceback on the terminal
     for handler in logger.handlers:
         handler.setLevel(logger.level or logging.WARNING)
     logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(process)d %(message)s"))
+        to_file.setFormatter(OneLine("%(asctime)s %(levelname)s %(process)d %(message)s"))
         logger.addHandler(to_file)
 
 

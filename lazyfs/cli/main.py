@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 
 import lazyfs
 from lazyfs.cli.options import is_verbose, log_to_stderr, verbose_option
+from lazyfs.cli.text import printable
 from lazyfs.ground.errors import LazyfsError
 
 log = logging.getLogger(__name__)
@@ -143,7 +144,7 @@ def report(error: BaseException) -> int:
     known = [leaf for leaf in leaves if isinstance(leaf, LazyfsError)]
     if known and len(known) == len(leaves):
         gravest = max(known, key=lambda leaf: leaf.exit_code)
-        click.echo(f"lazyfs: {gravest}", err=True)
+        click.echo(f"lazyfs: {printable(str(gravest))}", err=True)
         log.debug("in full:", exc_info=error)
         return gravest.exit_code
     if is_verbose():

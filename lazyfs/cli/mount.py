@@ -1,6 +1,8 @@
 """`lazyfs mount` and `lazyfs umount`."""
 
 import errno
+import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -8,14 +10,19 @@ import click
 
 from lazyfs import mountpoint
 from lazyfs.checkpoint.reference import parse_reference
-from lazyfs.cli.daemon import run_detached
+from lazyfs.cli.daemon import log_to, run_detached
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
-from lazyfs.ground.errors import LazyfsError
+from lazyfs.cli.text import printable
+from lazyfs.ground.errors import LazyfsError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lazyfs.mount import Ready
+
+log = logging.getLogger(__name__)
+
+_LOG_NAME_MOST_BYTES = 200
 
 
 @click.command("mount", epilog=REFERENCE_HELP)
@@ -55,16 +62,20 @@ def mount_command(
     State: `getfattr --only-values -n user.lazyfs.status DIR` prints it as JSON.
     """
     parse_reference(reference)
+    if log_file is not None:
+        _check_writable(log_file)
     mountpoint.prepare(directory)
     directory = directory.resolve()
-    log_file = (log_file or _default_log(source.cache_dir, directory)).absolute()
 
     def serve(on_ready: "Callable[[str], None]") -> int:
         return _serve(reference, directory, view, source, on_ready)
 
     if foreground:
+        if log_file is not None:
+            log_to(log_file)
         return serve(click.echo)
-    code, message = run_detached(serve, log_file)
+    log_file = log_file or _default_log(source.cache_dir, directory)
+    code, message = run_detached(serve, log_file.absolute())
     if code == 0:
         click.echo(message)
     return code
@@ -99,20 +110,35 @@ def _serve(
     opening = OpenConfig(source.cache_dir.absolute(), source.transport, source.content)
     config = MountConfig(reference, directory, opening, view)
 
+    is_ready = False
+
     def tell(ready: "Ready") -> None:
+        nonlocal is_ready
         try:
-            on_ready(f"mounted {ready.reference} on {directory}")
+            on_ready(printable(f"mounted {ready.reference} on {directory}"))
         except OSError as error:
             if error.errno != errno.EPIPE:
                 raise
             raise LazyfsError("whoever asked for the mount is gone; unmounting") from None
+        is_ready = True
 
     try:
         trio.run(serve_mount, config, tell)
-    except BaseException as error:  # noqa: BLE001 - the daemon's end, whatever it is
+    except BaseException as error:
+        if is_ready:  # a daemon has no standard error any more
+            ours = isinstance(error, LazyfsError)
+            log.critical("%s ends: %s", directory, error, exc_info=None if ours else error)
         return report(error)
     return 0
 
 
 def _default_log(cache_dir: Path, directory: Path) -> Path:
-    return cache_dir / "log" / (str(directory).strip("/").replace("/", "-")[:200] + ".log")
+    name = os.fsencode(directory).strip(b"/").replace(b"/", b"-")
+    return cache_dir / "log" / os.fsdecode(name[:_LOG_NAME_MOST_BYTES] + b".log")
+
+
+def _check_writable(log_file: Path) -> None:
+    try:
+        log_file.open("a").close()
+    except OSError as error:
+        raise UsageError(f"the log file {log_file} cannot be written: {error.strerror}") from None

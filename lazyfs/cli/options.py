@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 import click
 
 from lazyfs.checkpoint.reference import FORMS
+from lazyfs.cli.text import printable
 from lazyfs.ground.settings import ContentSettings, TransportSettings
 
 _P = ParamSpec("_P")
@@ -86,7 +87,12 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
     ) -> _R:
         source = SourceOptions(
             cache_dir=cache_dir or default_cache_dir(),
-            transport=TransportSettings(plain_http=plain_http, deadline_s=deadline),
+            transport=TransportSettings(
+                plain_http=plain_http,
+                deadline_s=deadline,
+                stall_timeout_s=min(deadline, TransportSettings().stall_timeout_s),
+                connect_timeout_s=min(deadline, TransportSettings().connect_timeout_s),
+            ),
             content=ContentSettings(verify_full=verify == "full"),
         )
         return command(*args, source=source, **kwargs)
@@ -108,7 +114,17 @@ def verbose_option(command: Callable[_P, _R]) -> Callable[_P, _R]:
 
 def is_verbose() -> bool:
     """Whether the user asked for more than results and errors."""
-    return logging.getLogger("lazyfs").isEnabledFor(logging.INFO)
+    logger = logging.getLogger("lazyfs")
+    shown = all(handler.level <= logging.INFO for handler in logger.handlers)
+    return shown and logger.isEnabledFor(logging.INFO)
+
+
+class OneLine(logging.Formatter):
+    """A line a record, whatever names are in it; a traceback follows on lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Return the line, fit for a terminal."""
+        return printable(super().formatMessage(record))
 
 
 def log_to_stderr() -> None:
@@ -116,7 +132,7 @@ def log_to_stderr() -> None:
     logger = logging.getLogger("lazyfs")
     if not logger.handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("lazyfs: %(message)s"))
+        handler.setFormatter(OneLine("lazyfs: %(message)s"))
         logger.addHandler(handler)
 
 

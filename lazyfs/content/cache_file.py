@@ -1,9 +1,12 @@
 """One layer's content on disk: a sparse file in the content address space, and a mark per chunk.
 
 Written with `pwritev` (a full disk is then an OSError, not a SIGBUS) and read through a read-only
-mapping (a reply is a slice of it, without a copy). Nothing is ever fsynced: a chunk counts only
-if its bytes still give the mark, the xxh3 of what was stored, so a torn write, a lost page or a
-SIGKILL at any moment costs a fetch and never a wrong byte.
+mapping (a reply is a slice of it, without a copy). Nothing is ever fsynced: a chunk that an
+earlier daemon left counts only if its bytes still give the mark, the xxh3 of what was stored, so
+a torn write or a SIGKILL at any moment costs a fetch and never a wrong byte.
+
+The tag names all that proves the chunks, or, where nothing does, the source they came from: what
+a hostile image has put here is never found by another.
 
     DIR/layers/sha256-<hex>.<cache tag>/content   the bytes, at their content addresses
                                        /marks     one u64 (little-endian) a chunk; 0: not here
@@ -21,6 +24,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import xxhash
@@ -132,14 +136,15 @@ def open_cache_file(
         return _open_private(layers, size_bytes)
     home = layers / f"{digest.algorithm}-{digest.hex}.{tag}"
     home.mkdir(mode=0o700, exist_ok=True)
-    content_fd = os.open(home / "content", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
+    with ExitStack() as on_error:
+        content_fd = os.open(home / "content", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        on_error.callback(os.close, content_fd)
         try:
             fcntl.flock(content_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(content_fd)
             return _open_private(layers, size_bytes)
         marks_fd = os.open(home / "marks", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        on_error.callback(os.close, marks_fd)
         for fd, wanted_bytes in ((content_fd, size_bytes), (marks_fd, count * _MARK_BYTES)):
             if os.fstat(fd).st_size != wanted_bytes:
                 os.ftruncate(marks_fd, 0)
@@ -147,11 +152,9 @@ def open_cache_file(
                 os.ftruncate(fd, wanted_bytes)
         if os.fstat(marks_fd).st_size != count * _MARK_BYTES:
             os.ftruncate(marks_fd, count * _MARK_BYTES)
-        return CacheFile(content_fd, size_bytes, home, marks_fd)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.close(content_fd)
-        raise
+        cache = CacheFile(content_fd, size_bytes, home, marks_fd)
+        on_error.pop_all()
+        return cache
 
 
 def _open_private(directory: Path, size_bytes: int) -> CacheFile:

@@ -57,6 +57,9 @@ class Completion:
                 except LazyfsError as error:
                     log.warning("%s is not proven yet: %s", self._name, error)
                     await trio.sleep(_REST_S)
+                except Exception:  # a bug must not end the mount
+                    log.exception("%s cannot be proven: please report this", self._name)
+                    await trio.sleep(_REST_S)
 
     async def prove(self, *, eager: bool) -> None:
         """Hash the whole blob and compare.

@@ -6,6 +6,7 @@ the rest to `publish` on the trio thread. Whoever claims a chunk stores it or gi
 """
 
 import logging
+import sys
 import threading
 from array import array
 from collections import OrderedDict
@@ -16,7 +17,7 @@ import xxhash
 from lazyfs.content.cache_file import CacheFile, mark_of
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
-from lazyfs.ground.errors import IntegrityError
+from lazyfs.ground.errors import FetchError, IntegrityError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.layers.model import ChunkMap
 
@@ -28,6 +29,7 @@ FLYING: somebody is fetching or checking it. READY: in the cache file. IN_MEMORY
 not take it."""
 
 _PIECE_BYTES = 1 << 20
+_MEMORY_CHUNK_MOST_BYTES = 256 << 20
 _ZEROS = bytes(_PIECE_BYTES)
 
 
@@ -53,10 +55,11 @@ class Holdings:
         self._memory_bytes = 0
         self._memory_limit_bytes = memory_limit_bytes
         self._purged = False
+        self._holes_left = False
         self._lock = threading.Lock()
         self._claimed = bytearray(len(chunks))
         marks = cache.marks(len(chunks)) if cache is not None else bytes(8 * len(chunks))
-        self._marks = array("Q", marks)
+        self._marks = _little_endian(array("Q", marks))
         self.sealed = cache is not None and cache.is_sealed(marks)
         """Whether an earlier mount found the whole blob, chunk by chunk as held, to match."""
         fresh = not any(marks)
@@ -106,6 +109,15 @@ class Holdings:
                 self.state[index] = READY
             else:
                 self._remember(index, memory[offset])
+        if memory is not None and not self._holes_left:
+            self._leave_holes()
+
+    def _leave_holes(self) -> None:
+        """Read chunks of zeros from the file no more: on a full tmpfs a hole is a SIGBUS."""
+        self._holes_left = True
+        for index in self._chunks.zero_chunks():
+            if self.state[index] == READY:
+                self.state[index] = IN_MEMORY
 
     def accept(self, index: int) -> None:
         """Believe a chunk of an earlier mount: `verify` found it as it was."""
@@ -119,8 +131,7 @@ class Holdings:
         self._counters.cache_refused += 1
         self._marks[index] = 0
         self.sealed = False
-        if self._is_zeros(index):
-            self._remember(index, b"")
+        self.state[index] = IN_MEMORY if self._is_zeros(index) else ABSENT
 
     def here_bytes(self) -> int:
         """How much content is here, give or take a chunk's size."""
@@ -130,27 +141,24 @@ class Holdings:
         here = self.state.count(READY) + self.state.count(IN_MEMORY)
         return self._chunks.content_size_bytes * here // chunks
 
-    def mark(self, index: int) -> int:
-        """The mark of a chunk that is or was here; 0 for one that never was."""
-        return self._marks[index]
-
     def seal(self) -> None:
         """Note for later mounts that the whole blob matches its digest."""
         self.sealed = True
         if self._cache is not None:
             try:
-                self._cache.seal(self._marks.tobytes())
+                self._cache.seal(_little_endian(self._marks[:]).tobytes())
             except OSError as problem:
                 log.warning("the cache could not be sealed: %s", problem)
 
     def purge(self) -> None:
         """Leave nothing of this layer for later mounts to find."""
-        self._purged = True
-        if self._cache is not None:
-            try:
-                self._cache.purge()
-            except OSError as problem:
-                log.warning("the cache could not be cleared: %s", problem)
+        with self._lock:  # nobody may be between a look at `_purged` and a mark
+            self._purged = True
+            if self._cache is not None:
+                try:
+                    self._cache.purge()
+                except OSError as problem:
+                    log.warning("the cache could not be cleared: %s", problem)
 
     def close(self) -> None:
         """Let go of the cache file."""
@@ -220,10 +228,20 @@ class Holdings:
             start += len(piece)
         mark = hasher.intdigest() or 1
         self._compare(index, mark)
-        if not stored:
-            return [mark], [b"".join(decode())]
-        self._record(index, [mark])
-        return [mark], None
+        if stored:
+            self._record(index, [mark])
+            return [mark], None
+        size_bytes = self._chunks.content_size(index)
+        if size_bytes > _MEMORY_CHUNK_MOST_BYTES:
+            raise FetchError(
+                f"{self._source_name}: a chunk of {size_bytes} bytes is too large for memory, and "
+                "the cache takes no more: make room in the cache directory",
+                transient=False,
+            )
+        whole = bytearray()
+        for piece in decode():  # a piece is good only until the next
+            whole += piece
+        return [mark], [bytes(whole)]
 
     def verify(self, index: int) -> bool:
         """Whether the cache file still holds what the chunk's mark says."""
@@ -266,9 +284,17 @@ class Holdings:
         return True
 
     def _record(self, first: int, marks: Sequence[int]) -> None:
-        if self._cache is None or self._purged:
-            return
-        try:
-            self._cache.record(first, marks)
-        except OSError:
-            self._counters.cache_write_errors += 1
+        with self._lock:
+            if self._cache is None or self._purged:
+                return
+            try:
+                self._cache.record(first, marks)
+            except OSError:
+                self._counters.cache_write_errors += 1
+
+
+def _little_endian(marks: "array[int]") -> "array[int]":
+    """Turn marks as they are on disk into numbers, or back; in place."""
+    if sys.byteorder == "big":
+        marks.byteswap()
+    return marks

@@ -19,6 +19,8 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.layers.model import ChunkMap
 
 _BUFFER_BYTES = 1 << 20
+_BATCH_BYTES = 4 << 20
+"""So much content at most is held before it is stored and readers are let in."""
 LARGE_BYTES = 1 << 20
 """Content of a chunk up to this size is decoded in one piece (`ChunkMap.decode`)."""
 
@@ -112,7 +114,7 @@ class Landing:
         self._make_room()
 
     def close(self) -> None:
-        """Give the buffer back; at once, unless the traceback of an error still holds a piece."""
+        """Give the buffer back, when nobody will look at a piece of it any more."""
         with suppress(BufferError):
             self._view.release()
             _give_buffer(self._buffer)
@@ -157,4 +159,6 @@ class Landing:
             (piece,) = chunks.decode(index, data)
             pieces.append(piece)
             end += len(piece)
+            if end - chunks.content_start(run_first) >= _BATCH_BYTES:
+                flush(index + 1)
         flush(last)

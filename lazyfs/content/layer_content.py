@@ -35,6 +35,8 @@ from lazyfs.transport.blob import Blob
 log = logging.getLogger(__name__)
 
 _CHECK_MOST_BYTES = 8 << 20
+_RUN_CONTENT_MOST_BYTES = 16 << 20
+"""A few compressed bytes may be a lot of content; no more than so much is decoded in one go."""
 _BRIDGE_BYTES = 64 << 10
 """Gaps in the blob up to this size are fetched along: a request of its own costs more."""
 
@@ -66,6 +68,8 @@ class LayerContent:
         """Content that has come from the source so far."""
         self._changed = trio.lowlevel.ParkingLot()
         self._poison: LazyfsError | None = None
+        self.condemned = trio.Event()
+        """Set when there is a `poison`."""
 
     # -- reading ----------------------------------------------------------------------------
 
@@ -169,7 +173,8 @@ class LayerContent:
         """Serve nothing more of this layer, say why, and forget what the cache holds of it."""
         if self._poison is not None:
             return
-        self._poison = error
+        self._poison = error.with_traceback(None)  # which would hold on to buffers
+        self.condemned.set()
         log.critical("%s; every read fails from now on", error)
         self.holdings.purge()
         for flight in self._flights:
@@ -193,10 +198,13 @@ class LayerContent:
     def _run_end(self, first: int, last: int, most_bytes: int) -> int:
         """Return where a run of absent chunks that one request can fetch ends."""
         begin, end = self.chunks.blob_range(first)
+        content_begin = self.chunks.content_start(first)
         index = first + 1
         while index < last and self._state[index] == ABSENT:
             source = self.chunks.blob_range(index)
             if not 0 <= source.start - end <= _BRIDGE_BYTES or source.stop - begin > most_bytes:
+                break
+            if self.chunks.content_start(index) - content_begin > _RUN_CONTENT_MOST_BYTES:
                 break
             end = source.stop
             index += 1
@@ -267,7 +275,8 @@ class LayerContent:
         if flight.error is not None and flight.lane is lane:
             raise flight.error
         stalled = time.monotonic() - flight.moved_at_s >= patience_s
-        if stalled and lane is Lane.DEMAND and flight.lane is not Lane.DEMAND:
+        is_fetch_of_others = flight.lane is not Lane.DEMAND and not flight.checks_cache
+        if stalled and lane is Lane.DEMAND and is_fetch_of_others:
             if self._flight_over(index) is not flight:
                 return
             log.debug("chunks %d-%d: no byte for %.1f s, asking beside", index, end, patience_s)
@@ -306,9 +315,10 @@ class LayerContent:
     def _touch_down(self, flight: Flight) -> None:
         self._flights.remove(flight)
         flight.give_back_claims()
+        undone = UNCHECKED if flight.checks_cache else ABSENT
         for index in range(flight.first, flight.last):
             if self._state[index] == FLYING and self._flight_over(index) is None:
-                self._state[index] = ABSENT
+                self._state[index] = undone
         flight.let_go_all()
         self._changed.unpark_all()
 
@@ -342,6 +352,7 @@ class LayerContent:
             while (part := self.holdings.part(index, content)) is None:
                 await self._ensure(index, index + 1, lane)
             out += part
+        self.raise_if_condemned()
         if len(out) != content.size_bytes:  # padding between files was asked for
             raise AssertionError(f"{content} is not within one file")
         return bytes(out)

@@ -2,9 +2,9 @@
 
 The kernel turns CRIU's one giant `preadv` into a train of small requests with two in flight, so
 it is here that a restore becomes parallel. A read that begins where an earlier one ended goes
-on a *stream*; a stream may be fetched ahead by half of what it has consumed, so bytes fetched
-stay within a factor of what was read, and the window opens exponentially all the same. A large
-first read is no page fault but the head of a giant one: its window opens at once.
+on a *stream*; a stream may be fetched ahead by as much as it has consumed, so bytes fetched stay
+within a factor of what was read, and the window opens exponentially all the same. A large first
+read is no page fault but the head of a giant one: its window opens at once.
 
 No lock: `_streams` is changed on the trio thread between checkpoints only. Failures are not
 told here: the reader that gets so far asks for itself and hears of it.
@@ -29,7 +29,9 @@ log = logging.getLogger(__name__)
 _STREAMS_MOST = 64
 _SLACK_READS = 4
 """The kernel's requests overtake each other by so many of their own size."""
-_LEAST_WINDOW_BYTES = 64 << 10
+_STEADY_BYTES = 64 << 10
+"""What has gone on for so long will go on."""
+_LEAST_WINDOW_BYTES = 1 << 20
 _GIANT_READ_BYTES = 256 << 10
 """CRIU faults 4 KiB at a time, for which the kernel begins with 16 KiB; what begins larger is
 the head of a long read."""
@@ -75,8 +77,11 @@ class Readahead:
         if advanced > 0:
             stream.position = content.stop
             stream.consumed_bytes += advanced
-            stream.window_bytes = max(stream.window_bytes, stream.consumed_bytes // 2)
-        if stream.window_bytes >= _LEAST_WINDOW_BYTES:
+            if stream.consumed_bytes >= _STEADY_BYTES:
+                stream.window_bytes = max(
+                    stream.window_bytes, stream.consumed_bytes, _LEAST_WINDOW_BYTES
+                )
+        if stream.window_bytes:
             self._wanted.set()
         return foreseen
 
@@ -110,6 +115,8 @@ class Readahead:
         Of the latest streams first, nearest to the reader first.
         """
         settings = self._settings
+        if self._content.poison is not None:
+            return None
         if self._content.lanes.yielding:
             self._width.idle()
             connections = 1
@@ -118,14 +125,18 @@ class Readahead:
             connections = self._width.connections
         if self._active >= connections:
             return None
-        for stream in reversed(self._streams):
-            window_bytes = min(stream.window_bytes, settings.readahead_window_bytes)
+        keeps_all = self._content.holdings.keeps_all
+        most_bytes = settings.readahead_window_bytes
+        if not keeps_all:  # what is fetched too far ahead has to go before it is read
+            most_bytes = min(most_bytes, settings.memory_cache_bytes // 4)
+        for stream in list(reversed(self._streams))[: None if keeps_all else 1]:
+            window_bytes = min(stream.window_bytes, most_bytes)
             ahead = ByteRange(stream.position, min(stream.position + window_bytes, stream.limit))
             share_bytes = max(_LEAST_REQUEST_BYTES, window_bytes // connections)
             run = self._content.next_run(ahead, min(share_bytes, settings.readahead_request_bytes))
             if run is not None:
                 return self._content.take_off(run, Lane.READAHEAD)
-        if self._fill_eagerly or self._active < settings.completion_connections:
+        if keeps_all and (self._fill_eagerly or self._active < settings.completion_connections):
             run = self._content.next_run(self._fill, settings.readahead_request_bytes)
             if run is not None:
                 return self._content.take_off(run, Lane.COMPLETION)
@@ -137,12 +148,20 @@ class Readahead:
             await self._content.conduct(flight)
         except LazyfsError as error:
             log.debug("readahead failed, its readers will ask for themselves: %s", error)
-            self._streams.clear()  # or it would ask for the same again at once
-            self._fill = ByteRange(0, 0)
-            self._fill_error = error
+            self._give_up(flight, error)
+        except Exception as error:  # a bug must not end the mount
+            log.exception("readahead failed: please report this")
+            self._give_up(flight, LazyfsError(str(error)))
         finally:
             self._active -= 1
             self._wanted.set()
+
+    def _give_up(self, flight: Flight, error: LazyfsError) -> None:
+        """Forget what was wanted, or it would be asked for again at once."""
+        self._streams.clear()
+        self._fill = ByteRange(0, 0)
+        if flight.lane is Lane.COMPLETION:
+            self._fill_error = error
 
     def _find(self, content: ByteRange, limit: int) -> _Stream | None:
         slack_bytes = _SLACK_READS * content.size_bytes

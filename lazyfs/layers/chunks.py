@@ -30,6 +30,9 @@ DIGEST_BYTES = 32
 BLOB_CHUNK_MOST_BYTES = 64 * MIB
 """A chunk is fetched whole before a byte of it can be read: more is nobody's good will."""
 
+CONTENT_CHUNK_MOST_BYTES = 16 * 1024 * MIB
+"""Writers set no bound: memory filled with one byte becomes one chunk."""
+
 _NO_DIGEST = bytes(DIGEST_BYTES)
 _DISTANCE_MOST = 2**32 - 1
 _PADDING_MOST = 2**16 - 1
@@ -240,6 +243,8 @@ class TableBuilder:
                 f"chunk of {size_bytes} bytes at {blob} lies outside what is left of the blob: "
                 f"{ByteRange(self._blob_end, self._blob_stop)}"
             )
+        if digest is not None and size_bytes > CONTENT_CHUNK_MOST_BYTES:
+            raise MalformedError(f"chunk at {blob} says that it holds {size_bytes} bytes")
         if digest is not None and not 0 < fetched <= BLOB_CHUNK_MOST_BYTES:
             raise MalformedError(f"chunk at {blob} is empty or larger than {BLOB_CHUNK_MOST_BYTES}")
         content = self.content_end - self._content_base

@@ -128,8 +128,9 @@ class LayerIndex:
     format_name: str
     """Short and stable ("tar", "zstd:chunked"): shown to people."""
     cache_tag: str
-    """Names the content layout ("tar-256k", "zstd-chunked-1"): the same tag and digest mean
-    the same addresses and chunks, in every later version."""
+    """Names the content layout and, where something other than the layer's digest proves the
+    chunks, that too ("tar-256k", "zstd-chunked-1-<TOC digest>"). The same tag and layer digest
+    mean the same addresses and chunks, in every later version."""
     chunks: ChunkMap
     walk: Walk
 

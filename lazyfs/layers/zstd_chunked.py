@@ -109,14 +109,15 @@ class ZstdChunked:
         """
         position = TocPosition.parse(layer.annotations[POSITION_KEY], layer.size_bytes)
         (packed,) = prelude
-        Digest.parse(layer.annotations[CHECKSUM_KEY]).check(packed, "the zstd:chunked TOC")
+        checksum = Digest.parse(layer.annotations[CHECKSUM_KEY])
+        checksum.check(packed, "the zstd:chunked TOC")
         entries, builder = read_toc(
             _toc_pieces(packed, position.plain_bytes),
             blob_stop=position.blob.start - FRAME_HEADER_BYTES,
         )
         return LayerIndex(
             format_name=self.name,
-            cache_tag="zstd-chunked-1",
+            cache_tag=f"zstd-chunked-1-{checksum.hex}",
             chunks=TableChunks(builder, decompress),
             walk=_known(entries),
         )

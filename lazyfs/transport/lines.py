@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 _PATIENCE_DEFAULT_S = 60.0
+_QUICK_S = 0.02
 _GATHER_BYTES = 64 * 1024
 """Half of the kernel's first receive buffer: a higher mark would clamp the window (tcp.c)."""
 
@@ -56,8 +57,8 @@ class BoundedResponse(http.client.HTTPResponse):
 
     While much of a body is to come, a receive waits until some of it can be had at once
     (SO_RCVLOWAT, socket(7)): with eight connections on a link of 1 Gbit/s a thread would
-    otherwise be woken for every 17 KiB, and half of the CPU time go into waking. The mark is 1
-    again well before the body's end, and so for whatever comes after it.
+    otherwise be woken for every 17 KiB, and half of the CPU time go into waking. Only while bytes
+    come quickly; the mark is 1 again well before the body's end, and for whatever comes after it.
     """
 
     def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
@@ -66,19 +67,23 @@ class BoundedResponse(http.client.HTTPResponse):
         self.fp = _Lines(self.fp.detach(), sock.gettimeout() or _PATIENCE_DEFAULT_S)
         self._socket = sock
         self._low_water_bytes = 1
+        self._is_quick = False
 
     def read1(self, n: int = -1) -> bytes:
         """Return what has come of the body, once it is worth a receive."""
-        self._mark_low_water()
+        began_s = time.monotonic()
         piece = super().read1(n)
+        self._is_quick = time.monotonic() - began_s < _QUICK_S
         self._mark_low_water()
         return piece
 
     def _mark_low_water(self) -> None:
         left_bytes = self.length
-        enough = left_bytes is not None and left_bytes >= 2 * _GATHER_BYTES
+        enough = left_bytes is not None and left_bytes >= 2 * _GATHER_BYTES and self._is_quick
         wanted_bytes = _GATHER_BYTES if enough else 1
         if wanted_bytes != self._low_water_bytes:
-            with contextlib.suppress(OSError):  # it was closed meanwhile: the read will tell
+            # OSError: it was closed meanwhile, and the read will tell. AttributeError: TLS to a
+            # proxy has no socket options.
+            with contextlib.suppress(OSError, AttributeError):
                 self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, wanted_bytes)
             self._low_water_bytes = wanted_bytes

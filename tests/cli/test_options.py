@@ -36,7 +36,9 @@ def test_all_of_them() -> None:
     settings = settings_of("--cache-dir=/tmp/c", "--plain-http", "--verify=full", "--deadline=1.5")
     assert settings == SourceOptions(
         Path("/tmp/c"),
-        TransportSettings(plain_http=True, deadline_s=1.5),
+        TransportSettings(
+            plain_http=True, deadline_s=1.5, stall_timeout_s=1.5, connect_timeout_s=1.5
+        ),
         ContentSettings(verify_full=True),
     )
 

@@ -92,7 +92,7 @@ def test_chunks_beyond_one_piece(size: int, content_size: bool) -> None:
 def test_files_start_at_pages_and_only_data_is_fetched() -> None:
     index = open_layer(zstd_chunked(FILES, cut=cut_evenly(10_000)))
     entries = drive(index.walk, reader_of(b""))
-    assert index.cache_tag == "zstd-chunked-1"
+    assert index.cache_tag.startswith("zstd-chunked-1-")
     assert index.chunks.proven
     assert all(entry.content_start % 4096 == 0 for entry in entries)
     sizes = [index.chunks.blob_range(i).size_bytes for i in range(len(index.chunks))]
