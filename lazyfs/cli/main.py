@@ -15,7 +15,7 @@ from click.shell_completion import CompletionItem
 import lazyfs
 from lazyfs.cli.options import is_verbose, log_to_stderr, verbose_option
 from lazyfs.cli.text import printable
-from lazyfs.ground.errors import LazyfsError
+from lazyfs.ground.errors import LazyfsError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +144,7 @@ def report(error: BaseException) -> int:
     known = [leaf for leaf in leaves if isinstance(leaf, LazyfsError)]
     if known and len(known) == len(leaves):
         gravest = max(known, key=lambda leaf: leaf.exit_code)
-        click.echo(f"lazyfs: {printable(str(gravest))}", err=True)
+        click.echo(f"lazyfs: {_told(gravest)}", err=True)
         log.debug("in full:", exc_info=error)
         return gravest.exit_code
     if is_verbose():
@@ -157,6 +157,13 @@ def report(error: BaseException) -> int:
             err=True,
         )
     return 1
+
+
+def _told(error: LazyfsError) -> str:
+    """Return an error's text; only where all of it is the user's and ours may it have lines."""
+    if isinstance(error, UsageError):
+        return "\n".join(printable(line) for line in str(error).split("\n"))
+    return printable(str(error))
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

@@ -14,6 +14,7 @@ kept, the other is dropped unseen, so there is never more than one truth about a
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -63,6 +64,10 @@ class LayerContent:
         self._state = self.holdings.state
         self._blob = blob
         self._transport_settings = transport_settings
+        self._one_attempt = replace(transport_settings, deadline_s=0.0)
+        self._source_answers = True
+        """Once a fetch has given up, later ones ask just once, until one succeeds: a reader asks
+        again after an error, page by page, and must not wait out a whole deadline each time."""
         self._flights: list[Flight] = []
         self.landed_bytes = 0
         """Content that has come from the source so far."""
@@ -289,12 +294,14 @@ class LayerContent:
                 self._blob,
                 landing.byte_range,
                 landing,
-                settings=self._transport_settings,
+                settings=self._transport_settings if self._source_answers else self._one_attempt,
                 limiter=self.lanes.limiter(flight.lane),
                 counters=self.counters,
             )
+            self._source_answers = True
         except LazyfsError as error:
             flight.error = error
+            self._source_answers = False
             if isinstance(error, IntegrityError):
                 self.condemn(error)
             raise

@@ -293,3 +293,18 @@ async def test_without_a_disk_a_blob_is_proven_too() -> None:
         await setup.completion(Digest.of(DATA)).prove(eager=True)
         nursery.cancel_scope.cancel()
     assert setup.content.holdings.sealed
+
+
+async def test_after_giving_up_a_source_is_asked_just_once_a_read(tmp_path: Path) -> None:
+    def dead(_: ByteRange) -> None:
+        raise FetchError("connection refused", transient=True)
+
+    with cached(tmp_path) as setup:
+        setup.blob.before = dead
+        for attempts in (2, 1, 1):
+            before = len(setup.blob.asked)
+            with pytest.raises(FetchError):
+                await setup.content.read(ByteRange(0, 10))
+            assert (len(setup.blob.asked) - before == 1) == (attempts == 1)
+        setup.blob.before = None
+        await _expect(setup, ByteRange(0, 10))
