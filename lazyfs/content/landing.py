@@ -71,7 +71,8 @@ class Shore(Protocol):
 class Landing:
     """The sink of one fetch: of the chunks that its shore names.
 
-    They must lie in order in the blob, and none be of zeros.
+    They must lie in order in the blob. The first and the last are fetched; of those between them,
+    zeros have no bytes there, and what is here already is passed over.
     """
 
     def __init__(self, chunks: ChunkMap, shore: Shore, check: Callable[[], None]) -> None:
@@ -144,12 +145,12 @@ class Landing:
             run_first, end = next_first, chunks.content_start(next_first)
 
         for index in range(first, last):
-            if not self._shore.claim(index):
+            source = chunks.blob_range(index)
+            if not source.size_bytes or not self._shore.claim(index):
                 flush(index + 1)
                 continue
             if chunks.content_start(index) != end:
                 flush(index)
-            source = chunks.blob_range(index)
             data = self._view[source.start - self._base : source.stop - self._base]
             if chunks.content_size(index) > LARGE_BYTES:
                 flush(index)

@@ -21,7 +21,7 @@ import trio
 
 from lazyfs.content.cache_file import CacheFile
 from lazyfs.content.flight import Flight
-from lazyfs.content.holdings import ABSENT, FLYING, READY, UNCHECKED, Holdings
+from lazyfs.content.holdings import ABSENT, FLYING, IN_MEMORY, READY, UNCHECKED, Holdings
 from lazyfs.content.landing import Landing
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.ground.counters import Counters
@@ -201,19 +201,24 @@ class LayerContent:
         return self.chunks.index_at(content.start), self.chunks.index_at(content.stop - 1) + 1
 
     def _run_end(self, first: int, last: int, most_bytes: int) -> int:
-        """Return where a run of absent chunks that one request can fetch ends."""
+        """Return where a run of absent chunks that one request can fetch ends.
+
+        Chunks that are here (zeros above all) may lie within it, if little is fetched in vain.
+        """
         begin, end = self.chunks.blob_range(first)
-        content_begin = self.chunks.content_start(first)
-        index = first + 1
-        while index < last and self._state[index] == ABSENT:
+        content_stop = self.chunks.content_start(first) + _RUN_CONTENT_MOST_BYTES
+        run_end = index = first + 1
+        while index < last and self._state[index] in (ABSENT, READY, IN_MEMORY):
             source = self.chunks.blob_range(index)
             if not 0 <= source.start - end <= _BRIDGE_BYTES or source.stop - begin > most_bytes:
                 break
-            if self.chunks.content_start(index) - content_begin > _RUN_CONTENT_MOST_BYTES:
+            if self.chunks.content_start(index) > content_stop:
                 break
-            end = source.stop
             index += 1
-        return index
+            if self._state[index - 1] == ABSENT:
+                end = source.stop
+                run_end = index
+        return run_end
 
     def _absent_runs(self, first: int, last: int, lane: Lane) -> list[tuple[int, int]]:
         """Cut the absent chunks into requests; the last one may reach past `last` a little."""

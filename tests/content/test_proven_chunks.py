@@ -128,3 +128,13 @@ async def test_a_bug_in_a_fetch_is_one_error(settle: bool) -> None:
             blob.before = None
             assert await whole(content, len(data)) == data
             nursery.cancel_scope.cancel()
+
+
+async def test_zeros_do_not_cut_a_request(tmp_path: Path) -> None:
+    dice = random.Random(6)
+    block = 64 * 1024
+    data = b"".join(dice.randbytes(block) if n % 3 else bytes(block) for n in range(48))
+    with content_of({"pages-1.img": data}, None) as (content, blob, index):
+        assert len(index.chunks.zero_chunks()) > 5
+        assert await whole(content, len(data)) == data
+        assert len(blob.asked) <= 2
