@@ -192,6 +192,11 @@ class FaultServer:
         with self._lock:
             self._scripts.append((part, [fault] * 10_000))
 
+    def forgive(self) -> None:
+        """Forget all that is scripted; requests that are being answered go on as they are."""
+        with self._lock:
+            self._scripts.clear()
+
     def count(self, part: str) -> int:
         """How many requests there were with `part` in their path."""
         return sum(part in seen.path for seen in list(self.seen))

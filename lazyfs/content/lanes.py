@@ -31,7 +31,7 @@ class Lanes:
         """Take the connections of each lane from `settings`."""
         self._settings = settings
         self._fault_at_s = float("-inf")
-        self._demand_at_s = float("-inf")
+        self._demand_at_s = trio.current_time()  # whoever has just come will want something
         self._limiters = {
             Lane.DEMAND: trio.CapacityLimiter(settings.demand_connections),
             Lane.READAHEAD: trio.CapacityLimiter(settings.readahead_connections),

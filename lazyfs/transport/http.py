@@ -37,15 +37,6 @@ from lazyfs.transport.urls import Origin, is_loopback, origin_of, shown
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 PIECE_BYTES = 256 * 1024
-WINDOW_BYTES = 2 * 1024 * 1024
-"""The most that a server may have on its way to one connection. Left to itself the kernel grows
-this to 6 MB or more, and a few connections overfill the queues on the way: lost packets, and a
-fault that waits behind them (seen at 1 Gbit/s, 10 ms: 5% of packets lost, stalls of a second).
-Where more must be under way, readahead takes more connections."""
-_OPTIONS = [
-    *HTTPConnection.default_socket_options,
-    (socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP, WINDOW_BYTES),
-]
 _FOREIGN_ERRORS = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -62,12 +53,10 @@ class ClosedEarly(FetchError):
 
 class _Connection(HTTPConnection):
     response_class = BoundedResponse
-    default_socket_options = _OPTIONS
 
 
 class _TlsConnection(HTTPSConnection):
     response_class = BoundedResponse
-    default_socket_options = _OPTIONS
 
 
 class _Pool(HTTPConnectionPool):

@@ -1,0 +1,168 @@
+"""The cache on disk: it saves fetches, is never believed unchecked, and may be missing or full."""
+
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults import FaultServer
+from tests.mount.mounting import Mount, Mounts, read_at, run
+from tests.mount.published import KIB, LAYERS, MIB, checkpoint_files, publish_files
+
+FILES = checkpoint_files(16 * MIB)
+DATA = FILES["checkpoint/pages-1.img"]
+
+
+@pytest.fixture(params=LAYERS)
+def reference(request: pytest.FixtureRequest, server: FaultServer) -> str:
+    return publish_files(server, FILES, request.param)
+
+
+def read_everything(mount: Mount) -> None:
+    for name, data in FILES.items():
+        if name.startswith("checkpoint/"):
+            assert (mount / name.removeprefix("checkpoint/")).read_bytes() == data
+
+
+def home_of(mounts: Mounts) -> Path:
+    (home,) = mounts.cache_dir.glob("layers/*")
+    return home
+
+
+def test_a_later_mount_fetches_nothing(server: FaultServer, mounts: Mounts, reference: str) -> None:
+    mount = mounts.mount(reference)
+    read_everything(mount)
+    fetched = mount.status()["bytes_fetched"]
+    assert mount.umount().code == 0
+    mount = mounts.mount(reference)
+    read_everything(mount)
+    status = mount.status()
+    assert status["bytes_fetched"] < 64 * KIB < fetched
+    assert status["chunks_from_cache"] > 0
+    assert home_of(mounts).stat().st_mode & 0o077 == 0, "others' eyes see no process's memory"
+
+
+def flip_bits(home: Path) -> None:
+    with open(home / "content", "r+b") as file:
+        size = os.fstat(file.fileno()).st_size
+        for at in range(1000, size, size // 7):
+            byte = os.pread(file.fileno(), 1, at)
+            os.pwrite(file.fileno(), bytes([byte[0] ^ 8]), at)
+
+
+def zero_content(home: Path) -> None:
+    """As after a power cut: sizes and marks are there, the bytes are not."""
+    size = (home / "content").stat().st_size
+    os.truncate(home / "content", 0)
+    os.truncate(home / "content", size)
+
+
+def cut_content(home: Path) -> None:
+    os.truncate(home / "content", 4 * MIB)
+
+
+def cut_marks(home: Path) -> None:
+    os.truncate(home / "marks", 20)
+
+
+def random_marks(home: Path) -> None:
+    (home / "marks").write_bytes(random.Random(1).randbytes((home / "marks").stat().st_size))
+
+
+def forged_proof(home: Path) -> None:
+    flip_bits(home)
+    (home / "proven").write_text("x" * 32)
+
+
+def no_marks(home: Path) -> None:
+    (home / "marks").unlink()
+
+
+def a_directory(home: Path) -> None:
+    (home / "content").unlink()
+    (home / "content").mkdir()
+
+
+DAMAGES = [flip_bits, zero_content, cut_content, cut_marks, random_marks, forged_proof, no_marks]
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, a_directory], ids=lambda it: it.__name__)
+def test_a_cache_that_changed_gives_no_wrong_byte(
+    mounts: Mounts, reference: str, damage: Callable[[Path], None]
+) -> None:
+    mount = mounts.mount(reference)
+    read_everything(mount)
+    mount.signal(signal.SIGKILL)
+    mount.wait_end()
+    damage(home_of(mounts))
+    if damage in (flip_bits, zero_content, random_marks, forged_proof):
+        mounts.expect_log("WARNING .* cached chunk .* has changed on disk; fetching it anew")
+    if damage is a_directory:
+        mounts.expect_log("WARNING .* no cache in .*: what is read is kept in memory")
+    mount = mounts.mount(reference)
+    read_everything(mount)
+    refused = mount.status()["cache_refused"]
+    assert (refused > 0) == (damage in (flip_bits, zero_content, random_marks, forged_proof))
+    assert mount.status()["failed"] is None
+
+
+def test_a_cache_that_changes_under_the_mount(mounts: Mounts, reference: str) -> None:
+    """Only root and the owner can do that; the marks are for the next mount, not for this one."""
+    mount = mounts.mount(reference)
+    read_everything(mount)
+    (home_of(mounts) / "marks").unlink()
+    assert mount.umount().code == 0
+    mount = mounts.mount(reference)
+    read_everything(mount)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of 1 MiB; it goes after the mounts."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk])
+    yield disk
+    run(["umount", "-l", disk])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_cache_disk_that_fills_up(
+    server: FaultServer, small_disk: Path, mounts: Mounts, kind: str
+) -> None:
+    """More than memory holds, too: then what was read first is fetched again."""
+    files = checkpoint_files(40 * MIB)
+    data = files["checkpoint/pages-1.img"]
+    reference = publish_files(server, files, kind)
+    mounts.cache_dir = small_disk / "cache"
+    mounts.log_files = [mounts.home / "log"]
+    mounts.expect_log("WARNING .* the cache (takes no more|could not be sealed).*No space left")
+    for _ in range(2):
+        mount = mounts.mount(reference, f"--log-file={mounts.home}/log")
+        assert (mount / "pages-1.img").read_bytes() == data
+        dice = random.Random(3)
+        for _ in range(40):
+            offset = dice.randrange(len(data))
+            size = dice.choice([1, 4 * KIB, 128 * KIB, MIB])
+            assert read_at(mount / "pages-1.img", offset, size) == data[offset : offset + size]
+        assert (mount / "inventory.img").read_bytes() == files["checkpoint/inventory.img"]
+        assert mount.status()["cache_write_errors"] > 0
+        assert mount.status()["failed_reads"] == 0
+        assert mount.umount().code == 0
+
+
+def test_a_cache_disk_that_was_full_before(
+    server: FaultServer, small_disk: Path, mounts: Mounts, reference: str
+) -> None:
+    with open(small_disk / "full", "wb") as file:
+        file.write(bytes(MIB))
+    mounts.cache_dir = small_disk / "cache"
+    mount = mounts.mount(reference)
+    assert "Traceback" not in mount.said.err
+    read_everything(mount)
+    assert mount.status()["failed_reads"] == 0
+    assert mount.status()["cache_write_errors"] > 0
+    assert mounts.log() == "", "it has no place either"

@@ -1,0 +1,124 @@
+"""Mounting without root, in a mount namespace where anybody may open /dev/fuse."""
+
+import hashlib
+import os
+import shutil
+import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.images import zstd_chunked
+from tests.mount.mounting import Done, Mounts, command, run
+from tests.mount.published import checkpoint_files, write_layout
+
+NOBODY = 65534
+FILES = checkpoint_files(300_000)
+
+SETUP = """
+set -e
+mount -t tmpfs tmpfs "$1/dev"
+mknod -m "$2" "$1/dev/fuse" c 10 229
+mount --bind "$1/dev/fuse" /dev/fuse
+home=$1; shift 2
+cd "$home"
+exec setpriv --reuid=65534 --regid=65534 --clear-groups \
+    --inh-caps=-all,+dac_read_search --ambient-caps=-all,+dac_read_search "$@"
+"""
+"""The one capability lets nobody read this interpreter, wherever it lies."""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    program = shutil.which("fusermount3")
+    if program is None or not os.stat(program).st_mode & stat.S_ISUID:
+        pytest.skip("there is no fusermount3 that is setuid root")
+    if shutil.which("setpriv") is None:
+        pytest.skip("there is no setpriv")
+    home = Path(tempfile.mkdtemp(prefix="lazyfs-user-"))
+    for name in ("mnt", "dev", "root"):
+        (home / name).mkdir()
+    for path in (home, home / "mnt"):
+        os.chown(path, NOBODY, NOBODY)
+    os.chmod(home, 0o755)
+    write_layout(home / "layout", zstd_chunked(FILES))
+    mounts = Mounts(home)
+    name = str(home / "mnt").strip("/").replace("/", "-")
+    mounts.log_files = [home / "xdg/lazyfs/log" / f"{name}.log"]
+    yield home
+    mounts.close()
+    shutil.rmtree(home)
+
+
+def as_nobody(home: Path, script: str, mode: str = "666") -> Done:
+    """Run a script as nobody; in it, `lazyfs` is the program."""
+    program = " ".join(f"'{word}'" for word in command())
+    prepared = ["sh", "-c", SETUP, "sh", home, mode]
+    words = [*prepared, "sh", "-c", f'lazyfs() {{ {program} "$@"; }}; {script}']
+    environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": f"{home}/xdg"}
+    environment["PYTHON"] = sys.executable
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    return run(["unshare", "-m", *words], env=environment)
+
+
+def test_a_user_mounts(home: Path) -> None:
+    script = """
+        lazyfs mount oci:layout mnt || exit 1
+        sha256sum < mnt/pages-1.img
+        grep " $PWD/mnt " /proc/self/mountinfo
+        lazyfs umount mnt || exit 2
+        ls mnt
+    """
+    done = as_nobody(home, script)
+    assert (done.code, done.err) == (0, "")
+    said, digest, mounted = done.out.splitlines()
+    assert said.endswith(f" on {home}/mnt")
+    assert digest.split()[0] == hashlib.sha256(FILES["checkpoint/pages-1.img"]).hexdigest()
+    assert " fuse.lazyfs " in mounted
+    assert f"user_id={NOBODY}" in mounted
+    assert "nosuid,nodev" in mounted
+    assert "allow_other" not in mounted
+    assert list(home.glob("xdg/lazyfs/layers/*/content"))
+
+
+def test_a_users_mount_ends(home: Path) -> None:
+    """By a signal; and when its daemon was killed, by hand or by the next mount."""
+    script = """
+        set -e
+        pid() {
+            "$PYTHON" -c 'import os; print(os.getxattr("mnt", "user.lazyfs.pid").decode())'
+        }
+        end() {
+            daemon=$(pid)
+            kill -$1 $daemon
+            while grep -q "^State:.[^Z]" /proc/$daemon/status; do sleep 0.05; done 2> /dev/null
+        }
+        lazyfs mount oci:layout mnt
+        end TERM
+        test -z "$(ls mnt)"
+        lazyfs mount oci:layout mnt
+        end KILL
+        lazyfs mount oci:layout mnt
+        cat mnt/inventory.img | wc -c
+        end KILL
+        lazyfs umount mnt
+        test -z "$(ls mnt)"
+    """
+    done = as_nobody(home, script)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines()[-1] == str(len(FILES["checkpoint/inventory.img"]))
+
+
+def test_a_user_may_not(home: Path) -> None:
+    """Mount on what is not theirs, or without the right to open the device."""
+    done = as_nobody(home, "lazyfs mount oci:layout root")
+    assert done.code == 1
+    assert f"cannot mount on {home}/root: " in done.err
+    assert "fusermount3" in done.err
+    assert "Traceback" not in done.err
+    done = as_nobody(home, "lazyfs mount oci:layout mnt", mode="600")
+    assert done.code == 1
+    assert done.err.startswith("lazyfs: /dev/fuse cannot be opened: Permission denied; ")
