@@ -234,10 +234,10 @@ async def _open_layer(
         if origin_of(image.annotations, {}, media_types, ()).recognised_by is not None:
             raise
         described = await trio.to_thread.run_sync(image.describe)
-        raise NotACheckpoint(
-            f"{image.reference} does not look like a checkpoint: it is {described}. "
-            f"If it is one all the same: {error}"
-        ) from error
+        message = f"{image.reference} does not look like a checkpoint: it is {described}"
+        if not image.artifact_type:
+            message += f". If it is one all the same: {error}"
+        raise NotACheckpoint(message) from error
     blob = image.open_blob(layer)
     prelude = await _read_ranges(blob, layer_format.prelude(layer), config, counters)
     index = await trio.to_thread.run_sync(layer_format.open, layer, prelude)

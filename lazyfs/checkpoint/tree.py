@@ -58,6 +58,8 @@ class Tree:
         for entry in entries:
             if _is_shown(entry):
                 self._add(entry)
+            else:
+                self._remove(entry.path)
 
     def find(self, path: str) -> Node | None:
         """Return the node at `path`; "" is the root. Follows no links."""
@@ -116,6 +118,13 @@ class Tree:
             original=original,
         )
         parent.children[name] = self._count_in(node)
+
+    def _remove(self, path: str) -> None:
+        """Forget what an entry that is not shown takes the place of."""
+        above, _, name = path.rpartition("/")
+        parent = self.find(above)
+        if parent is not None:
+            parent.children.pop(name, None)
 
     def _count_in(self, node: Node) -> Node:
         self._count += 1

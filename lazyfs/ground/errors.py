@@ -52,6 +52,10 @@ class FetchError(SourceError):
         self.retry_after_s = retry_after_s
 
 
+class UnknownHost(FetchError):
+    """A name that no name server knows: while mounting a slip of the pen, later only weather."""
+
+
 class NotACheckpoint(LazyfsError):
     """The image is whole, but it is something else than a checkpoint."""
 

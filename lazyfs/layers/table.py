@@ -18,22 +18,24 @@ def choose(layer: LayerDescriptor) -> LayerFormat:
     for candidate in FORMATS:
         if candidate.recognises(layer):
             return candidate
+    what = f"layer {layer.digest}" if layer.digest is not None else "the archive"
     works = "; ".join(f"{item.name} ({', '.join(item.media_types)})" for item in FORMATS)
     raise UnsupportedLayer(
-        f"layer {layer.digest or ''} of media type {layer.media_type!r} cannot be read lazily: "
-        f"{_reason(layer.media_type)}. What works: {works}"
+        f"{what} of media type {layer.media_type!r} cannot be read lazily: "
+        f"{_reason(layer)}. What works: {works}"
     )
 
 
-def _reason(media_type: str) -> str:
-    """Say why bytes of a media type cannot be reached at random."""
+def _reason(layer: LayerDescriptor) -> str:
+    """Say why a layer's bytes cannot be reached at random, and what to do."""
+    media_type = layer.media_type
+    advice = "push it with --compression-format zstd:chunked"
+    if layer.digest is None:
+        advice = "unpack it to a plain tar first (gunzip, zstd -d)"
     if media_type.endswith("+encrypted"):
         return "it is encrypted, and lazyfs holds no keys; push it unencrypted"
     if media_type.endswith(("+gzip", ".gzip")):
-        return "gzip has no index; push it with --compression-format zstd:chunked"
+        return f"gzip has no index; {advice}"
     if media_type.endswith(("+zstd", ".zstd")):
-        return (
-            "plain zstd has no index, and no zstd:chunked annotations are on the layer; "
-            "push it with --compression-format zstd:chunked"
-        )
+        return f"plain zstd has no index, and no zstd:chunked annotations are there; {advice}"
     return "the media type is not known"

@@ -232,7 +232,10 @@ class RegistryAuthorizer:
 def login_advice(registry: str, credentials: Credentials | None) -> str:
     """Say what to do about a refusal, in the imperative."""
     if credentials is None:
-        return f"log in with `podman login {registry}`, or name the file that has credentials"
+        return (
+            f"log in with `podman login {registry}`, or name the file that has credentials in "
+            "REGISTRY_AUTH_FILE"
+        )
     return (
         f"the credentials in {credentials.source} are not good for it; "
         f"log in with `podman login {registry}`"

@@ -29,7 +29,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lazyfs import __version__
-from lazyfs.ground.errors import FetchError, LazyfsError, SourceError
+from lazyfs.ground.errors import FetchError, LazyfsError, SourceError, UnknownHost
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
 from lazyfs.transport.urls import Origin, is_loopback, origin_of, shown
@@ -214,7 +214,9 @@ def _translated(
         return FetchError(f"{who} did not {did} within {within_s:g} s", transient=True)
     for each in causes:
         if isinstance(each, socket.gaierror):
-            return FetchError(f"{who}: its address is not known: {each.strerror}", transient=True)
+            known = each.errno != socket.EAI_NONAME
+            kind = FetchError if known else UnknownHost
+            return kind(f"{who}: its address is not known: {each.strerror}", transient=True)
     if not in_body and any(
         isinstance(each, http.client.RemoteDisconnected | ConnectionResetError | BrokenPipeError)
         for each in causes

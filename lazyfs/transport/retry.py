@@ -24,7 +24,7 @@ from typing import TypeVar
 import trio
 
 from lazyfs.ground.counters import Counters
-from lazyfs.ground.errors import FetchError
+from lazyfs.ground.errors import FetchError, UnknownHost
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.blob import Blob, Sink
@@ -232,6 +232,8 @@ def attempts(
         counters.requests += 1
         try:
             return action()
+        except UnknownHost:
+            raise  # nothing has worked yet: it is the name that is wrong
         except FetchError as error:
             silent_s = time.monotonic() - began
             pause_s = patience.pause_after(error, silent_s=silent_s, progressed=False)

@@ -208,3 +208,14 @@ def test_following_links_has_an_end() -> None:
     view = view_of([*chain, *many, file("f")])
     assert _number(view, "f")
     assert len(view.nodes) < 3000
+
+
+def test_a_device_in_the_place_of_a_file_hides_it() -> None:
+    tree = Tree(
+        [
+            Entry("a/b", EntryType.FILE, 0o644, size_bytes=3),
+            Entry("a/b", EntryType.OTHER, 0o644),
+        ]
+    )
+    assert tree.find("a/b") is None
+    assert tree.find("a") is not None
