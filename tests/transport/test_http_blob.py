@@ -419,7 +419,7 @@ def test_proxy_of_the_environment(server: FaultServer, excepted: str) -> None:
     )
     assert "s3cr3t" not in done.stderr
     if excepted:
-        assert "FetchError: registry.invalid: its address is not known" in done.stderr
+        assert "UnknownHost: registry.invalid: its address is not known" in done.stderr
         assert server.count("/f") == 0
     else:
         assert done.stdout.split() == ["200", str(len(DATA))]
