@@ -4,7 +4,7 @@ import logging
 import mmap
 import os
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,6 +58,8 @@ class OpenConfig:
     cache_dir: Path
     transport: TransportSettings = field(default_factory=TransportSettings)
     content: ContentSettings = field(default_factory=ContentSettings)
+    on_proof: Callable[[int, int], None] | None = None
+    """Told how many bytes of how many are hashed, while a whole layer is proven beforehand."""
 
 
 class OpenedCheckpoint:
@@ -127,7 +129,7 @@ class OpenedCheckpoint:
         ]
         await _ensure(self.content, ranges, Lane.READAHEAD)
 
-    async def prove(self) -> None:
+    async def prove(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Prove the whole layer, if its chunks do not prove themselves.
 
         Raises:
@@ -135,7 +137,7 @@ class OpenedCheckpoint:
             FetchError, SourceError: it could not be had.
         """
         if self.completion is not None and not self.content.holdings.sealed:
-            await self.completion.prove(eager=True)
+            await self.completion.prove(eager=True, on_progress=on_progress)
         elif self.layer.digest is None:
             log.warning("%s has no digest that it could be verified by", self.reference)
 
@@ -185,7 +187,7 @@ async def open_checkpoint(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checkpoint.readahead.run)
             if config.content.verify_full:
-                await checkpoint.prove()
+                await checkpoint.prove(config.on_proof)
             yield checkpoint
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:

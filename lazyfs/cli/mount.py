@@ -11,6 +11,7 @@ import click
 from lazyfs import mountpoint
 from lazyfs.checkpoint.reference import parse_reference
 from lazyfs.cli.daemon import log_to, run_detached
+from lazyfs.cli.opening import proof_bar
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
 from lazyfs.cli.text import printable
 from lazyfs.ground.errors import LazyfsError, UsageError
@@ -107,7 +108,8 @@ def _serve(
     from lazyfs.cli.main import report
     from lazyfs.mount import MountConfig, serve_mount
 
-    opening = OpenConfig(source.cache_dir.absolute(), source.transport, source.content)
+    cache_dir = source.cache_dir.absolute()
+    opening = OpenConfig(cache_dir, source.transport, source.content, proof_bar())
     config = MountConfig(reference, directory, opening, view)
 
     is_ready = False

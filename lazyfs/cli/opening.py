@@ -1,9 +1,13 @@
 """What the commands that read a checkpoint share: open it, and find a path in it."""
 
+import sys
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
 
 from lazyfs.cli.options import SourceOptions
+from lazyfs.cli.text import human_bytes
 from lazyfs.ground.errors import LazyfsError
 
 if TYPE_CHECKING:
@@ -25,13 +29,31 @@ def with_checkpoint(
 
     from lazyfs.checkpoint.opened import OpenConfig, open_checkpoint
 
-    config = OpenConfig(source.cache_dir, source.transport, source.content)
+    config = OpenConfig(source.cache_dir, source.transport, source.content, proof_bar())
 
     async def main() -> _T:
         async with open_checkpoint(reference, config) as checkpoint:
             return await job(checkpoint)
 
     return trio.run(main)
+
+
+def proof_bar() -> Callable[[int, int], None] | None:
+    """Return a progress bar for the proof of a whole layer, if a person looks at the terminal."""
+    if not sys.stderr.isatty():
+        return None
+    bars: list[Any] = []
+
+    def draw(done_bytes: int, all_bytes: int) -> None:
+        if not bars:
+            label = f"proving {human_bytes(all_bytes)}"
+            bars.append(click.progressbar(length=all_bytes, label=label, file=sys.stderr))
+        bar = bars[0]
+        bar.update(done_bytes - bar.pos)
+        if done_bytes >= all_bytes:
+            bar.render_finish()
+
+    return draw
 
 
 def locate(checkpoint: "OpenedCheckpoint", path: str) -> "tuple[str, Node]":

@@ -8,6 +8,7 @@ Only where content and blob are the same bytes (a plain tar).
 """
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -61,8 +62,10 @@ class Completion:
                     log.exception("%s cannot be proven: please report this", self._name)
                     await trio.sleep(_REST_S)
 
-    async def prove(self, *, eager: bool) -> None:
-        """Hash the whole blob and compare.
+    async def prove(
+        self, *, eager: bool, on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Hash the whole blob and compare; `on_progress` is told bytes done, and bytes in all.
 
         `eager`: fetch at full speed, whoever is reading, and give up when the source does;
         otherwise a source that fails is asked again later.
@@ -81,6 +84,8 @@ class Completion:
             data = await self._content.read(step, Lane.COMPLETION)
             await trio.to_thread.run_sync(_update, hasher, data)
             self.hashed_bytes = step.stop
+            if on_progress is not None:
+                on_progress(self.hashed_bytes, size_bytes)
         self._content.raise_if_condemned()
         if hasher.hexdigest() != self._digest.hex:
             error = IntegrityError(
