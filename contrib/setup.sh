@@ -26,6 +26,9 @@ if [ "${#missing[@]}" -gt 0 ]; then
         "${missing[@]}" >/dev/null
 fi
 
+# fusermount3 wants to know what is mounted; minimal images lack the link.
+[ -e /etc/mtab ] || as_root ln -s ../proc/self/mounts /etc/mtab
+
 # Made anew when what it is made from has changed.
 want=$(sha256sum pyproject.toml | cut -d' ' -f1)
 if [ "$(cat .venv/.ready 2>/dev/null)" != "$want" ]; then

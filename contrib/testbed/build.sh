@@ -116,6 +116,12 @@ mkdir -p "$cache"
 exec 9>"$cache/lock"
 flock --nonblock 9 || { say "another build is running: waiting for it"; flock 9; }
 
+# What the testbed runs on this machine itself, not in the root.
+if ! command -v ip >/dev/null; then need /usr/sbin/ip iproute2; fi
+if ! command -v nsenter >/dev/null; then need /usr/bin/nsenter util-linux; fi
+if ! command -v curl >/dev/null; then need /usr/bin/curl curl; fi
+if ! command -v zstd >/dev/null; then need /usr/bin/zstd zstd; fi
+
 build_root
 for name in wanlink workload; do
 	if [ -e "$here/$name.c" ]; then build_program "$name" -static; fi
