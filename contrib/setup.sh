@@ -32,7 +32,7 @@ fi
 # Made anew when what it is made from has changed.
 want=$(sha256sum pyproject.toml | cut -d' ' -f1)
 if [ "$(cat .venv/.ready 2>/dev/null)" != "$want" ]; then
-    echo "setup: making .venv"
+    echo "setup: making .venv (up to a minute)"
     python=python3
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "setup: Python 3.11 or later is needed, $("$python" --version) is here" >&2

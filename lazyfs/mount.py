@@ -110,6 +110,7 @@ async def _announce(
     # Abandoned on the way out: whoever stops serving would wait for an answer of his own.
     answer = await trio.to_thread.run_sync(config.directory.stat, abandon_on_cancel=True)
     raise_kernel_limits(answer.st_dev)
+    checkpoint.content.raise_if_condemned()  # it may have been found wrong already
     log.info("mounted %s on %s", checkpoint.reference, config.directory)
     on_ready(Ready(checkpoint.reference, checkpoint.images_directory or ""))
 

@@ -180,6 +180,8 @@ def detach(directory: Path, *, lazy: bool) -> None:
             f"{directory} is busy: a process has a file or its working directory there; "
             f"see `fuser -vm {directory}`, or detach it now: lazyfs umount --lazy {directory}"
         )
+    if "/etc/mtab" in said:
+        said += " (minimal machines lack it: ln -s ../proc/self/mounts /etc/mtab, as root)"
     raise LazyfsError(f"cannot unmount {directory}: {said}")
 
 

@@ -75,7 +75,7 @@ def megabytes(count: int) -> str:
 def demo(testbed: Testbed, work: Path, stack: ExitStack) -> bool:
     """Show the whole way; return whether all memory came back as it was."""
     registry = stack.enter_context(Registry(testbed, work / "registry"))
-    say(f"1. A process with {SIZE_MIB} MiB of memory counts; CRIU checkpoints it")
+    say(f"1. A process with {megabytes(SIZE_MIB << 20)} of memory counts; CRIU checkpoints it")
     workload = stack.enter_context(Workload(testbed, work / "status", size_mib=SIZE_MIB))
     memory = workload.memory_hash()
     seconds = dump(testbed, workload.pid, work / "images", work / "dump")
@@ -91,7 +91,7 @@ def demo(testbed: Testbed, work: Path, stack: ExitStack) -> bool:
     reference = f"{registry.address}/{REPOSITORY}:1"
     console.print(f"    pushed {reference}, {megabytes(layer_bytes)}\n")
 
-    say("3. What is it? (a few kilobytes are fetched to tell)")
+    say("3. What is it? (less than a megabyte is fetched to tell)")
     command(LAZYFS, "inspect", "--cache-dir", work / "cache-inspect", reference)
     console.print()
 
@@ -128,7 +128,7 @@ def demo(testbed: Testbed, work: Path, stack: ExitStack) -> bool:
             f"{mount_s:.2f} s",
             f"{restored.seconds:.2f} s",
             f"{loop_s:.2f} s",
-            f"{megabytes(state['bytes_fetched'])} of {megabytes(layer_bytes)} ({share:.0%})",
+            f"{share:.0%} of {megabytes(layer_bytes)}",
             "intact" if same else "DIFFERENT",
         )
         console.print()

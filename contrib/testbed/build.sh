@@ -46,6 +46,7 @@ if [ "$(id -u)" != 0 ]; then
 	exec sudo env LAZYFS_TESTBED="$cache" LAZYFS_TESTBED_MIRROR="$mirror" "$here/build.sh" "$@"
 fi
 
+updated=
 # need FILE PACKAGE...: install the packages on this machine unless FILE is there.
 need() {
 	local file=$1
@@ -55,9 +56,10 @@ need() {
 		impossible "$file is missing and there is no apt-get to install $* with"
 	say "installing $* on this machine"
 	export DEBIAN_FRONTEND=noninteractive
-	local apt=(apt-get -o DPkg::Lock::Timeout=600 -qq)
-	"${apt[@]}" update >&2
-	"${apt[@]}" install -y --no-install-recommends "$@" >&2
+	local apt=(apt-get -o DPkg::Lock::Timeout=600 -o Dpkg::Use-Pty=0 -qq)
+	if [ -z "$updated" ]; then "${apt[@]}" update >&2; fi
+	updated=yes
+	"${apt[@]}" install -y --no-install-recommends "$@" >/dev/null
 	[ -e "$file" ] || die "installed $*, but $file is still missing"
 }
 

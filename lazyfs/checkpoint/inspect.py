@@ -150,6 +150,8 @@ async def inspect(checkpoint: "OpenedCheckpoint") -> Report:
         [checkpoint.image.media_type, *(layer.media_type for layer in checkpoint.image.layers)],
         top.keys(),
     )
+    if origin.engine is None and inventory is not None:
+        origin = replace(origin, engine="CRIU", recognised_by="inventory.img and no engine's mark")
     return Report(
         reference=checkpoint.reference,
         manifest_digest=str(checkpoint.image.digest) if checkpoint.image.digest else None,

@@ -134,6 +134,8 @@ def parse_reference(text: str) -> Reference:
         return _parse_url(text)
     if separator and scheme.lower() == "docker":
         return _parse_registry(rest, text)
+    if _is_file(f"{text}/oci-layout"):
+        raise _refused(text, f"it is an OCI layout on this machine: say oci:{text}")
     if text.startswith(("/", "./", "../")):
         return _path_reference(text)
     if separator:

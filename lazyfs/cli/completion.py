@@ -13,7 +13,8 @@ def completion_command(context: click.Context, shell: str) -> None:
     To have it in every new shell:
 
     \b
-    bash   lazyfs completion bash > ~/.local/share/bash-completion/completions/lazyfs
+    bash   mkdir -p ~/.local/share/bash-completion/completions
+           lazyfs completion bash > ~/.local/share/bash-completion/completions/lazyfs
     zsh    lazyfs completion zsh > ~/.zfunc/_lazyfs
            and in ~/.zshrc:  fpath+=~/.zfunc; autoload -Uz compinit; compinit
     fish   lazyfs completion fish > ~/.config/fish/completions/lazyfs.fish

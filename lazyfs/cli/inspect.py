@@ -31,8 +31,8 @@ def inspect_command(reference: str, as_json: bool, source: SourceOptions) -> Non
     """Tell what a checkpoint is.
 
     Engine, container and base image, versions of CRIU and kernel, the process tree, sizes, how
-    the layer is stored and proven, and how much a mount fetches before it is there. No memory
-    page is fetched for it.
+    the layer is stored and proven, and how much a mount fetches before it is there. Of memory
+    only that is fetched which shares a chunk with what is needed.
     """
     from lazyfs.checkpoint.inspect import inspect
 
@@ -87,8 +87,9 @@ def facts(report: "Report") -> Iterator[tuple[str, str]]:
     )
     yield (
         "This fetched",
-        f"{human_bytes(report.inspection_fetched_bytes)} of {human_bytes(report.image_size_bytes)} "
-        f"in {plural(report.inspection_requests, 'request')}",
+        f"{human_bytes(report.inspection_fetched_bytes)} in "
+        f"{plural(report.inspection_requests, 'request')}; the image has "
+        f"{human_bytes(report.image_size_bytes)}",
     )
     for note in report.notes:
         yield "Note", note

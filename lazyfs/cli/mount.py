@@ -60,7 +60,8 @@ def mount_command(
     Returns when DIR answers; a daemon stays until DIR is unmounted. DIR must exist and be empty.
     What is fetched is kept in the cache directory, so that it is fetched once.
 
-    State: `getfattr --only-values -n user.lazyfs.status DIR` prints it as JSON.
+    State: `getfattr --only-values --absolute-names -n user.lazyfs.status DIR` prints
+    it as JSON.
     """
     parse_reference(reference)
     if log_file is not None:

@@ -405,17 +405,21 @@ def test_proxy_of_the_environment(server: FaultServer, excepted: str) -> None:
     """In a process of its own, for its environment; the fault server is the proxy."""
     server.add_file("/f", DATA)
     script = (
+        "import sys\n"
         "from lazyfs.ground.settings import TransportSettings\n"
         "from lazyfs.transport.client import HttpClient\n"
         "client = HttpClient(TransportSettings())\n"
-        "with client.open('http://registry.invalid/f?sig=s3cr3t', {}) as reply:\n"
+        "with client.open(sys.argv[1], {}) as reply:\n"
         "    print(reply.status, len(reply.read(10**6)))\n"
         "client.close()\n"
     )
     proxy = f"http://user:s3cr3t@{server.host}"
     environment = {**os.environ, "http_proxy": proxy, "no_proxy": excepted}
     done = subprocess.run(
-        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", script, "http://registry.invalid/f?sig=s3cr3t"],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert "s3cr3t" not in done.stderr
     if excepted:
