@@ -6,6 +6,9 @@ on a *stream*; a stream may be fetched ahead by as much as it has consumed, so b
 within a factor of what was read, and the window opens exponentially all the same. A large first
 read is no page fault but the head of a giant one: its window opens at once.
 
+Where faults out of the blue do not stop, each would cost a round trip until everything is here
+at last: the whole file is then *swept* beside them, from its start, at full speed.
+
 No lock: `_streams` is changed on the trio thread between checkpoints only. Failures are not
 told here: the reader that gets so far asks for itself and hears of it.
 """
@@ -36,6 +39,9 @@ _GIANT_READ_BYTES = 256 << 10
 """CRIU faults 4 KiB at a time, for which the kernel begins with 16 KiB; what begins larger is
 the head of a long read."""
 _FIRST_WINDOW_BYTES = 16 << 20
+_SCATTER_FAULTS = 32
+_SCATTER_S = 2.0
+"""So many lone faults within so long: the file is read all over."""
 _LEAST_REQUEST_BYTES = 1 << 20
 
 
@@ -61,6 +67,8 @@ class Readahead:
         )
         self._fill = ByteRange(0, 0)
         self._fill_eagerly = False
+        self._sweep = ByteRange(0, 0)
+        self._lone_faults_at_s: deque[float] = deque(maxlen=_SCATTER_FAULTS)
         self._fill_error: LazyfsError | None = None
         self._wanted = trio.Event()
 
@@ -84,6 +92,17 @@ class Readahead:
         if stream.window_bytes:
             self._wanted.set()
         return foreseen
+
+    def note_lone_fault(self, file: ByteRange) -> None:
+        """Take note that a small read, which nothing foretold, has to wait."""
+        now_s = trio.current_time()
+        self._lone_faults_at_s.append(now_s)
+        if len(self._lone_faults_at_s) < _SCATTER_FAULTS:
+            return
+        if now_s - self._lone_faults_at_s[0] <= _SCATTER_S and self._sweep != file:
+            log.debug("faults all over: sweeping %s", file)
+            self._sweep = file
+            self._wanted.set()
 
     def fill(self, content: ByteRange, *, eager: bool) -> None:
         """Fetch a stretch that nobody reads, when no stream wants anything.
@@ -117,7 +136,8 @@ class Readahead:
         settings = self._settings
         if self._content.poison is not None:
             return None
-        if self._content.lanes.yielding:
+        sweeping = self._sweep.start < self._sweep.stop
+        if self._content.lanes.yielding and not sweeping:
             self._width.idle()
             connections = 1
         else:
@@ -136,6 +156,11 @@ class Readahead:
             run = self._content.next_run(ahead, min(share_bytes, settings.readahead_request_bytes))
             if run is not None:
                 return self._content.take_off(run, Lane.READAHEAD)
+        if keeps_all and sweeping:
+            run = self._content.next_run(self._sweep, settings.readahead_request_bytes)
+            if run is not None:
+                return self._content.take_off(run, Lane.READAHEAD)
+            self._sweep = ByteRange(0, 0)
         if keeps_all and (self._fill_eagerly or self._active < settings.completion_connections):
             run = self._content.next_run(self._fill, settings.readahead_request_bytes)
             if run is not None:
@@ -159,6 +184,8 @@ class Readahead:
     def _give_up(self, flight: Flight, error: LazyfsError) -> None:
         """Forget what was wanted, or it would be asked for again at once."""
         self._streams.clear()
+        self._sweep = ByteRange(0, 0)
+        self._lone_faults_at_s.clear()
         self._fill = ByteRange(0, 0)
         if flight.lane is Lane.COMPLETION:
             self._fill_error = error
@@ -167,6 +194,8 @@ class Readahead:
         slack_bytes = _SLACK_READS * content.size_bytes
         for stream in reversed(self._streams):
             if stream.limit == limit and abs(content.start - stream.position) <= slack_bytes:
+                self._streams.remove(stream)  # the latest last: lone faults push out what is old
+                self._streams.append(stream)
                 return stream
         return None
 
@@ -195,5 +224,7 @@ class FileReader:
         view = self._content.peek(wanted)
         if view is not None:
             return view
-        giant = wanted.size_bytes >= _GIANT_READ_BYTES
-        return await self._content.read(wanted, out_of_the_blue=not foreseen and not giant)
+        lone = not foreseen and wanted.size_bytes < _GIANT_READ_BYTES
+        if lone:
+            self._readahead.note_lone_fault(ByteRange(self._start, self._stop))
+        return await self._content.read(wanted, out_of_the_blue=lone)

@@ -308,3 +308,23 @@ async def test_after_giving_up_a_source_is_asked_just_once_a_read(tmp_path: Path
             assert (len(setup.blob.asked) - before == 1) == (attempts == 1)
         setup.blob.before = None
         await _expect(setup, ByteRange(0, 10))
+
+
+async def test_faults_all_over_have_the_file_swept(tmp_path: Path) -> None:
+    data = random.Random(9).randbytes(64 * MIB)
+    chunks = FixedChunks(len(data))
+    cache = open_cache_file(tmp_path, None, TAG, len(data), len(chunks))
+    setup = Setup(MemoryBlob(data), cache)
+    file = setup.file()
+    offsets = random.Random(10).sample(range(0, len(data), MIB), 40)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.readahead.run)
+        for offset in offsets:
+            assert bytes(await file.read(offset, 4096)) == data[offset : offset + 4096]
+        whole = ByteRange(0, len(data))
+        with trio.fail_after(20):
+            while setup.content.peek(whole) is None:
+                await setup.content.wait_change(whole)
+        nursery.cancel_scope.cancel()
+    assert setup.counters.bytes_fetched <= len(data)
+    setup.content.close()
