@@ -119,7 +119,7 @@ class Readahead:
         return error
 
     async def run(self) -> None:
-        """Keep the windows of all streams filled, and then the stretch of `fill`; for ever."""
+        """Keep the windows of all streams filled, then a sweep, then `fill`; for ever."""
         async with trio.open_nursery() as nursery:
             while True:
                 await self._wanted.wait()
@@ -136,7 +136,8 @@ class Readahead:
         settings = self._settings
         if self._content.poison is not None:
             return None
-        sweeping = self._sweep.start < self._sweep.stop
+        keeps_all = self._content.holdings.keeps_all
+        sweeping = keeps_all and self._sweep.start < self._sweep.stop
         if self._content.lanes.yielding and not sweeping:
             self._width.idle()
             connections = 1
@@ -145,7 +146,6 @@ class Readahead:
             connections = self._width.connections
         if self._active >= connections:
             return None
-        keeps_all = self._content.holdings.keeps_all
         most_bytes = settings.readahead_window_bytes
         if not keeps_all:  # what is fetched too far ahead has to go before it is read
             most_bytes = min(most_bytes, settings.memory_cache_bytes // 4)
@@ -156,7 +156,7 @@ class Readahead:
             run = self._content.next_run(ahead, min(share_bytes, settings.readahead_request_bytes))
             if run is not None:
                 return self._content.take_off(run, Lane.READAHEAD)
-        if keeps_all and sweeping:
+        if sweeping:
             run = self._content.next_run(self._sweep, settings.readahead_request_bytes)
             if run is not None:
                 return self._content.take_off(run, Lane.READAHEAD)

@@ -37,7 +37,7 @@ class ContentSettings:
 
     demand_connections: int = 16
     demand_least_bytes: int = 256 * KIB
-    """A lone fault fetches so much around it: at 1 Gbit/s that is 2 ms beside a round trip."""
+    """A lone fault fetches so much from its chunk on: 2 ms of 1 Gbit/s, beside a round trip."""
     demand_most_bytes: int = 2 * MIB
     readahead_connections_least: int = 2
     readahead_connections: int = 8
