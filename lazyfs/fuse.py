@@ -2,8 +2,9 @@
 
 It adapts and decides nothing: names and attributes are the view's, bytes are the readers'. Every
 operation stands behind a guard, since an exception that escapes a pyfuse3 handler ends the whole
-mount. Nothing here changes during a mount, so everything may be cached by the kernel for good:
-attributes, names, names that are not there (CRIU probes dozens), and pages.
+mount. What has been told does not change during a mount, so everything may be cached by the kernel
+for good: attributes, names, names that are not there (CRIU probes dozens), and pages. Only how
+many names a directory has may still grow.
 """
 
 import errno
@@ -33,8 +34,9 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
-from lazyfs.checkpoint.tree import Node, View
-from lazyfs.content.readahead import FileReader
+from lazyfs.checkpoint.tree import Node
+from lazyfs.checkpoint.view import View
+from lazyfs.content.model import Reader
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
@@ -59,7 +61,10 @@ _KINDS = {
     EntryType.FILE: stat.S_IFREG,
     EntryType.DIRECTORY: stat.S_IFDIR,
     EntryType.SYMLINK: stat.S_IFLNK,
+    EntryType.FIFO: stat.S_IFIFO,
+    EntryType.WHITEOUT: stat.S_IFCHR,
 }
+"""A whiteout is a character device 0/0: overlayfs.rst, "whiteouts and opaque directories"."""
 _READABLE = 0o444
 _SEARCHABLE = 0o555
 
@@ -97,7 +102,7 @@ class CheckpointOperations(pyfuse3.Operations):
     def __init__(
         self,
         view: View,
-        open_reader: Callable[[Node], FileReader],
+        open_reader: Callable[[Node], Reader],
         counters: Counters,
         status: Callable[[], Mapping[str, Any]],
     ) -> None:
@@ -107,7 +112,8 @@ class CheckpointOperations(pyfuse3.Operations):
         self._open_reader = open_reader
         self._counters = counters
         self._status = status
-        self._readers: dict[int, FileReader] = {}
+        self._is_root = os.geteuid() == 0
+        self._readers: dict[int, Reader] = {}
         self._next_handle = 1
         self._failure, self._failure_at_s = "", 0.0
         self._listings: dict[int, Sequence[tuple[bytes, int]]] = {}
@@ -131,12 +137,12 @@ class CheckpointOperations(pyfuse3.Operations):
         self, parent_inode: InodeT, name: FileNameT, ctx: RequestContext
     ) -> EntryAttributes:
         """Find a name; one that is not there is remembered as absent (inode 0)."""
-        inode = self._view.find(parent_inode, decode_name(name))
+        inode = await self._view.lookup(parent_inode, decode_name(name))
         return self._absent if inode is None else self._attributes(inode)
 
     @_guarded
     async def getattr(self, inode: InodeT, ctx: RequestContext) -> EntryAttributes:
-        """Attributes as archived, readable by all whom the mount lets in."""
+        """Attributes as archived; a checkpoint's files readable by all whom the mount lets in."""
         return self._attributes(inode)
 
     @_guarded
@@ -154,7 +160,7 @@ class CheckpointOperations(pyfuse3.Operations):
         """List a directory from its `start_id`th name on."""
         listing = self._listings.get(fh)
         if listing is None:
-            listing = [(encode_name(name), inode) for name, inode in self._view.listing(fh)]
+            listing = [(encode_name(name), inode) for name, inode in await self._view.listing(fh)]
             self._listings[fh] = listing
         for position in range(start_id, len(listing)):
             name, inode = listing[position]
@@ -207,18 +213,22 @@ class CheckpointOperations(pyfuse3.Operations):
 
     @_guarded
     async def getxattr(self, inode: InodeT, name: XAttrNameT, ctx: RequestContext) -> bytes:
-        """Only the root has any: the mount's state, its daemon."""
+        """The root's are the mount's state and its daemon; a container's files have their own."""
         if inode == pyfuse3.ROOT_INODE:
             if name == STATUS_XATTR.encode():
                 return json.dumps(self._status()).encode()
             if name == PID_XATTR.encode():
                 return str(os.getpid()).encode()
+        wanted = decode_name(name)
+        for key, value in self._view.node(inode).xattrs:
+            if key == wanted:
+                return value
         raise FUSEError(pyfuse3.ENOATTR)
 
     @_guarded
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
-        """None to copy."""
-        return ()
+        """A container's files' own; the root has none that a copy should take along."""
+        return [XAttrNameT(encode_name(key)) for key, _ in self._view.node(inode).xattrs]
 
     def _attributes(self, inode: int) -> EntryAttributes:
         node = self._view.node(inode)
@@ -226,10 +236,11 @@ class CheckpointOperations(pyfuse3.Operations):
         attributes.st_ino = InodeT(inode)
         attributes.generation = 0
         attributes.entry_timeout = attributes.attr_timeout = _FOREVER_S
-        directory = node.type is EntryType.DIRECTORY
-        bits = node.mode | (_SEARCHABLE if directory else _READABLE)
+        bits = node.mode
+        if not (node.exact and self._is_root):
+            bits |= _SEARCHABLE if node.type is EntryType.DIRECTORY else _READABLE
         attributes.st_mode = ModeT(_KINDS[node.type] | bits)
-        attributes.st_nlink = self._view.links[inode - 1]
+        attributes.st_nlink = self._view.links(inode)
         attributes.st_uid, attributes.st_gid = node.uid, node.gid
         attributes.st_rdev = 0
         size_bytes = len(encode_name(node.symlink_target)) or node.size_bytes

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,11 @@ from typing import Any, Literal
 import trio
 
 from lazyfs import fuse
-from lazyfs.checkpoint.opened import OpenConfig, OpenedCheckpoint, open_checkpoint
-from lazyfs.checkpoint.tree import Node, View
+from lazyfs.checkpoint.desk import OpenConfig
+from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from lazyfs.checkpoint.opened_layer import OpenedLayer
+from lazyfs.checkpoint.tree import Node, path_of
+from lazyfs.checkpoint.view import View
 from lazyfs.ground.errors import LazyfsError, NotACheckpoint, raise_sole_error
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.model import EntryType
@@ -64,8 +67,9 @@ async def serve_mount(config: MountConfig, on_ready: Callable[[Ready], None]) ->
         LazyfsError: whatever keeps it from being mounted.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    async with open_checkpoint(config.reference, config.open) as checkpoint:
-        view = View(checkpoint.tree, await _root(checkpoint, config.view))
+    is_image = config.view == "image"
+    async with open_checkpoint(config.reference, config.open, unpack=is_image) as checkpoint:
+        view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(_stop_on_signal, nursery.cancel_scope)
@@ -94,8 +98,9 @@ async def _mounted(
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_announce, config, checkpoint, on_ready)
             nursery.start_soon(_withdraw, checkpoint, view)
-            if checkpoint.completion is not None:
-                nursery.start_soon(checkpoint.completion.run)
+            for layer in checkpoint.layers:
+                if layer.completion is not None:
+                    nursery.start_soon(layer.completion.run)
             await fuse.serve()
             nursery.cancel_scope.cancel()
     finally:
@@ -110,14 +115,14 @@ async def _announce(
     # Abandoned on the way out: whoever stops serving would wait for an answer of his own.
     answer = await trio.to_thread.run_sync(config.directory.stat, abandon_on_cancel=True)
     raise_kernel_limits(answer.st_dev)
-    checkpoint.content.raise_if_condemned()  # it may have been found wrong already
+    checkpoint.raise_if_condemned()  # it may have been found wrong already
     log.info("mounted %s on %s", checkpoint.reference, config.directory)
     on_ready(Ready(checkpoint.reference, checkpoint.images_directory or ""))
 
 
 async def _withdraw(checkpoint: OpenedCheckpoint, view: View) -> None:
     """Once the bytes are known to be wrong, take back those that the kernel keeps of them."""
-    await checkpoint.content.condemned.wait()
+    await checkpoint.condemned.wait()
     for inode, node in enumerate(view.nodes, 1):
         if node.type is EntryType.FILE:
             await trio.to_thread.run_sync(fuse.forget_bytes, inode, abandon_on_cancel=True)
@@ -156,9 +161,15 @@ async def _stop_on_signal(
 
 
 async def _warm(checkpoint: OpenedCheckpoint, view: View) -> None:
-    """Fetch all that is small before CRIU asks: everything but pages, neighbours at once."""
+    """Fetch all that is small before CRIU asks: everything but pages, neighbours at once.
+
+    Where names still come, they come with their bytes.
+    """
+    root = view.node(1)
+    if not root.is_complete:
+        return
     paths, total_bytes = [], 0
-    for path, node in checkpoint.tree.walk(view.node(1), _path_of(checkpoint, view)):
+    for path, node in checkpoint.tree.walk(root, path_of(root)):
         if node.type is EntryType.FILE and node.size_bytes <= _SMALL_FILE_BYTES:
             total_bytes += node.size_bytes
             if total_bytes > _SMALL_FILES_BYTES:
@@ -173,38 +184,51 @@ async def _warm(checkpoint: OpenedCheckpoint, view: View) -> None:
 
 
 async def _root(checkpoint: OpenedCheckpoint, view: Literal["criu", "image"]) -> Node:
-    if checkpoint.images_directory is None:
+    if checkpoint.images is None:
         described = await trio.to_thread.run_sync(checkpoint.image.describe)
         raise NotACheckpoint(
             f"{checkpoint.reference} is no checkpoint: no directory in it holds inventory.img; "
             f"it is {described}"
         )
-    if view == "image":
-        return checkpoint.tree.root
-    return checkpoint.tree.find(checkpoint.images_directory) or checkpoint.tree.root
-
-
-def _path_of(checkpoint: OpenedCheckpoint, view: View) -> str:
-    is_whole = view.node(1) is checkpoint.tree.root
-    return "" if is_whole else checkpoint.images_directory or ""
+    return checkpoint.tree.root if view == "image" else checkpoint.images.node
 
 
 def status(config: MountConfig, checkpoint: OpenedCheckpoint) -> Mapping[str, Any]:
     """What a mount tells of itself; keys are kept, new ones may come."""
-    content = checkpoint.content
-    poison = content.poison
+    layers = [_layer_status(layer) for layer in checkpoint.layers]
+    main = layers[checkpoint.images.node.layer if checkpoint.images is not None else 0]
+    poison = checkpoint.poison
     return {
         "reference": checkpoint.reference,
-        "layer_digest": str(checkpoint.layer.digest) if checkpoint.layer.digest else None,
-        "layer_format": checkpoint.index.format_name,
         "directory": str(config.directory),
         "view": config.view,
         "pid": os.getpid(),
-        "layer_bytes": checkpoint.layer.size_bytes,
-        "content_bytes": content.chunks.content_size_bytes,
-        "here_bytes": content.holdings.here_bytes(),
-        "chunks_proven": content.chunks.proven,
-        "blob_proven": content.holdings.sealed,
+        "layer_digest": main["digest"],
+        "layer_format": main["format"],
+        "layer_bytes": sum(layer["size_bytes"] for layer in layers),
+        "content_bytes": _sum(layer["content_bytes"] for layer in layers),
+        "here_bytes": sum(layer["here_bytes"] for layer in layers),
+        "chunks_proven": all(layer["proof"] == "chunk" for layer in layers),
+        "blob_proven": all(layer["blob_proven"] for layer in layers),
         "failed": str(poison) if poison is not None else None,
-        **content.counters.snapshot(),
+        "layers": layers,
+        **checkpoint.counters.snapshot(),
     }
+
+
+def _layer_status(layer: OpenedLayer) -> dict[str, Any]:
+    return {
+        "digest": str(layer.descriptor.digest) if layer.descriptor.digest else None,
+        "format": layer.format_name,
+        "proof": layer.proof,
+        "size_bytes": layer.descriptor.size_bytes,
+        "content_bytes": layer.content_bytes,
+        "here_bytes": layer.content.here_bytes(),
+        "blob_proven": layer.blob_proven,
+    }
+
+
+def _sum(sizes: Iterable[int | None]) -> int | None:
+    """Add up, unless one is not known yet."""
+    known = list(sizes)
+    return None if None in known else sum(size for size in known if size is not None)

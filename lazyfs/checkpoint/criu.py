@@ -4,14 +4,16 @@ Bytes in, frozen values or `MalformedError` out; callers bound the size of what 
 Only names are needed to show and serve an image; the messages are for `lazyfs inspect`, and
 protobuf is imported with the first of them.
 
-Source: CRIU, criu/image-desc.c, criu/include/magic.h, images/*.proto.
+Memory is in `criu_memory.py`, the order of a restore in `criu_order.py`, CPUs in `criu_cpu.py`.
+
+Source: CRIU, criu/image-desc.c, criu/include/magic.h, images/*.proto; for `compression`
+enum compress_mode of criu/include/compression.h (criu pull request 2895).
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntFlag
-from typing import Any, NamedTuple
+from typing import Any
 
 from lazyfs.checkpoint import criu_wire as wire
 from lazyfs.ground.errors import MalformedError
@@ -25,12 +27,14 @@ _INVENTORY_MAGIC = 0x58313116
 _PSTREE_MAGIC = 0x50273030
 _CORE_MAGIC = 0x55053847
 _IDS_MAGIC = 0x54432030
-_PAGEMAP_MAGIC = 0x56084025
+_MNTS_MAGIC = 0x55563928
 
 # ---- names ----
 
 _PAGES_PREFIXES = ("pages-", "amdgpu-pages-")
 _PER_TASK = re.compile(r"(core|ids|mm|pagemap)-(0|[1-9][0-9]{0,9})\.img")
+_MOUNTS = re.compile(r"mountpoints-[0-9]{1,10}\.img")
+_TCP_STREAM = re.compile(r"tcp-stream-[0-9a-f]{1,16}\.img")
 
 
 def is_pages(name: str) -> bool:
@@ -47,6 +51,16 @@ def task_of(name: str) -> tuple[str, int] | None:
     """Read a name that `task_image` would give; None for any other."""
     match = _PER_TASK.fullmatch(name)
     return (match[1], int(match[2])) if match else None
+
+
+def is_mounts(name: str) -> bool:
+    """Whether a file lists the mount points of a mount namespace."""
+    return _MOUNTS.fullmatch(name) is not None
+
+
+def is_tcp_stream(name: str) -> bool:
+    """Whether a file holds an established TCP connection."""
+    return _TCP_STREAM.fullmatch(name) is not None
 
 
 def pages_image(pages_id: int) -> str:
@@ -83,6 +97,7 @@ class Inventory:
     """inventory.img: how the dump as a whole was made."""
 
     images_version: int
+    """1 before CRIU 2.0, 2 since; 3 where pages may be compressed (criu-dev, mid 2026)."""
     root_ids: KernelIds | None
     """The kernel objects of CRIU itself: a task with others is in namespaces of its own."""
     lsm: str
@@ -99,6 +114,8 @@ class Inventory:
     """Restoring wants `--allow-uprobes`."""
     plugins: tuple[str, ...] | None
     """CRIU's plugins that took part; None where the dump is too old to say."""
+    compression: str | None = None
+    """How pages are compressed: "page", each by itself, or "region"; None if they are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,34 +140,19 @@ class Core:
     """What the task calls itself (comm)."""
     state: str | None
     """"alive", "stopped" or "zombie"; None for a thread."""
-
-
-class PageFlags(IntFlag):
-    """Where the pages of an extent are."""
-
-    IN_PARENT = 1
-    LAZY = 2
-    PRESENT = 4
-
-
-class PageExtent(NamedTuple):
-    """Pages that follow one another in memory, and, if present, in the pages file."""
-
-    vaddr: int
-    page_count: int
-    flags: PageFlags
+    lsm_label: str = ""
+    """Its SELinux context or AppArmor profile; "" for none, or where the image does not say."""
+    x86_state: int = 0
+    """Bits of XSTATE_BV: which register sets were in use, on x86."""
 
 
 @dataclass(frozen=True, slots=True)
-class Pagemap:
-    """pagemap-PID.img: what memory is in which pages file, in file order."""
+class Mount:
+    """A mount point of mountpoints-ID.img that comes from outside of what was dumped."""
 
-    pages_id: int
-    extents: tuple[PageExtent, ...]
-
-    def pages_with(self, flags: PageFlags) -> int:
-        """How many pages have all of these flags."""
-        return sum(item.page_count for item in self.extents if flags & ~item.flags == 0)
+    mountpoint: str
+    key: str
+    """What `criu restore --external mnt[KEY]:PATH` calls it."""
 
 
 def parse_inventory(data: bytes) -> Inventory:
@@ -177,6 +179,7 @@ def parse_inventory(data: bytes) -> Inventory:
         plugins=tuple(_text(name) for name in message.plugins_entry.plugins)
         if message.HasField("plugins_entry")
         else None,
+        compression=_COMPRESSION.get(message.compress, f"unknown ({message.compress})"),
     )
 
 
@@ -213,6 +216,8 @@ def parse_core(data: bytes, what: str = "core image") -> Core:
         architecture=_named(_ARCHITECTURES, message.mtype),
         command=_text(process.comm if process else message.thread_core.comm),
         state=_named(_STATES, process.task_state) if process else None,
+        lsm_label=_text(message.thread_core.creds.lsm_profile),
+        x86_state=message.thread_info.fpregs.xsave.xstate_bv,
     )
 
 
@@ -225,15 +230,20 @@ def parse_ids(data: bytes, what: str = "ids image") -> KernelIds:
     return _ids(wire.parse("task_kobj_ids_entry", wire.first(data, _IDS_MAGIC, what), what))
 
 
-def parse_pagemap(data: bytes, what: str = "pagemap") -> Pagemap:
-    """Read pagemap-PID.img (CRIU, criu/pagemap.c, init_compat_pagemap_entry, for old ones).
+def parse_external_mounts(data: bytes, what: str = "mountpoints image") -> tuple[Mount, ...]:
+    """Read the external mounts of mountpoints-ID.img.
 
     Raises:
-        MalformedError: it is not one, or an extent ends beyond the address space.
+        MalformedError: it is not one.
     """
-    first, *others = wire.records(data, _PAGEMAP_MAGIC, what)
-    head = wire.parse("pagemap_head", first, what, "pages_id")
-    return Pagemap(head.pages_id, tuple(_extent(record, what) for record in others))
+    messages = [
+        wire.parse("mnt_entry", record, what) for record in wire.records(data, _MNTS_MAGIC, what)
+    ]
+    return tuple(
+        Mount(_text(message.mountpoint), _text(message.ext_key or message.mountpoint))
+        for message in messages
+        if message.ext_key or message.ext_mount
+    )
 
 
 _ARCHITECTURES = {
@@ -246,20 +256,8 @@ _ARCHITECTURES = {
     7: "loong64",
     8: "riscv64",
 }
+_COMPRESSION: Mapping[int, str | None] = {0: None, 1: "page", 2: "region"}
 _STATES = {1: "alive", 2: "zombie", 3: "stopped", 6: "zombie"}
-
-
-def _extent(record: bytes, what: str) -> PageExtent:
-    message = wire.parse("pagemap_entry", record, what, "vaddr")
-    page_count = message.nr_pages if message.HasField("nr_pages") else message.compat_nr_pages
-    if message.vaddr + page_count * 4096 > 1 << 64:
-        raise MalformedError(f"{what}: {page_count} pages from {message.vaddr:#x} on")
-    flags = PageFlags(message.flags & 7)
-    if message.in_parent:
-        flags |= PageFlags.IN_PARENT
-    elif not message.HasField("flags"):
-        flags = PageFlags.PRESENT
-    return PageExtent(message.vaddr, page_count, flags)
 
 
 def _ids(message: Any) -> KernelIds:

@@ -49,6 +49,13 @@ def first(data: bytes, magic: int, what: str) -> bytes:
     return next(records(data, magic, what))
 
 
+def has_unknown(message: Any) -> bool:
+    """Whether there is something in a message that the table below does not name."""
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    return len(UnknownFieldSet(message)) > 0
+
+
 def parse(name: str, record: bytes, what: str, *required: str) -> Any:
     """Parse a record as the message `name` of the table below.
 
@@ -89,6 +96,8 @@ _MESSAGES: Mapping[str, Mapping[int, str]] = {
         12: "plugins_entry plugins_entry",
         13: "bytes dump_criu_run_id",
         14: "bool allow_uprobes",
+        15: "uint32 compress",
+        16: "uint32 compress_region_size",
     },
     "pstree_entry": {
         1: "uint32 pid",
@@ -98,9 +107,14 @@ _MESSAGES: Mapping[str, Mapping[int, str]] = {
         5: "repeated uint32 threads",
     },
     "task_core_entry": {1: "uint32 task_state", 6: "bytes comm"},
-    "thread_core_entry": {13: "bytes comm"},
+    "creds_entry": {15: "bytes lsm_profile"},
+    "thread_core_entry": {10: "creds_entry creds", 13: "bytes comm"},
+    "user_x86_xsave_entry": {1: "uint64 xstate_bv"},
+    "user_x86_fpregs_entry": {13: "user_x86_xsave_entry xsave"},
+    "thread_info_x86": {3: "user_x86_fpregs_entry fpregs"},
     "core_entry": {
         1: "uint32 mtype",
+        2: "thread_info_x86 thread_info",
         3: "task_core_entry tc",
         5: "thread_core_entry thread_core",
     },
@@ -111,7 +125,32 @@ _MESSAGES: Mapping[str, Mapping[int, str]] = {
         3: "bool in_parent",
         4: "uint32 flags",
         5: "uint64 nr_pages",
+        6: "pagemap_blocks blocks",
+        7: "uint64 total_compressed_size",
+        8: "uint32 region_pages",
     },
+    "pagemap_blocks": {
+        1: "repeated uint32 block_sizes",
+        2: "uint64 total_payload_size",
+        3: "uint32 pages_per_block",
+    },
+    "vma_entry": {
+        1: "uint64 start",
+        2: "uint64 end",
+        3: "uint64 pgoff",
+        4: "uint64 shmid",
+        5: "uint32 prot",
+        6: "uint32 flags",
+        7: "uint32 status",
+    },
+    "mm_entry": {14: "repeated vma_entry vmas"},
+    "mnt_entry": {7: "bytes mountpoint", 13: "bool ext_mount", 18: "bytes ext_key"},
+    "cpuinfo_x86_entry": {
+        5: "uint32 capability_ver",
+        6: "repeated uint32 capability",
+        7: "bytes model_id",
+    },
+    "cpuinfo_entry": {1: "repeated cpuinfo_x86_entry x86_entry"},
 }
 
 

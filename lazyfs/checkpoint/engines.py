@@ -6,10 +6,14 @@ is for people to read, and decides neither what is fetched nor what is shown.
 A new engine is an entry in one of the tables. Sources are asked in this order, and the first that
 knows a thing is believed: annotations, the dumps beside the images directory, media types, names.
 
-Source: Podman, pkg/checkpoint and libpod/define; CRI-O, internal/lib/checkpoint.go; checkpointctl,
-lib/metadata.go and lib/annotations.go; OCI image-spec, annotations.md and issue 962.
+Source: Podman, pkg/checkpoint, libpod/define/annotations.go, libpod/container_internal_common.go;
+CRI-O, internal/annotations and internal/lib/checkpoint.go; containerd, client/container.go,
+internal/cri/annotations and internal/cri/server/container_checkpoint_linux.go; checkpointctl,
+lib/metadata.go, lib/annotations.go and internal/container.go; OCI image-spec, annotations.md and
+issue 962.
 """
 
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -98,6 +102,7 @@ _ANNOTATION_MARKS = (
         "containerd",
         {**_LIBPOD_KEYS, "containerd.version": "engine_version"},
     ),
+    _AnnotationMark("io.containerd.checkpoint.", "containerd", {"runtime": "runtime_name"}),
     _AnnotationMark(
         "org.criu.checkpoint.",
         None,
@@ -124,6 +129,7 @@ _ANNOTATION_MARKS = (
             "base.name": "base_image_name",
             "base.digest": "base_image_digest",
             "created": "checkpointed_at",
+            "checkpointer": "criu_version",
         },
     ),
     _AnnotationMark(
@@ -172,12 +178,28 @@ _MEDIA_TYPE_MARKS = (
 )
 
 _NAME_MARKS = (
+    ("io.kubernetes.cri-o.LogPath", "CRI-O"),
+    ("bind.mounts", "CRI-O"),
     ("container.log", "containerd"),
     ("network.status", "Podman"),
+    ("devshm-checkpoint.tar", "Podman"),
+    ("status", "containerd"),
     ("descriptors.json", "runc or crun"),
     ("inventory.img", "CRIU"),
 )
-"""Names at the top of the layer, the most telling first; the last two say: no engine at all."""
+"""Names at the top of the layer, the most telling first; the last two say: no engine at all.
+
+CRI-O does put the container's log there under an annotation's name."""
+
+_RUNTIME = re.compile(r"io\.containerd\.([a-z][a-z0-9-]*)\.v[0-9]+")
+"""What containerd calls its runtime shims: io.containerd.runc.v2."""
+
+_CRIU = re.compile(r"criu(?:[ /]+(?:version:? +)?v?(?P<version>[0-9.]+))?", re.IGNORECASE)
+"""How CRIU is named where it is named with its version, or alone."""
+
+_CGROUP = re.compile(r"/[^/]+/(?P<id>[^/:]+)|[^/]*:[^/:]*:(?P<systemd_id>[^/:]+)")
+"""The path that a container's cgroup is given by its engine: /NAMESPACE/ID by containerd, and for
+systemd SLICE:PREFIX:ID by all (runtime-spec, config-linux.md; containerd, pkg/oci/spec.go)."""
 
 
 def parse_dump(data: bytes, what: str) -> Dump:
@@ -210,6 +232,7 @@ def origin_of(
         _from_status(dumps.get("status.dump", {})),
         _from_config(dumps.get("config.dump", {})),
         _from_marks(media_types, names),
+        _from_cgroup(dumps.get("spec.dump", {})),
     )
     for source in sources:
         for field, value in source:
@@ -267,6 +290,14 @@ def _from_config(config: Dump) -> Found:
         yield field, config.get(key)
 
 
+def _from_cgroup(spec: Dump) -> Found:
+    """Of a spec that comes alone, as containerd's does: where else the container's id is."""
+    path = _mapping(spec.get("linux")).get("cgroupsPath")
+    found = _CGROUP.fullmatch(path) if isinstance(path, str) else None
+    if found is not None:
+        yield "container_id", found["id"] or found["systemd_id"]
+
+
 def _from_marks(media_types: Iterable[str], names: Collection[str]) -> Found:
     for media_type in media_types:
         for prefix, engine in _MEDIA_TYPE_MARKS:
@@ -290,6 +321,11 @@ def _clean(field: str, value: object) -> str:
     text = value.strip()[:_LONGEST_TEXT]
     if field.endswith("_at"):
         return "" if text.startswith("0001-") else text  # Go's zero time: it never happened
+    if field == "runtime_name":
+        shim = _RUNTIME.fullmatch(text)
+        return shim[1] if shim is not None else text
+    if field == "criu_version" and (named := _CRIU.fullmatch(text)) is not None:
+        return named["version"] or ""
     if field == "criu_version" and text.isdecimal() and len(text) >= 5:
         return f"{int(text[:-4])}.{int(text[-4:-2])}.{int(text[-2:])}"  # CRIU's RPC: 40101
     if field == "runtime_version":

@@ -2,29 +2,36 @@
 
 Blocks throughout and is called in worker threads. What a source needs is imported when there is
 one: an archive on this machine is opened without loading an HTTP library. A checkpoint archive
-outside of any image is an image of one layer without a digest.
+outside of any image is an image of one layer without a digest, and so is an unpacked one.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from lazyfs.checkpoint import containerd
 from lazyfs.checkpoint import manifest as manifests
+from lazyfs.checkpoint.engines import Dump
 from lazyfs.checkpoint.manifest import ImageIndex, ImageManifest, Platform
+from lazyfs.checkpoint.placed import PlacedLayer, place_layers
 from lazyfs.checkpoint.reference import (
     ArchiveReference,
+    DirectoryReference,
+    ImageArchiveReference,
+    ImageReference,
     LayoutReference,
     Reference,
-    RegistryReference,
 )
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import LazyfsError, MalformedError, SourceError, UnsupportedLayer
+from lazyfs.ground.errors import LazyfsError, MalformedError, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.layers.model import LayerDescriptor
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.source import ImageSource, Manifest
+
+__all__ = ["PlacedLayer", "ResolvedImage", "resolve"]
 
 _NESTED_MOST = 4
 _PATIENCE_MOST_S = 20.0
@@ -47,13 +54,14 @@ class ResolvedImage:
     reference: str
     """As given, pinned by digest where there is one: `host/repository@sha256:…`."""
     digest: Digest | None
-    """Of the manifest; None for an archive."""
+    """Of the manifest, or of containerd's index; None for an archive."""
     manifest: ImageManifest
     platform: Platform | None
     """As the index says; None where there is no index or it does not say."""
     annotations: Mapping[str, str]
-    """The index's descriptor's and the manifest's own, which win."""
-    _source: ImageSource | None = field(repr=False)
+    """The index's, its descriptor's, and the manifest's own, each over the one before."""
+    source: ImageSource | None = field(repr=False)
+    """Where manifests and blobs come from; None for an archive."""
     _archive: Blob | None = field(repr=False, default=None)
 
     @property
@@ -76,18 +84,14 @@ class ResolvedImage:
         """The layers, from the base up."""
         return self.manifest.layers
 
-    def sole_layer(self) -> LayerDescriptor:
-        """Return the only layer.
+    def placed_layers(self) -> tuple[PlacedLayer, ...]:
+        """Return the layers with what each makes of the tree, in the order of laying them over.
 
         Raises:
-            UnsupportedLayer: there are several, or none.
+            UnsupportedLayer: there are none, or one is encrypted.
+            MalformedError: one has a title that is no path.
         """
-        if len(self.layers) != 1:
-            raise UnsupportedLayer(
-                f"{self.reference} has {len(self.layers)} layers; a checkpoint image that can be "
-                "shown has one"
-            )
-        return self.layers[0]
+        return place_layers(self.layers, self.reference)
 
     def open_blob(self, layer: LayerDescriptor) -> Blob:
         """Return the layer's blob, to be read by range; it is closed with the image.
@@ -96,8 +100,8 @@ class ResolvedImage:
             SourceError: it is not to be had.
             IntegrityError: it is not as large as promised.
         """
-        if layer.digest is not None and self._source is not None:
-            return self._source.blob(layer.digest, layer.size_bytes)
+        if layer.digest is not None and self.source is not None:
+            return self.source.blob(layer.digest, layer.size_bytes)
         if self._archive is not None:
             return self._archive
         raise MalformedError(f"{self.reference}: a layer without a digest")
@@ -110,14 +114,33 @@ class ResolvedImage:
             MalformedError: it is too large to be one.
             IntegrityError: it is not what its digest promised.
         """
-        if self.config is None or self.config.digest is None or self._source is None:
+        return b"" if self.config is None else self.read_small(self.config)
+
+    def read_small(self, descriptor: LayerDescriptor) -> bytes:
+        """Return a small blob of the image whole, proven; empty where it has no digest.
+
+        Raises: as `read_config`.
+        """
+        if descriptor.digest is None or self.source is None:
             return b""
-        return self._source.read_blob(self.config.digest, self.config.size_bytes)
+        return self.source.read_blob(descriptor.digest, descriptor.size_bytes)
+
+    def dumps(self) -> Mapping[str, Dump]:
+        """Return what the image says in a form of its own of what others put into dumps, by name.
+
+        Of containerd's, its container's spec, as "spec.dump". Raises: as `read_config`.
+        """
+        for layer in self.layers:
+            if layer.media_type == containerd.CONFIG:
+                what = containerd.FILE_NAMES[containerd.CONFIG]
+                return {"spec.dump": containerd.parse_config(self.read_small(layer), what)}
+        return {}
 
     def describe(self) -> str:
         """Say in a short phrase what the image is, for "not a checkpoint: it is …"."""
-        if self._source is None:
-            return "an archive"
+        if self.source is None:
+            directory = self.reference.startswith("dir:")
+            return "a directory" if directory else "an archive"
         config = b""
         if not self.artifact_type:
             try:
@@ -130,8 +153,8 @@ class ResolvedImage:
         """Let go of the source and of the blobs it gave."""
         if self._archive is not None:
             self._archive.close()
-        if self._source is not None:
-            self._source.close()
+        if self.source is not None:
+            self.source.close()
 
 
 def resolve(
@@ -152,16 +175,17 @@ def resolve(
     patient = replace(settings, deadline_s=min(settings.deadline_s, _PATIENCE_MOST_S))
     if isinstance(reference, ArchiveReference):
         return _resolve_archive(reference, settings, patient, counters)
+    if isinstance(reference, DirectoryReference):
+        from lazyfs.transport.directory import UnpackedDirectory, holds_image
+
+        if reference.digest is None and not holds_image(reference.directory):
+            return _outside_of_images(str(reference), UnpackedDirectory(reference.directory), _TAR)
     source = _open_source(reference, patient, counters, authfile)
-    try:
-        return _resolve_in(source, reference)
-    except BaseException:
-        source.close()
-        raise
+    return _resolve_in(source, reference)
 
 
 def _open_source(
-    reference: RegistryReference | LayoutReference,
+    reference: ImageReference,
     settings: TransportSettings,
     counters: Counters,
     authfile: Path | None,
@@ -170,6 +194,14 @@ def _open_source(
         from lazyfs.transport.files import LayoutSource
 
         return LayoutSource(reference.directory, counters=counters)
+    if isinstance(reference, DirectoryReference):
+        from lazyfs.transport.directory import DirectorySource
+
+        return DirectorySource(reference.directory, counters=counters)
+    if isinstance(reference, ImageArchiveReference):
+        from lazyfs.transport.files import open_file
+
+        return _open_image_archive(reference, open_file(reference.path), counters)
     from lazyfs.transport.registry import RegistrySource
 
     return RegistrySource(
@@ -181,14 +213,41 @@ def _open_source(
     )
 
 
-def _resolve_in(
-    source: ImageSource, reference: RegistryReference | LayoutReference
-) -> ResolvedImage:
+def _open_image_archive(
+    reference: ImageArchiveReference, archive: Blob, counters: Counters
+) -> ImageSource:
+    from lazyfs.checkpoint.archive import read_members
+    from lazyfs.transport.archives import DockerArchive, OciArchive
+
+    kind = DockerArchive if reference.scheme == "docker-archive" else OciArchive
+    try:
+        members = read_members(archive)
+    except BaseException:
+        archive.close()
+        raise
+    return kind(archive, members, counters=counters)
+
+
+def _resolve_in(source: ImageSource, reference: ImageReference) -> ResolvedImage:
+    """Read manifests until one describes layers. Closes `source` if none does."""
+    try:
+        return _follow(source, reference)
+    except BaseException:
+        source.close()
+        raise
+
+
+def _follow(source: ImageSource, reference: ImageReference) -> ResolvedImage:
     served = source.manifest(reference.wanted)
-    annotations = dict(served.annotations)
+    annotations: dict[str, str] = {}
     platform: Platform | None = None
     for _ in range(_NESTED_MOST):
+        annotations |= served.annotations
         parsed = _parse(source, served)
+        if isinstance(parsed, ImageIndex):
+            as_image = containerd.as_image(parsed)
+            if as_image is not None:
+                parsed, platform = as_image.manifest, as_image.platform or platform
         if isinstance(parsed, ImageManifest):
             return ResolvedImage(
                 reference=str(reference.pinned(served.digest)),
@@ -196,10 +255,10 @@ def _resolve_in(
                 manifest=parsed,
                 platform=platform,
                 annotations={**annotations, **parsed.annotations},
-                _source=source,
+                source=source,
             )
         entry = manifests.choose(parsed, manifests.this_platform(), str(reference))
-        annotations |= entry.descriptor.annotations
+        annotations = {**parsed.annotations, **annotations, **entry.descriptor.annotations}
         platform = entry.platform or platform
         served = source.manifest(str(entry.digest))
     raise MalformedError(f"{reference}: indexes within indexes, {_NESTED_MOST} deep")
@@ -208,23 +267,6 @@ def _resolve_in(
 def _parse(source: ImageSource, served: Manifest) -> ImageManifest | ImageIndex:
     name = f"{source.name}@{served.digest}"
     return manifests.parse_manifest(served.data, served.media_type, name)
-
-
-class _Head:
-    """The sink of an archive's first bytes."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self._data = bytearray(size_bytes)
-        self._fill = 0
-
-    def space(self) -> memoryview:
-        return memoryview(self._data)[self._fill :]
-
-    def advance(self, count: int) -> None:
-        self._fill += count
-
-    def taken(self) -> bytes:
-        return bytes(self._data[: self._fill])
 
 
 def _resolve_archive(
@@ -254,34 +296,54 @@ def _resolve_archive(
         from lazyfs.transport.files import open_file
 
         blob = open_file(reference.path)
+        scheme = _scheme_of(blob)
+        if scheme is not None:
+            found = ImageArchiveReference(scheme, reference.path)
+            return _resolve_in(_open_image_archive(found, blob, counters), found)
     try:
         head = _read_head(blob, patient, counters)
     except BaseException:
         blob.close()
         raise
     media_type = next((kind for magic, kind in _MAGICS if head.startswith(magic)), _TAR)
+    return _outside_of_images(str(reference), blob, media_type)
+
+
+def _outside_of_images(reference: str, blob: Blob, media_type: str) -> ResolvedImage:
+    """Return what makes an image of one layer that nothing vouches for."""
     layer = LayerDescriptor(media_type, None, blob.size_bytes, {})
     return ResolvedImage(
-        reference=str(reference),
+        reference=reference,
         digest=None,
         manifest=ImageManifest("", "", None, (layer,), {}),
         platform=None,
         annotations={},
-        _source=None,
+        source=None,
         _archive=blob,
     )
+
+
+def _scheme_of(archive: Blob) -> str | None:
+    """Tell an archive of images, which needs not be called one, from a checkpoint's own."""
+    from lazyfs.checkpoint.archive import scheme_of
+
+    try:
+        return scheme_of(archive)
+    except BaseException:
+        archive.close()
+        raise
 
 
 def _read_head(blob: Blob, settings: TransportSettings, counters: Counters) -> bytes:
     if blob.size_bytes == 0:
         raise SourceError(f"{blob.name} is empty")
     byte_range = ByteRange(0, min(_MAGIC_BYTES, blob.size_bytes))
-
-    def read() -> bytes:
-        head = _Head(byte_range.size_bytes)
-        blob.read_into(byte_range, head)
-        return head.taken()
-
+    from lazyfs.transport.archives import read_range
     from lazyfs.transport.retry import attempts
 
-    return attempts(blob.name, read, settings=settings, counters=counters)
+    return attempts(
+        blob.name,
+        lambda: read_range(blob, byte_range),
+        settings=settings,
+        counters=counters,
+    )

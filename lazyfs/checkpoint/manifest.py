@@ -26,16 +26,26 @@ INDEX_TYPES = (
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
 ARTIFACT_TYPE = "application/vnd.oci.artifact.manifest.v1+json"
+INDEX_ARTIFACTS = (
+    "application/vnd.amazon.soci.index.v1+json",
+    "application/vnd.amazon.soci.index.v2+json",
+)
+"""SOCI's indexes of an image lie beside it, and carry its platform: `soci/soci_convert.go`."""
 _SCHEMA_1_PREFIX = "application/vnd.docker.distribution.manifest.v1+"
 _IMAGE_CONFIG_TYPES = (
     "application/vnd.oci.image.config.v1+json",
     "application/vnd.docker.container.image.v1+json",
 )
-_EMPTY_CONFIG_TYPES = (
+EMPTY_TYPES = (
     "application/vnd.oci.empty.v1+json",
     "application/vnd.oci.scratch.v1+json",
 )
+"""Of a config or a layer that is only there because there must be one: its content is `{}`."""
 _LAYERS_MOST = 10_000
+_LISTED_MOST = 20
+_UNKNOWN_OS = "unknown"
+"""What buildkit gives to attestations beside an image, so that nobody takes them for one."""
+_TELLING = ("checkpoint", "ref.name", "title")
 _SIZE_MOST = 1 << 60
 _MACHINES = {
     "x86_64": "amd64",
@@ -143,7 +153,7 @@ def parse_manifest(data: bytes, media_type: str, name: str) -> ImageManifest | I
     """
     try:
         document = msgspec.json.decode(data, type=_Document)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise MalformedError(f"{name}: its manifest cannot be read: {error}") from None
     kind = document.media_type or media_type
     if document.schema_version == 1 or kind.startswith(_SCHEMA_1_PREFIX):
@@ -181,10 +191,18 @@ def parse_manifest(data: bytes, media_type: str, name: str) -> ImageManifest | I
 def choose(index: ImageIndex, platform: Platform, name: str) -> IndexEntry:
     """Return the entry for `platform`; an index's only manifest, if it names no platform.
 
+    Of several for the same platform, one that calls itself a checkpoint, then the first.
+
     Raises:
-        NotACheckpoint: there is none; the message lists what there is.
+        NotACheckpoint: there is none, or there are several; the message lists what there is.
     """
-    manifests = [each for each in index.entries if each.is_manifest]
+    manifests = [
+        each
+        for each in index.entries
+        if each.is_manifest
+        and each.artifact_type not in INDEX_ARTIFACTS
+        and (each.platform is None or each.platform.os != _UNKNOWN_OS)
+    ]
     if not manifests:
         kinds = sorted({each.descriptor.media_type[:100] for each in index.entries})
         raise NotACheckpoint(
@@ -192,16 +210,44 @@ def choose(index: ImageIndex, platform: Platform, name: str) -> IndexEntry:
             + (f", but at {', '.join(kinds[:10])}" if kinds else "")
         )
     wanted = (platform.os, platform.architecture)
-    for each in manifests:
-        if each.platform is not None and (each.platform.os, each.platform.architecture) == wanted:
-            return each
-    if len(manifests) == 1 and manifests[0].platform is None:
-        return manifests[0]
-    listed = ", ".join(sorted({str(each.platform or "one unnamed") for each in manifests}))
+    fitting = [
+        each
+        for each in manifests
+        if each.platform is not None and (each.platform.os, each.platform.architecture) == wanted
+    ]
+    if fitting:
+        return next((each for each in fitting if _says_checkpoint(each)), fitting[0])
+    unnamed = [each for each in manifests if each.platform is None]
+    if len(manifests) == len(unnamed) == 1:
+        return unnamed[0]
+    if unnamed:
+        listed = "; ".join(map(_summary, manifests[:_LISTED_MOST]))
+        more = "; …" if len(manifests) > _LISTED_MOST else ""
+        raise NotACheckpoint(
+            f"{name} holds several images, and none of them says that it is for {platform}. Name "
+            f"the one you want by its digest: {listed}{more}"
+        )
+    platforms = ", ".join(sorted({str(each.platform) for each in manifests}))
     raise NotACheckpoint(
-        f"{name} has no image for {platform}; it has {listed[:500]}. To see one of those, name "
+        f"{name} has no image for {platform}; it has {platforms[:500]}. To see one of those, name "
         "it by its digest"
     )
+
+
+def _says_checkpoint(entry: IndexEntry) -> bool:
+    words = (entry.artifact_type, *entry.descriptor.annotations)
+    return any("checkpoint" in word for word in words)
+
+
+def _summary(entry: IndexEntry) -> str:
+    """Return an entry's digest and what may tell a person which one it is."""
+    facts = [str(entry.platform)[:60]] if entry.platform is not None else []
+    facts += [entry.artifact_type[:100]] if entry.artifact_type else []
+    annotations = entry.descriptor.annotations
+    telling = [key for key in annotations if any(word in key for word in _TELLING)]
+    for key in (telling or sorted(annotations))[:3]:
+        facts.append(f"{key[:100]}={annotations[key][:100]}")
+    return f"{entry.digest}" + (f" ({', '.join(facts)})" if facts else "")
 
 
 class _ContainerConfig(msgspec.Struct, frozen=True, rename="pascal"):
@@ -226,7 +272,7 @@ def describe(manifest: ImageManifest, config: bytes) -> str:
     facts = [f"{count} layer" + ("" if count == 1 else "s")]
     try:
         parsed = msgspec.json.decode(config, type=_ImageConfig)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return f"an image of {facts[0]}"
     platform = Platform(parsed.os, parsed.architecture, parsed.variant)
     if parsed.os:
@@ -260,6 +306,6 @@ def _entry(written: _Descriptor, name: str) -> IndexEntry:
 
 def _artifact_by_config(config: _Descriptor | None) -> str:
     """Before artifactType, an artifact's type was its config's media type."""
-    if config is None or config.media_type in (*_IMAGE_CONFIG_TYPES, *_EMPTY_CONFIG_TYPES):
+    if config is None or config.media_type in (*_IMAGE_CONFIG_TYPES, *EMPTY_TYPES):
         return ""
     return config.media_type

@@ -1,101 +1,119 @@
 """From a reference to a tree whose files can be read: all floors below, put together once."""
 
 import logging
-import mmap
-import os
-import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from itertools import groupby
 
 import trio
 
 from lazyfs.checkpoint import image as images
+from lazyfs.checkpoint.desk import Desk, OpenConfig
 from lazyfs.checkpoint.engines import origin_of
 from lazyfs.checkpoint.image import ResolvedImage
+from lazyfs.checkpoint.images import ImagesDirectory, chain, find_at_once, find_images
+from lazyfs.checkpoint.opened_layer import OpenedLayer
+from lazyfs.checkpoint.opening import Ztocs, open_layer
+from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
+from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.reference import parse_reference
-from lazyfs.checkpoint.tree import Node, Tree
-from lazyfs.content.cache_file import CacheFile, open_cache_file
-from lazyfs.content.completion import Completion
-from lazyfs.content.lanes import Lane, Lanes
-from lazyfs.content.layer_content import LayerContent, at_once
-from lazyfs.content.readahead import FileReader, Readahead
+from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
+from lazyfs.checkpoint.unpacked import Unpacker
+from lazyfs.checkpoint.walker import fill_tree
+from lazyfs.content.lanes import Lanes
+from lazyfs.content.layer_content import at_once
+from lazyfs.content.model import Reader
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
-from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import (
+    LazyfsError,
     MalformedError,
     NotACheckpoint,
-    SourceError,
     UnsupportedLayer,
     raise_sole_error,
 )
-from lazyfs.ground.ranges import ByteRange, coalesce
-from lazyfs.ground.settings import MIB, ContentSettings, TransportSettings
-from lazyfs.layers import table
-from lazyfs.layers.model import Entry, EntryType, LayerDescriptor, LayerIndex
-from lazyfs.transport import retry
-from lazyfs.transport.blob import Blob
+from lazyfs.ground.ranges import ByteRange
+from lazyfs.ground.settings import MIB
+from lazyfs.layers.model import Entry, EntryType
 
 log = logging.getLogger(__name__)
 
-INVENTORY = "inventory.img"
-"""Every CRIU images directory holds one, and CRIU reads it first."""
-
 _STEP_BYTES = MIB
-_COALESCE_BYTES = MIB
-_CONTENT_LIMIT_BYTES = 1 << 44
-_LARGE_TABLE_CHUNKS = 50_000
-"""From here on a chunk table goes into a file: the daemon stays small whatever the image is."""
 
-
-@dataclass(frozen=True)
-class OpenConfig:
-    """What opening a checkpoint takes beside its reference."""
-
-    cache_dir: Path
-    transport: TransportSettings = field(default_factory=TransportSettings)
-    content: ContentSettings = field(default_factory=ContentSettings)
-    on_proof: Callable[[int, int], None] | None = None
-    """Told how many bytes of how many are hashed, while a whole layer is proven beforehand."""
+Job = Callable[[], Awaitable[None]]
 
 
 class OpenedCheckpoint:
     """A checkpoint that is being read. From `open_checkpoint`."""
 
-    def __init__(
-        self,
-        image: ResolvedImage,
-        layer: LayerDescriptor,
-        index: LayerIndex,
-        content: LayerContent,
-        tree: Tree,
-    ) -> None:
-        """`content` is closed by whoever opened it."""
+    def __init__(self, image: ResolvedImage, desk: Desk) -> None:
+        """Begin without layers."""
         self.image = image
-        self.layer = layer
-        self.index = index
-        self.content = content
-        self.tree = tree
-        self.readahead = Readahead(content)
-        self.counters = content.counters
-        self.images_directory = find_images_directory(tree)
-        self.completion: Completion | None = None
-        if layer.digest is not None and not index.chunks.proven:
-            self.completion = Completion(
-                content, self.readahead, layer.digest, f"layer {layer.digest}"
-            )
+        self.desk = desk
+        self.counters = desk.counters
+        self.layers: list[OpenedLayer] = []
+        self.tree = Tree()
+        self.kept: dict[Node, Node] = {}
+        """Images directories of earlier layers that a later one builds on, by its link."""
+        self.grafts: dict[Node, Node] = {}
+        """Directories to be shown in place of `parent` links."""
+        self.images: ImagesDirectory | None = None
+        self.poison: LazyfsError | None = None
+        self.condemned = trio.Event()
+        """Set when there is a `poison`: nothing is served any more."""
+        self._jobs, self._jobs_to_do = trio.open_memory_channel[Job](1000)
 
     @property
     def reference(self) -> str:
         """What was opened, pinned by digest where it has one."""
         return self.image.reference
 
-    def reader(self, node: Node) -> FileReader:
+    @property
+    def images_directory(self) -> str | None:
+        """Path of CRIU's images directory; None if there is none, or it has not come yet."""
+        return path_of(self.images.node) if self.images is not None else None
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Paths of the images directories that it builds on, from the nearest on."""
+        return tuple(path_of(node) for node in self.images.parents) if self.images else ()
+
+    def grafts_of(self, view: str) -> dict[Node, Node]:
+        """Return the directories to be shown in place of `parent` links, as they come to be known.
+
+        In the view of the whole image a link that leads somewhere there stays a link.
+        """
+        return self.grafts if view == "criu" else self.kept
+
+    def reader(self, node: Node) -> Reader:
         """Return a reader of a file of the tree."""
-        return FileReader(self.content, self.readahead, node.content_start, node.size_bytes)
+        return self.layers[node.layer].reader(node.content_start, node.size_bytes)
+
+    async def find(self, path: str) -> Node | None:
+        """Return the node at `path`, once it can be told whether there is one.
+
+        Raises:
+            LazyfsError: it cannot be told.
+        """
+        while (node := self.tree.find(path)) is None:
+            filling = self.tree.root.filling
+            if filling is None or filling.ended:
+                if filling is not None:
+                    await filling.wait_end()
+                return None
+            await filling.wait()
+        return node
+
+    async def complete(self) -> None:
+        """Come back when all names are there.
+
+        Raises:
+            LazyfsError: they could not be had.
+        """
+        if self.tree.root.filling is not None:
+            await self.tree.root.filling.wait_end()
 
     async def read_file(self, path: str, limit_bytes: int) -> bytes:
         """Return a small file whole.
@@ -105,7 +123,7 @@ class OpenedCheckpoint:
             MalformedError: it is larger than `limit_bytes`.
             IntegrityError, FetchError, SourceError: it cannot be read.
         """
-        node = self._file(path)
+        node = await self._file(path)
         if node.size_bytes > limit_bytes:
             raise MalformedError(
                 f"{path!r} is {node.size_bytes} bytes; at most {limit_bytes} are believed"
@@ -114,35 +132,86 @@ class OpenedCheckpoint:
 
     async def stream_file(self, path: str) -> AsyncIterator[Data]:
         """Yield a file's bytes in order, fetched ahead."""
-        node = self._file(path)
+        node = await self._file(path)
         reader = self.reader(node)
         for offset in range(0, node.size_bytes, _STEP_BYTES):
             yield await reader.read(offset, _STEP_BYTES)
 
     async def prefetch(self, paths: Iterable[str]) -> None:
         """Fetch files at once, neighbours in one request; names that are not there are not."""
-        nodes = [self.tree.find(path) for path in paths]
-        ranges = [
-            ByteRange(node.content_start, node.content_start + node.size_bytes)
-            for node in nodes
-            if node is not None and node.type is EntryType.FILE and node.size_bytes
-        ]
-        await _ensure(self.content, ranges, Lane.READAHEAD)
+        found = [self.tree.find(path) for path in paths]
+        nodes = [node for node in found if node is not None and node.type is EntryType.FILE]
+        nodes.sort(key=lambda node: node.layer)
+        jobs = []
+        for layer, members in groupby(nodes, key=lambda node: node.layer):
+            ranges = [
+                ByteRange(node.content_start, node.content_start + node.size_bytes)
+                for node in members
+                if node.size_bytes
+            ]
+            jobs.append(partial(self.layers[layer].prefetch, ranges))
+        if jobs:
+            await at_once(jobs)
 
     async def prove(self, on_progress: Callable[[int, int], None] | None = None) -> None:
-        """Prove the whole layer, if its chunks do not prove themselves.
+        """Prove every layer whose chunks do not prove themselves.
 
         Raises:
-            IntegrityError: it is not what its digest promises.
+            IntegrityError: one is not what its digest promises.
             FetchError, SourceError: it could not be had.
         """
-        if self.completion is not None and not self.content.holdings.sealed:
-            await self.completion.prove(eager=True, on_progress=on_progress)
-        elif self.layer.digest is None:
-            log.warning("%s has no digest that it could be verified by", self.reference)
+        for layer in list(self.layers):
+            await layer.prove(on_progress)
 
-    def _file(self, path: str) -> Node:
-        node = self.tree.find(path)
+    def condemn(self, error: LazyfsError) -> None:
+        """Serve nothing more of any layer."""
+        if self.poison is None:
+            self.poison = error
+            self.condemned.set()
+        for layer in self.layers:
+            layer.content.condemn(error)
+
+    def raise_if_condemned(self) -> None:
+        """Raise the error of a verification that has failed, if any has."""
+        if self.poison is not None:
+            raise self.poison
+
+    def do(self, job: Job) -> None:
+        """Have something done beside the readers, for as long as the checkpoint is open."""
+        try:
+            self._jobs.send_nowait(job)
+        except trio.WouldBlock:
+            log.warning("too much is asked for at once")
+
+    def add_layer(self, layer: OpenedLayer) -> int:
+        """Take a layer in, and run what it needs; return its number, for `Node.layer`."""
+        self.layers.append(layer)
+        self.do(layer.run)
+        self.do(partial(self._watch, layer))
+        if self.poison is not None:
+            layer.content.condemn(self.poison)
+        return len(self.layers) - 1
+
+    async def run_jobs(self) -> None:
+        """Do what is given to `do`; for ever."""
+        async with trio.open_nursery() as nursery:
+            async for job in self._jobs_to_do:
+                nursery.start_soon(_guarded, job)
+
+    def close(self) -> None:
+        """Let go of what the layers hold."""
+        for layer in self.layers:
+            layer.content.close()
+
+    async def _watch(self, layer: OpenedLayer) -> None:
+        """After one failed proof nothing of the whole checkpoint is served."""
+        await layer.content.condemned.wait()
+        error = layer.content.poison
+        if error is not None:
+            self.condemn(error)
+
+    async def _file(self, path: str) -> Node:
+        node = await self.find(path)
         if node is None:
             raise NotACheckpoint(f"there is no {path!r} in {self.reference}")
         if node.type is not EntryType.FILE:
@@ -152,9 +221,16 @@ class OpenedCheckpoint:
 
 @asynccontextmanager
 async def open_checkpoint(
-    reference: str, config: OpenConfig, counters: Counters | None = None
+    reference: str,
+    config: OpenConfig,
+    counters: Counters | None = None,
+    *,
+    unpack: bool = False,
 ) -> AsyncIterator[OpenedCheckpoint]:
-    """Resolve `reference`, open its layer, find its files; readahead runs until the exit.
+    """Resolve `reference`, open its layers, find its images directory.
+
+    What reads ahead, decodes and unpacks runs until the exit. `unpack`: archives within the
+    checkpoint are directories too.
 
     Raises:
         UsageError: the reference is none.
@@ -167,25 +243,13 @@ async def open_checkpoint(
     image = await trio.to_thread.run_sync(
         images.resolve, parsed, config.transport, counters, abandon_on_cancel=True
     )
-    content: LayerContent | None = None
+    name = image.reference.partition("@")[0]
+    checkpoint = OpenedCheckpoint(image, Desk(config, counters, Lanes(config.content), name))
     try:
-        with _named(image.reference):
-            layer, index, blob = await _open_layer(image, config, counters)
-        cache = _open_cache(config.cache_dir, image.reference, layer, index)
-        content = LayerContent(
-            blob,
-            index.chunks,
-            cache,
-            Lanes(config.content),
-            counters,
-            config.content,
-            config.transport,
-        )
-        with _named(image.reference):
-            tree = Tree(await _entries(index, content))
-        checkpoint = OpenedCheckpoint(image, layer, index, content, tree)
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(checkpoint.readahead.run)
+            nursery.start_soon(checkpoint.run_jobs)
+            with _named(image.reference):
+                await _open_layers(checkpoint, unpack=unpack)
             if config.content.verify_full:
                 await checkpoint.prove(config.on_proof)
             yield checkpoint
@@ -193,9 +257,122 @@ async def open_checkpoint(
     except BaseExceptionGroup as group:
         raise_sole_error(group)
     finally:
-        if content is not None:
-            content.close()
+        checkpoint.close()
         image.close()
+
+
+async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:
+    placed = await _placed(checkpoint.image)
+    ordinary = [item for item in placed if item.kind != "diff"]
+    ztocs = Ztocs(checkpoint.image)
+    opened: dict[int, OpenedLayer] = {}
+
+    async def open_one(number: int, item: PlacedLayer) -> None:
+        opened[number] = await open_layer(checkpoint.image, item, ztocs, checkpoint.desk)
+
+    try:
+        await at_once([partial(open_one, *each) for each in enumerate(ordinary)])
+    except UnsupportedLayer as error:
+        raise await _explained(checkpoint.image, error) from error
+    for number in range(len(ordinary)):
+        checkpoint.add_layer(opened[number])
+    unpacker = Unpacker(checkpoint, [item for item in placed if item.kind == "diff"])
+    attach = unpacker.attach if unpack else None
+    if len(ordinary) == 1 and opened[0].is_stream:
+        await _open_stream(checkpoint, opened[0], attach)
+    else:
+        await _open_at_random(checkpoint, attach)
+
+
+async def _open_at_random(checkpoint: OpenedCheckpoint, attach: Callable[[], None] | None) -> None:
+    """Find all names of all layers, and lay these over each other."""
+    layers = checkpoint.layers[:]
+    await at_once([layer.walker.run for layer in layers])
+    for number, layer in enumerate(layers):
+        tree = Tree(map(_mover(layer.placed), layer.walker.entries), layer=number)
+        if number == 0:
+            checkpoint.tree = tree
+            if len(layers) > 1:
+                drop_whiteouts(tree)
+        else:
+            checkpoint.kept |= lay_over(checkpoint.tree, tree)
+    _find_images(checkpoint)
+    if attach is not None:
+        attach()
+
+
+async def _open_stream(
+    checkpoint: OpenedCheckpoint,
+    layer: OpenedLayer,
+    attach: Callable[[], None] | None,
+) -> None:
+    """Open the only layer, whose names come as it is decoded; wait for the images directory."""
+    filling = Filling()
+    tree = checkpoint.tree = Tree(filling=filling)
+    move = _mover(layer.placed)
+
+    async def fill() -> None:
+        try:
+            await fill_tree(layer.walker, lambda batch: tree.add(map(move, batch)), filling)
+            _find_images(checkpoint)
+        except LazyfsError as error:
+            checkpoint.condemn(_with_name(checkpoint.reference, error))
+            filling.end(checkpoint.poison)
+            return
+        if attach is not None:
+            attach()
+        filling.end()
+
+    checkpoint.do(fill)
+    while not filling.ended:
+        node = find_at_once(tree)
+        if node is not None:
+            checkpoint.images = ImagesDirectory(node, (), {})
+            return
+        await filling.wait()
+    checkpoint.raise_if_condemned()
+
+
+def _find_images(checkpoint: OpenedCheckpoint) -> None:
+    """Find the images directory, now that all names are there, and the chain of its parents."""
+    known = checkpoint.images
+    node = known.node if known is not None else find_images(checkpoint.tree, checkpoint.kept)
+    if node is not None:
+        checkpoint.images = chain(node, checkpoint.kept)
+        checkpoint.grafts.update(checkpoint.images.grafts)
+
+
+def _mover(placed: PlacedLayer) -> Callable[[Entry], Entry]:
+    """Return what puts an entry where its layer belongs."""
+    place = placed.place if placed.kind == "layer" else ""
+    if not place:
+        return lambda entry: entry
+
+    def move(entry: Entry) -> Entry:
+        path = f"{place}/{entry.path}" if entry.path else place
+        link_of = f"{place}/{entry.link_of}" if entry.link_of else ""
+        return replace(entry, path=path, link_of=link_of)
+
+    return move
+
+
+async def _placed(image: ResolvedImage) -> list[PlacedLayer]:
+    try:
+        return list(image.placed_layers())
+    except UnsupportedLayer as error:
+        raise await _explained(image, error) from error
+
+
+async def _explained(image: ResolvedImage, error: UnsupportedLayer) -> LazyfsError:
+    """Return the error for a layer that cannot be read: perhaps it is no checkpoint at all."""
+    media_types = [item.media_type for item in image.layers]
+    if origin_of(image.annotations, {}, media_types, ()).recognised_by is not None:
+        return error
+    described = await trio.to_thread.run_sync(image.describe)
+    message = f"{image.reference} does not look like a checkpoint: it is {described}"
+    if not image.artifact_type:
+        message += f". If it is one all the same: {error}"
+    return NotACheckpoint(message)
 
 
 @contextmanager
@@ -203,145 +380,19 @@ def _named(reference: str) -> Iterator[None]:
     """Say of which image it is that a format finds fault with the bytes."""
     try:
         yield
-    except MalformedError as error:
-        raise MalformedError(f"{reference}: {error}") from error
+    except (MalformedError, UnsupportedLayer) as error:
+        raise _with_name(reference, error) from error
 
 
-def find_images_directory(tree: Tree) -> str | None:
-    """Return the path of CRIU's images directory: that of the inventory nearest to the root.
-
-    Of several at one depth `checkpoint`, as Podman, CRI-O and containerd name it, then the
-    first by name. None if there is none.
-    """
-    found = [
-        path.rpartition("/")[0]
-        for path, node in tree.walk(tree.root)
-        if node.name == INVENTORY and node.type is EntryType.FILE
-    ]
-    return min(found, key=lambda path: (_depth(path), path != "checkpoint", path), default=None)
+def _with_name(reference: str, error: LazyfsError) -> LazyfsError:
+    if isinstance(error, MalformedError | UnsupportedLayer) and reference not in str(error):
+        return type(error)(f"{reference}: {error}")
+    return error
 
 
-def _depth(path: str) -> int:
-    return path.count("/") + 1 if path else 0
-
-
-async def _open_layer(
-    image: ResolvedImage, config: OpenConfig, counters: Counters
-) -> tuple[LayerDescriptor, LayerIndex, Blob]:
+async def _guarded(job: Job) -> None:
+    """Do a job; a bug in it must not end the mount."""
     try:
-        layer = image.sole_layer()
-        layer_format = table.choose(layer)
-    except UnsupportedLayer as error:
-        media_types = [item.media_type for item in image.layers]
-        if origin_of(image.annotations, {}, media_types, ()).recognised_by is not None:
-            raise
-        described = await trio.to_thread.run_sync(image.describe)
-        message = f"{image.reference} does not look like a checkpoint: it is {described}"
-        if not image.artifact_type:
-            message += f". If it is one all the same: {error}"
-        raise NotACheckpoint(message) from error
-    blob = image.open_blob(layer)
-    prelude = await _read_ranges(blob, layer_format.prelude(layer), config, counters)
-    index = await trio.to_thread.run_sync(layer_format.open, layer, prelude)
-    if len(index.chunks) > _LARGE_TABLE_CHUNKS:
-        with suppress(OSError):
-            index.chunks.relocate(partial(_keep_in_file, config.cache_dir))
-    if index.chunks.content_size_bytes > _CONTENT_LIMIT_BYTES:
-        raise MalformedError(f"a layer of {index.chunks.content_size_bytes} bytes is not believed")
-    return layer, index, blob
-
-
-def _open_cache(
-    cache_dir: Path, reference: str, layer: LayerDescriptor, index: LayerIndex
-) -> CacheFile | None:
-    chunks = index.chunks
-    tag = index.cache_tag
-    if not chunks.proven:
-        source = reference.partition("@")[0]
-        tag += "-" + Digest.of(source.encode()).hex[:16]
-    try:
-        return open_cache_file(cache_dir, layer.digest, tag, chunks.content_size_bytes, len(chunks))
-    except OSError as error:
-        log.warning("no cache in %s (%s): what is read is kept in memory", cache_dir, error)
-        return None
-
-
-async def _entries(index: LayerIndex, content: LayerContent) -> list[Entry]:
-    """Drive a format's walk: fetch what it wants to see, all of one round at once."""
-    walk = index.walk
-    try:
-        wanted = next(walk)
-        while True:
-            await _ensure(content, wanted, Lane.DEMAND)
-            wanted = walk.send([bytes(await content.read(item)) for item in wanted])
-    except StopIteration as stop:
-        entries: list[Entry] = stop.value
-        return entries
-    finally:
-        walk.close()
-
-
-async def _ensure(content: LayerContent, ranges: Iterable[ByteRange], lane: Lane) -> None:
-    """Have ranges fetched at once, as few requests as their distances allow."""
-    merged = list(coalesce(ranges, _COALESCE_BYTES))
-    if merged:
-        await at_once([partial(content.ensure, item, lane) for item in merged])
-
-
-class _Collector:
-    """A sink that keeps what comes, in a mapped file if it can be.
-
-    An index may be large, and a file's pages are not the daemon's own memory.
-    """
-
-    def __init__(self, size_bytes: int, directory: Path) -> None:
-        try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, size_bytes))
-                self._map = mmap.mmap(file.fileno(), max(1, size_bytes))
-        except OSError:
-            self._map = mmap.mmap(-1, max(1, size_bytes))
-        self.data = memoryview(self._map)[:size_bytes]
-        self._fill = 0
-
-    def space(self) -> memoryview:
-        return self.data[self._fill :]
-
-    def advance(self, count: int) -> None:
-        self._fill += count
-
-
-def _keep_in_file(directory: Path, data: Data) -> memoryview:
-    """Return a copy of `data` that lies in a nameless file and is mapped for reading."""
-    with tempfile.TemporaryFile(dir=directory, buffering=0) as file:
-        view = memoryview(data).cast("B")
-        written = 0
-        while written < len(view):
-            written += file.write(view[written:])
-        return memoryview(mmap.mmap(file.fileno(), len(view), prot=mmap.PROT_READ))
-
-
-async def _read_ranges(
-    blob: Blob, ranges: Sequence[ByteRange], config: OpenConfig, counters: Counters
-) -> list[Data]:
-    """Fetch blob ranges whole, at once."""
-    limiter = trio.CapacityLimiter(max(1, len(ranges)))
-    if any(item.stop > blob.size_bytes for item in ranges):
-        raise SourceError(f"{blob.name} is smaller than its own index says")
-    sinks = [_Collector(item.size_bytes, config.cache_dir) for item in ranges]
-    fetches = [
-        partial(
-            retry.fetch,
-            blob,
-            item,
-            sink,
-            settings=config.transport,
-            limiter=limiter,
-            counters=counters,
-        )
-        for item, sink in zip(ranges, sinks, strict=True)
-    ]
-    if fetches:
-        await at_once(fetches)
-    return [sink.data for sink in sinks]
+        await job()
+    except Exception:
+        log.exception("something beside the readers failed: please report this")

@@ -1,11 +1,12 @@
-"""What a person may call an image, as values: a registry's, a layout's, an archive's.
+"""What a person may call an image, as values: where it lies, and which one it is there.
 
 Imported before the daemon is forked: nothing heavier than `re` and `urllib.parse` here. The
-only look at the world is whether a word without a telling form is the name of a file.
+only look at the world is whether a word without a telling form is the name of a file or of a
+directory.
 
 Grammar: OCI distribution-spec, "Pulling manifests" (name, tag); OCI image-spec,
-annotations.md (`org.opencontainers.image.ref.name`); defaults of docker.io as Docker and Podman
-have them.
+annotations.md (`org.opencontainers.image.ref.name`); containers-transports(5) (`oci-archive:`,
+`docker-archive:`, `dir:`); defaults of docker.io as Docker and Podman have them.
 """
 
 import re
@@ -20,6 +21,9 @@ from lazyfs.ground.errors import MalformedError, UsageError
 FORMS = """\
   [docker://]HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]   an image in a registry
   oci:DIRECTORY[:TAG]                                an OCI layout on this machine
+  oci-archive:FILE[:TAG]                             a tar of an OCI layout
+  docker-archive:FILE[:NAME[:TAG]]                   what docker or podman save
+  dir:DIRECTORY                                      unpacked, or as skopeo's dir:
   http://… or https://…                              a checkpoint archive by URL
   ./FILE, /PATH/FILE, FILE.tar                       a checkpoint archive on this machine"""
 
@@ -34,9 +38,8 @@ _REF_NAME = re.compile(rf"{_REF_NAME_PART}(?:/{_REF_NAME_PART})*")
 _DIGEST_SUFFIX = re.compile(r"@((?:sha256|sha512):[0-9a-f]+)\Z")
 _BEFORE_AT = re.compile(r"(^|//).*@(?!(?:sha256|sha512|md5):)", re.DOTALL)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f]")
-_FOREIGN = re.compile(
-    r"(?:containers-storage|dir|docker-archive|docker-daemon|oci-archive|ostree|sif):.*"
-)
+_FOREIGN = re.compile(r"(?:containers-storage|docker-daemon|ostree|sif|tarball):.*")
+_PREFIXES = ("oci:", "oci-archive:", "docker-archive:", "dir:")
 _DOCKER_ALIASES = {"index.docker.io": "docker.io"}
 
 
@@ -89,6 +92,53 @@ class LayoutReference:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageArchiveReference:
+    """An image in a tar on this machine; without name and digest, the only one there."""
+
+    scheme: str
+    """`oci-archive` or `docker-archive`."""
+    path: Path
+    tag: str | None = None
+    """Of an OCI archive the tag, of Docker's the image's name, in full: `docker.io/library/a:1`."""
+    digest: Digest | None = None
+
+    @property
+    def wanted(self) -> str | None:
+        """What to look for in the archive; None for whatever is alone there."""
+        return str(self.digest) if self.digest is not None else self.tag
+
+    def pinned(self, digest: Digest) -> "ImageArchiveReference":
+        """Return the same archive's image `digest`."""
+        return ImageArchiveReference(self.scheme, self.path, None, digest)
+
+    def __str__(self) -> str:
+        tag = f":{self.tag}" if self.tag is not None else ""
+        digest = f"@{self.digest}" if self.digest is not None else ""
+        return f"{self.scheme}:{self.path}{tag}{digest}"
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryReference:
+    """An image that skopeo copied to a `dir:`, or a checkpoint that was unpacked."""
+
+    directory: Path
+    digest: Digest | None = None
+
+    @property
+    def wanted(self) -> str | None:
+        """Of skopeo's, what to look for among the manifests there; None for the one on top."""
+        return str(self.digest) if self.digest is not None else None
+
+    def pinned(self, digest: Digest) -> "DirectoryReference":
+        """Return the same directory's image `digest`."""
+        return DirectoryReference(self.directory, digest)
+
+    def __str__(self) -> str:
+        digest = f"@{self.digest}" if self.digest is not None else ""
+        return f"dir:{self.directory}{digest}"
+
+
+@dataclass(frozen=True, slots=True)
 class ArchiveReference:
     """A checkpoint archive that is in no image: `podman container checkpoint --export`.
 
@@ -118,7 +168,12 @@ class ArchiveReference:
         return self.location
 
 
-Reference: TypeAlias = RegistryReference | LayoutReference | ArchiveReference
+ImageReference: TypeAlias = (
+    RegistryReference | LayoutReference | ImageArchiveReference | DirectoryReference
+)
+"""What may lead to a manifest."""
+
+Reference: TypeAlias = ImageReference | ArchiveReference
 
 
 def parse_reference(text: str) -> Reference:
@@ -137,13 +192,19 @@ def parse_reference(text: str) -> Reference:
     if _is_file(f"{text}/oci-layout"):
         raise _refused(text, f"it is an OCI layout on this machine: say oci:{text}")
     if text.startswith(("/", "./", "../")):
+        if _is_directory(text):
+            raise _refused(text, f"it is a directory: if a checkpoint is in it, say dir:{text}")
         return _path_reference(text)
+    if text.startswith(_PREFIXES):
+        return _parse_prefixed(text)
     if separator:
         raise _refused(text, f"{scheme[:40]!r} is not a scheme that is known here")
-    if text.startswith("oci:"):
-        return _parse_layout(text)
     if _FOREIGN.fullmatch(text):
-        raise _refused(text, "this way of storing images is not read here")
+        raise _refused(
+            text,
+            "this way of storing images is not read here (`skopeo copy` or `podman push` bring "
+            "the image to a registry or an oci-archive:)",
+        )
     if text.endswith(".tar") or _is_file(text):
         return _path_reference(text)
     return _parse_registry(text, text)
@@ -157,6 +218,13 @@ def _refused(text: str, why: str) -> UsageError:
 def _is_file(text: str) -> bool:
     try:
         return Path(text).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _is_directory(text: str) -> bool:
+    try:
+        return Path(text).is_dir()
     except (OSError, ValueError):
         return False
 
@@ -194,14 +262,24 @@ def _split_digest(text: str, whole: str) -> tuple[str, Digest | None]:
         raise _refused(whole, str(error)) from None
 
 
-def _parse_layout(text: str) -> LayoutReference:
-    rest, digest = _split_digest(text.removeprefix("oci:"), text)
-    directory, colon, tag = rest.partition(":")
-    if not directory:
-        raise _refused(text, "it names no directory")
+def _parse_prefixed(text: str) -> Reference:
+    scheme, _, rest = text.partition(":")
+    rest, digest = _split_digest(rest, text)
+    if scheme == "dir":
+        if not rest:
+            raise _refused(text, "it names no directory")
+        return DirectoryReference(Path(rest), digest)
+    path, colon, tag = rest.partition(":")
+    if not path:
+        raise _refused(text, f"it names no {'directory' if scheme == 'oci' else 'file'}")
+    if scheme == "docker-archive":
+        name = _parse_registry(tag, text) if colon else None
+        return ImageArchiveReference(scheme, Path(path), str(name) if name else None, digest)
     if colon and not _REF_NAME.fullmatch(tag):
         raise _refused(text, f"{tag[:100]!r} is not a tag")
-    return LayoutReference(Path(directory), tag if colon else None, digest)
+    if scheme == "oci":
+        return LayoutReference(Path(path), tag if colon else None, digest)
+    return ImageArchiveReference(scheme, Path(path), tag if colon else None, digest)
 
 
 def _parse_registry(text: str, whole: str) -> RegistryReference:

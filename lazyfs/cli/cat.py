@@ -29,7 +29,8 @@ def cat_command(reference: str, path: str, source: SourceOptions) -> None:
     is looked for in the CRIU images directory as well, so `inventory.img` means
     `checkpoint/inventory.img`. Only the file and the index are fetched.
 
-    A layer whose chunks have no digests of their own (a plain tar) can only be proven as a whole:
+    A layer whose chunks have no digests of their own (a plain tar, gzip, zstd) can only be proven
+    as a whole:
     with --verify full it is fetched and proven before the first byte is written; otherwise what
     is written is as the source gave it.
     """
@@ -52,7 +53,7 @@ async def copy(checkpoint: "OpenedCheckpoint", path: str, to: IO[bytes], *, prog
     """
     import trio
 
-    where, node = locate(checkpoint, path)
+    where, node = await locate(checkpoint, path)
     if node.type.value == "symlink":
         raise LazyfsError(
             f"{printable(where)} is a symbolic link, to {printable(node.symlink_target)}: "

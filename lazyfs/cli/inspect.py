@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import click
@@ -12,9 +13,14 @@ from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
 from lazyfs.cli.text import human_bytes, plural, printable
 
 if TYPE_CHECKING:
-    from lazyfs.checkpoint.inspect import ProcessReport, Report
+    from lazyfs.checkpoint.findings import Finding
+    from lazyfs.checkpoint.opened import OpenedCheckpoint
+    from lazyfs.checkpoint.report import LayerReport, ProcessReport, Report
 
+_BLOCKED = 4
+"""Exit code of a check that something blocks: nothing here that can be restored."""
 _DEEPEST_INDENT = 20
+_STYLES = {"blocks": "bold red", "warns": "yellow", "unknown": "dim", "ok": "green"}
 _PROOFS = {
     "chunk": "each chunk is proven by its digest before a byte of it is served",
     "layer": "the whole is proven by the layer's digest, behind what a mount serves "
@@ -26,31 +32,48 @@ _PROOFS = {
 @click.command("inspect", epilog=REFERENCE_HELP)
 @click.argument("reference", metavar="REF")
 @click.option("--json", "as_json", is_flag=True, help="One object; its keys are in docs/json.md.")
+@click.option(
+    "--check",
+    "checks",
+    is_flag=True,
+    help="Tell too what will not restore on this machine; exit with 4 if something blocks it.",
+)
+@click.option(
+    "--criu",
+    "criu_program",
+    metavar="PROGRAM",
+    default="criu",
+    show_default=True,
+    help="The CRIU that would restore it, for --check: a name or a path, with arguments if it "
+    "needs some.",
+)
 @source_options
-def inspect_command(reference: str, as_json: bool, source: SourceOptions) -> None:
+def inspect_command(
+    reference: str, as_json: bool, checks: bool, criu_program: str, source: SourceOptions
+) -> None:
     """Tell what a checkpoint is.
 
     Engine, container and base image, versions of CRIU and kernel, the process tree, sizes, how
-    the layer is stored and proven, and how much a mount fetches before it is there. Of memory
+    the layers are stored and proven, and how much a mount fetches before it is there. Of memory
     only that is fetched which shares a chunk with what is needed.
     """
     from lazyfs.checkpoint.inspect import inspect
+    from lazyfs.checkpoint.preflight import check_here
 
-    report = with_checkpoint(reference, source, inspect)
+    async def look(checkpoint: "OpenedCheckpoint") -> "tuple[Report, tuple[Finding, ...]]":
+        report = await inspect(checkpoint)
+        return report, await check_here(report, criu_program) if checks else ()
+
+    report, findings = with_checkpoint(reference, source, look)
     if as_json:
-        click.echo(json.dumps(report.as_json(), indent=2))
-        return
-    rows = [(label, printable(value)) for label, value in facts(report)]
-    processes = list(process_tree(report.processes))
-    if sys.stdout.isatty():
-        _print_rich(rows, processes)
-        return
-    for label, value in rows:
-        click.echo(f"{label}: {value}")
-    if processes:
-        click.echo("Processes:")
-    for line in processes:
-        click.echo(f"  {line}")
+        check = {"check": [asdict(finding) for finding in findings]} if checks else {}
+        click.echo(json.dumps(report.as_json() | check, indent=2))
+    elif sys.stdout.isatty():
+        print_rich(report, findings)
+    else:
+        _print_plain(report, findings)
+    if any(finding.level == "blocks" for finding in findings):
+        sys.exit(_BLOCKED)
 
 
 def facts(report: "Report") -> Iterator[tuple[str, str]]:
@@ -70,17 +93,21 @@ def facts(report: "Report") -> Iterator[tuple[str, str]]:
         text = " ".join(word for word in words if word)
         if text:
             yield label, text
-    layer, sizes = report.layer, report.sizes
-    yield "Layer", f"{human_bytes(layer.size_bytes)} as {layer.format} ({layer.media_type})"
-    yield "Proof", _PROOFS[layer.proof]
+    sizes = report.sizes
+    yield from _layers(report)
     yield "Files", f"{human_bytes(sizes.files_bytes)} in {plural(sizes.files, 'file')}"
-    directory = report.images_directory or "the top of the layer"
+    directory = report.images_directory or "the top of the checkpoint"
     yield (
         "CRIU images",
         f"{directory}: {human_bytes(sizes.pages_bytes)} of memory in "
         f"{plural(sizes.pages_files, 'pages file')}, {human_bytes(sizes.metadata_bytes)} in "
         f"{plural(sizes.metadata_files, 'other file')}",
     )
+    memory = ", ".join(_memory(report))
+    if memory:
+        yield "Memory", memory
+    if report.parents:
+        yield "Builds on", ", ".join(path or "the top of the checkpoint" for path in report.parents)
     yield (
         "A mount fetches",
         f"{human_bytes(sizes.metadata_bytes)} and the index at once, memory as it is read",
@@ -93,6 +120,47 @@ def facts(report: "Report") -> Iterator[tuple[str, str]]:
     )
     for note in report.notes:
         yield "Note", note
+
+
+def _layers(report: "Report") -> Iterator[tuple[str, str]]:
+    several = len(report.layers) > 1
+    for number, layer in enumerate(report.layers, 1):
+        label = f"Layer {number}" if several else "Layer"
+        yield label, f"{human_bytes(layer.size_bytes)} as {layer.format} ({layer.media_type})"
+        for note in _about_layer(layer):
+            yield label, note
+    proofs = {layer.proof: None for layer in report.layers}
+    for proof in proofs:
+        numbers = [str(at) for at, layer in enumerate(report.layers, 1) if layer.proof == proof]
+        of = f" of layer {', '.join(numbers)}" if len(proofs) > 1 else ""
+        yield f"Proof{of}", _PROOFS[proof]
+
+
+def _about_layer(layer: "LayerReport") -> Iterator[str]:
+    if layer.mislabelled:
+        yield f"its media type says otherwise, but its bytes are {layer.format}: they decide"
+    if layer.streamed:
+        yield "decoded from its start: what lies ahead of that waits for it"
+
+
+def _memory(report: "Report") -> Iterator[str]:
+    memory = report.memory
+    if memory.total_bytes is None:
+        return
+    if memory.anonymous_bytes is None:
+        yield human_bytes(memory.total_bytes)
+    for count, words in (
+        (memory.anonymous_bytes, "anonymous"),
+        (memory.file_bytes, "of mapped files"),
+        (memory.shared_bytes, "shared"),
+        (memory.device_bytes, "of GPUs"),
+        (memory.lazy_bytes, "of it may come lazily"),
+        (memory.parent_bytes, "in parent checkpoints"),
+    ):
+        if count:
+            yield f"{human_bytes(count)} {words}"
+    if memory.compressed:
+        yield "compressed by CRIU"
 
 
 def process_tree(processes: "tuple[ProcessReport, ...]") -> Iterator[str]:
@@ -163,8 +231,10 @@ def _namespaces(report: "Report") -> str | None:
 
 def _needs(report: "Report") -> Iterator[str]:
     """Yield what a restore of this checkpoint cannot do without."""
-    if report.has_parent:
-        yield "the parent checkpoint"
+    if report.needs.wide_page_counts:
+        yield "CRIU 4.2 or later"
+    if report.needs.tcp_connections:
+        yield f"criu --tcp-established for {plural(report.needs.tcp_connections, 'connection')}"
     if report.criu is None:
         return
     if report.criu.images_version > 2:
@@ -183,7 +253,21 @@ def _in_brackets(text: str | None, before: str = "") -> str | None:
     return f"({before}{text})" if text else None
 
 
-def _print_rich(rows: list[tuple[str, str]], processes: list[str]) -> None:
+def _print_plain(report: "Report", findings: "tuple[Finding, ...]") -> None:
+    for label, value in facts(report):
+        click.echo(f"{label}: {printable(value)}")
+    for title, lines in (
+        ("Processes:", process_tree(report.processes)),
+        ("On this machine:", (f"{item.level} {item.subject}: {item.message}" for item in findings)),
+    ):
+        for number, line in enumerate(lines):
+            if number == 0:
+                click.echo(title)
+            click.echo(f"  {printable(line)}")
+
+
+def print_rich(report: "Report", findings: "tuple[Finding, ...]") -> None:
+    """Print all of it as tables, for a terminal."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -191,8 +275,23 @@ def _print_rich(rows: list[tuple[str, str]], processes: list[str]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for label, value in rows:
-        table.add_row(Text(label, style="bold"), Text(value))
+    before = ""
+    for label, value in facts(report):
+        table.add_row(Text(label if label != before else "", style="bold"), Text(printable(value)))
+        before = label
+    processes = list(process_tree(report.processes))
     if processes:
         table.add_row(Text("Processes", style="bold"), Text("\n".join(processes)))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table)
+    if not findings:
+        return
+    check = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    for _ in range(2):
+        check.add_column(no_wrap=True)
+    check.add_column(overflow="fold")
+    for item in findings:
+        level = Text(item.level, style=_STYLES[item.level])
+        check.add_row(level, Text(item.subject, style="bold"), Text(printable(item.message)))
+    console.print("\nOn this machine", style="bold")
+    console.print(check)

@@ -56,13 +56,20 @@ class Line:
         return printable(self.path)
 
 
-def lines(checkpoint: "OpenedCheckpoint", path: str, *, recursive: bool) -> Iterator[Line]:
-    """Yield a directory's members, by name, or all that is below it; of a file the file itself.
+async def lines(checkpoint: "OpenedCheckpoint", path: str, *, recursive: bool) -> list[Line]:
+    """Return a directory's members, by name, or all that is below it; of a file the file itself.
 
     Raises:
         LazyfsError: there is no such path.
     """
-    where, node = locate(checkpoint, path)
+    where, node = await locate(checkpoint, path)
+    await checkpoint.complete()
+    return list(_lines(checkpoint, where, node, recursive=recursive))
+
+
+def _lines(
+    checkpoint: "OpenedCheckpoint", where: str, node: "Node", *, recursive: bool
+) -> Iterator[Line]:
     if node.type.value != "directory":
         yield _line(where, node)
     elif recursive:
@@ -71,7 +78,8 @@ def lines(checkpoint: "OpenedCheckpoint", path: str, *, recursive: bool) -> Iter
     else:
         prefix = f"{where}/" if where else ""
         for name in sorted(node.children):
-            yield _line(prefix + name, node.children[name])
+            if not node.children[name].climbs:
+                yield _line(prefix + name, node.children[name])
 
 
 def _line(path: str, node: "Node") -> Line:
@@ -109,13 +117,14 @@ def ls_command(
     PATH is a directory or a file, from the root of the checkpoint; without it, the root is
     listed. A PATH that is not there is looked for in the CRIU images directory as well, so
     `inventory.img` means `checkpoint/inventory.img`. Names are printed as full paths, which is
-    how `lazyfs cat` wants them. Only the index is fetched, never a file.
+    how `lazyfs cat` wants them. Only the index is fetched, never a file; a compressed layer
+    without one is decoded to its end.
 
     In a pipe, a line is: mode, uid, gid, bytes, time, path, with tabs between them.
     """
 
     async def listed(checkpoint: "OpenedCheckpoint") -> list[Line]:
-        return list(lines(checkpoint, path, recursive=recursive))
+        return await lines(checkpoint, path, recursive=recursive)
 
     found = with_checkpoint(reference, source, listed)
     if as_json:

@@ -105,7 +105,7 @@ def _serve(
     """Import what a mount needs (after the fork: the caller does not), and live its life."""
     import trio
 
-    from lazyfs.checkpoint.opened import OpenConfig
+    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.cli.main import report
     from lazyfs.mount import MountConfig, serve_mount
 

@@ -27,7 +27,8 @@ def with_checkpoint(
     """
     import trio
 
-    from lazyfs.checkpoint.opened import OpenConfig, open_checkpoint
+    from lazyfs.checkpoint.desk import OpenConfig
+    from lazyfs.checkpoint.opened import open_checkpoint
 
     config = OpenConfig(source.cache_dir, source.transport, source.content, proof_bar())
 
@@ -56,7 +57,7 @@ def proof_bar() -> Callable[[int, int], None] | None:
     return draw
 
 
-def locate(checkpoint: "OpenedCheckpoint", path: str) -> "tuple[str, Node]":
+async def locate(checkpoint: "OpenedCheckpoint", path: str) -> "tuple[str, Node]":
     """Find what a person means by a path: its path in the layer, and its node.
 
     A path is from the checkpoint's root, with or without `/` or `./` before it and `/` behind;
@@ -66,12 +67,12 @@ def locate(checkpoint: "OpenedCheckpoint", path: str) -> "tuple[str, Node]":
         LazyfsError: it is in neither.
     """
     asked = "/".join(part for part in path.split("/") if part not in ("", "."))
-    node = checkpoint.tree.find(asked)
+    node = await checkpoint.find(asked)
     if node is not None:
         return asked, node
     if checkpoint.images_directory:
         inside = f"{checkpoint.images_directory}/{asked}"
-        node = checkpoint.tree.find(inside)
+        node = await checkpoint.find(inside)
         if node is not None:
             return inside, node
     raise LazyfsError(

@@ -22,7 +22,9 @@ import contextlib
 import fcntl
 import mmap
 import os
+import sys
 import tempfile
+from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,13 +34,37 @@ import xxhash
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 
-_MARK_BYTES = 8
+MARK_BYTES = 8
 _IOV_MAX = 1024
 
 
 def mark_of(data: Data) -> int:
     """Return the mark of a chunk's bytes: their 64-bit xxh3, never 0 (which means "absent")."""
     return xxhash.xxh3_64_intdigest(data) or 1
+
+
+def home_of(cache_dir: Path, digest: Digest, tag: str) -> Path:
+    """Return the directory of a layer whose content later mounts find."""
+    return cache_dir / "layers" / f"{digest.algorithm}-{digest.hex}.{tag}"
+
+
+def is_sealed(home: Path, marks: Data) -> bool:
+    """Whether the blob that these marks describe was once proven whole by its digest."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (home / "proven").read_text() == xxhash.xxh3_128_hexdigest(marks)
+    return False
+
+
+def seal(home: Path, marks: Data) -> None:
+    """Note that the whole blob matches its digest, its content being as in `marks`."""
+    (home / "proven").write_text(xxhash.xxh3_128_hexdigest(marks))
+
+
+def little_endian(marks: "array[int]") -> "array[int]":
+    """Turn marks as they are on disk into numbers, or back; in place."""
+    if sys.byteorder == "big":
+        marks.byteswap()
+    return marks
 
 
 class CacheFile:
@@ -70,18 +96,18 @@ class CacheFile:
     def marks(self, count: int) -> bytes:
         """Return the marks as an earlier daemon left them, `count` u64 in little-endian."""
         if self._home is None:
-            return bytes(count * _MARK_BYTES)
-        return os.pread(self._marks_fd, count * _MARK_BYTES, 0).ljust(count * _MARK_BYTES, b"\0")
+            return bytes(count * MARK_BYTES)
+        return os.pread(self._marks_fd, count * MARK_BYTES, 0).ljust(count * MARK_BYTES, b"\0")
 
     def write(self, content_start: int, pieces: Sequence[Data]) -> None:
         """Store `pieces`, one after the other, from `content_start` on."""
-        _write_all(self._content_fd, content_start, pieces)
+        write_all(self._content_fd, content_start, pieces)
 
     def record(self, first: int, marks: Sequence[int]) -> None:
         """Vouch for the chunks from number `first` on; only after `write` has returned."""
         if self._home is not None:
-            data = b"".join(mark.to_bytes(_MARK_BYTES, "little") for mark in marks)
-            _write_all(self._marks_fd, first * _MARK_BYTES, [data])
+            data = b"".join(mark.to_bytes(MARK_BYTES, "little") for mark in marks)
+            write_all(self._marks_fd, first * MARK_BYTES, [data])
 
     def read_into(self, content_start: int, buffer: memoryview) -> int:
         """Read stored bytes with a system call: a bad disk is then an OSError, not a SIGBUS."""
@@ -91,14 +117,12 @@ class CacheFile:
         """Whether the blob that these marks describe was once proven whole by its digest."""
         if self._home is None:
             return False
-        with contextlib.suppress(OSError):
-            return (self._home / "proven").read_text() == xxhash.xxh3_128_hexdigest(marks)
-        return False
+        return is_sealed(self._home, marks)
 
     def seal(self, marks: bytes) -> None:
         """Note that the whole blob matches its digest, chunk by chunk as in `marks`."""
         if self._home is not None:
-            (self._home / "proven").write_text(xxhash.xxh3_128_hexdigest(marks))
+            seal(self._home, marks)
 
     def purge(self) -> None:
         """Forget every chunk: the bytes have been found to be wrong."""
@@ -134,7 +158,7 @@ def open_cache_file(
     layers.mkdir(mode=0o700, parents=True, exist_ok=True)
     if digest is None:
         return _open_private(layers, size_bytes)
-    home = layers / f"{digest.algorithm}-{digest.hex}.{tag}"
+    home = home_of(cache_dir, digest, tag)
     home.mkdir(mode=0o700, exist_ok=True)
     with ExitStack() as on_error:
         content_fd = os.open(home / "content", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -145,13 +169,13 @@ def open_cache_file(
             return _open_private(layers, size_bytes)
         marks_fd = os.open(home / "marks", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         on_error.callback(os.close, marks_fd)
-        for fd, wanted_bytes in ((content_fd, size_bytes), (marks_fd, count * _MARK_BYTES)):
+        for fd, wanted_bytes in ((content_fd, size_bytes), (marks_fd, count * MARK_BYTES)):
             if os.fstat(fd).st_size != wanted_bytes:
                 os.ftruncate(marks_fd, 0)
                 os.ftruncate(fd, 0)
                 os.ftruncate(fd, wanted_bytes)
-        if os.fstat(marks_fd).st_size != count * _MARK_BYTES:
-            os.ftruncate(marks_fd, count * _MARK_BYTES)
+        if os.fstat(marks_fd).st_size != count * MARK_BYTES:
+            os.ftruncate(marks_fd, count * MARK_BYTES)
         cache = CacheFile(content_fd, size_bytes, home, marks_fd)
         on_error.pop_all()
         return cache
@@ -163,7 +187,7 @@ def _open_private(directory: Path, size_bytes: int) -> CacheFile:
         return CacheFile(os.dup(content.fileno()), size_bytes)
 
 
-def _write_all(fd: int, offset: int, pieces: Sequence[Data]) -> None:
+def write_all(fd: int, offset: int, pieces: Sequence[Data]) -> None:
     """`pwritev` everything, whatever the kernel takes at a time."""
     for begin in range(0, len(pieces), _IOV_MAX):
         views = [memoryview(piece) for piece in pieces[begin : begin + _IOV_MAX] if len(piece)]

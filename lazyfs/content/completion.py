@@ -4,10 +4,12 @@ It hashes the content in order, as it was served (what is held, not what the sou
 now), and has fetched what nobody asked for once readers have been idle for a while; what readers
 bring in is hashed at once. A mismatch condemns the content.
 
-Only where content and blob are the same bytes (a plain tar).
+`Completion` is for content and blob that are the same bytes (a plain tar); for others see
+`decoded_completion.py`.
 """
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -32,15 +34,12 @@ _LOOK_AGAIN_S = 0.5
 _REST_S = 5.0
 
 
-class Completion:
-    """The whole-blob proof of one layer."""
+class BlobProof(ABC):
+    """The proof of one whole blob, made in the background; again if it is lost."""
 
-    def __init__(
-        self, content: LayerContent, readahead: Readahead, digest: Digest, name: str
-    ) -> None:
-        """`readahead` must be running; `name` is the blob's, for messages."""
+    def __init__(self, content: LayerContent, digest: Digest, name: str) -> None:
+        """`name` is the blob's, for messages."""
         self._content = content
-        self._readahead = readahead
         self._digest = digest
         self._name = name
         self.hashed_bytes = 0
@@ -62,6 +61,7 @@ class Completion:
                     log.exception("%s cannot be proven: please report this", self._name)
                     await trio.sleep(_REST_S)
 
+    @abstractmethod
     async def prove(
         self, *, eager: bool, on_progress: Callable[[int, int], None] | None = None
     ) -> None:
@@ -74,6 +74,35 @@ class Completion:
             IntegrityError: the blob is not what its digest promises; the content is condemned.
             FetchError, SourceError: `eager`, and it could not be had.
         """
+
+    def _settle(self, hasher: "_Hash") -> None:
+        """Compare, and seal or condemn."""
+        self._content.raise_if_condemned()
+        if hasher.hexdigest() != self._digest.hex:
+            error = IntegrityError(
+                f"{self._name} does not match its digest: promised {self._digest}, "
+                f"received {self._digest.algorithm}:{hasher.hexdigest()}"
+            )
+            self._content.condemn(error)
+            raise error
+        self._content.holdings.seal()
+        log.info("%s is whole and matches its digest", self._name)
+
+
+class Completion(BlobProof):
+    """The whole-blob proof of one layer whose blob is its content."""
+
+    def __init__(
+        self, content: LayerContent, readahead: Readahead, digest: Digest, name: str
+    ) -> None:
+        """`readahead` must be running; `name` is the blob's, for messages."""
+        super().__init__(content, digest, name)
+        self._readahead = readahead
+
+    async def prove(
+        self, *, eager: bool, on_progress: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Hash the content as it is served; see `BlobProof`."""
         hasher = self._digest.hasher()
         size_bytes = self._content.chunks.content_size_bytes
         self.hashed_bytes = 0
@@ -86,16 +115,7 @@ class Completion:
             self.hashed_bytes = step.stop
             if on_progress is not None:
                 on_progress(self.hashed_bytes, size_bytes)
-        self._content.raise_if_condemned()
-        if hasher.hexdigest() != self._digest.hex:
-            error = IntegrityError(
-                f"{self._name} does not match its digest: promised {self._digest}, "
-                f"received {self._digest.algorithm}:{hasher.hexdigest()}"
-            )
-            self._content.condemn(error)
-            raise error
-        self._content.holdings.seal()
-        log.info("%s is whole and matches its digest", self._name)
+        self._settle(hasher)
 
     async def _obtain(self, step: ByteRange, ahead: ByteRange, eager: bool) -> None:
         """Come back when `step` is here, or when its time has come to be read."""

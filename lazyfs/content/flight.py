@@ -11,7 +11,7 @@ from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 
-Landed: TypeAlias = "Callable[[Flight, int, Sequence[int], Sequence[bytes] | None], None]"
+Landed: TypeAlias = Callable[[int, Sequence[int], Sequence[bytes] | None], None]
 
 
 class Flight:
@@ -70,7 +70,7 @@ class Flight:
 
     def _publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
         self._claims.difference_update(range(first, first + len(marks)))
-        self._token.run_sync_soon(self._landed, self, first, marks, memory)
+        self._token.run_sync_soon(self._landed, first, marks, memory)
 
     def give_back_claims(self) -> None:
         """Chunks that were claimed and not stored may be stored by others again."""

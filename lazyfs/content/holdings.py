@@ -6,7 +6,6 @@ the rest to `publish` on the trio thread. Whoever claims a chunk stores it or gi
 """
 
 import logging
-import sys
 import threading
 from array import array
 from collections import OrderedDict
@@ -14,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import xxhash
 
-from lazyfs.content.cache_file import CacheFile, mark_of
+from lazyfs.content.cache_file import CacheFile, little_endian, mark_of
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import FetchError, IntegrityError
@@ -59,7 +58,7 @@ class Holdings:
         self._lock = threading.Lock()
         self._claimed = bytearray(len(chunks))
         marks = cache.marks(len(chunks)) if cache is not None else bytes(8 * len(chunks))
-        self._marks = _little_endian(array("Q", marks))
+        self._marks = little_endian(array("Q", marks))
         self.sealed = cache is not None and cache.is_sealed(marks)
         """Whether an earlier mount found the whole blob, chunk by chunk as held, to match."""
         fresh = not any(marks)
@@ -100,10 +99,15 @@ class Holdings:
         self._memory.move_to_end(index)
         return memoryview(self._memory[index])[wanted.start - start : wanted.stop - start]
 
-    def publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
-        """Let readers at chunks that have been stored. Must not raise."""
+    def publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> bool:
+        """Let readers at chunks that have been stored. Must not raise.
+
+        Returns False, and lets nobody at it, if one is other than it was or must be.
+        """
         for offset, mark in enumerate(marks):
             index = first + offset
+            if self._marks[index] not in (0, mark):
+                return False
             self._marks[index] = mark
             if memory is None:
                 self.state[index] = READY
@@ -111,6 +115,28 @@ class Holdings:
                 self._remember(index, memory[offset])
         if memory is not None and not self._holes_left:
             self._leave_holes()
+        return True
+
+    def witness(self, first: int, marks: Sequence[int]) -> bool:
+        """Note which marks chunks from number `first` on must have, wherever they come from.
+
+        Returns False if one has been served that was otherwise.
+        """
+        for index, mark in enumerate(marks, first):
+            if self._marks[index] not in (0, mark):
+                if self.state[index] != UNCHECKED:
+                    return False
+                self.refuse(index)
+            self._marks[index] = mark
+        return True
+
+    def contradiction(self, first: int, last: int) -> IntegrityError:
+        """Return what there is to say if chunks `first` up to `last` are not what they were."""
+        start, stop = self._chunks.blob_range(first).start, self._chunks.blob_range(last - 1).stop
+        return IntegrityError(
+            f"{self._source_name}: the source gave other bytes than before for "
+            f"{ByteRange(start, stop)}"
+        )
 
     def _leave_holes(self) -> None:
         """Read chunks of zeros from the file no more: on a full tmpfs a hole is a SIGBUS."""
@@ -146,7 +172,7 @@ class Holdings:
         self.sealed = True
         if self._cache is not None:
             try:
-                self._cache.seal(_little_endian(self._marks[:]).tobytes())
+                self._cache.seal(little_endian(self._marks[:]).tobytes())
             except OSError as problem:
                 log.warning("the cache could not be sealed: %s", problem)
 
@@ -266,10 +292,7 @@ class Holdings:
 
     def _compare(self, index: int, mark: int) -> None:
         if self._marks[index] not in (0, mark):
-            raise IntegrityError(
-                f"{self._source_name}: the source gave other bytes than before for "
-                f"{self._chunks.blob_range(index)}"
-            )
+            raise self.contradiction(index, index + 1)
 
     def _write(self, content_start: int, pieces: Sequence[Data]) -> bool:
         if self._cache is None:
@@ -291,10 +314,3 @@ class Holdings:
                 self._cache.record(first, marks)
             except OSError:
                 self._counters.cache_write_errors += 1
-
-
-def _little_endian(marks: "array[int]") -> "array[int]":
-    """Turn marks as they are on disk into numbers, or back; in place."""
-    if sys.byteorder == "big":
-        marks.byteswap()
-    return marks

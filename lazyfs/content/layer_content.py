@@ -24,6 +24,7 @@ from lazyfs.content.flight import Flight
 from lazyfs.content.holdings import ABSENT, FLYING, IN_MEMORY, READY, UNCHECKED, Holdings
 from lazyfs.content.landing import Landing
 from lazyfs.content.lanes import Lane, Lanes
+from lazyfs.content.model import Content
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import IntegrityError, LazyfsError, raise_sole_error
@@ -40,9 +41,11 @@ _RUN_CONTENT_MOST_BYTES = 16 << 20
 """A few compressed bytes may be a lot of content; no more than so much is decoded in one go."""
 _BRIDGE_BYTES = 64 << 10
 """Gaps in the blob up to this size are fetched along: a request of its own costs more."""
+_SHARED_BYTES = 1
+"""Neighbours may have so much of the blob in common: deflate's blocks end within a byte."""
 
 
-class LayerContent:
+class LayerContent(Content):
     """Bytes of one layer by content address; the module's docstring has its rules."""
 
     def __init__(
@@ -62,8 +65,8 @@ class LayerContent:
         self.lanes = lanes
         self.holdings = Holdings(chunks, cache, counters, settings.memory_cache_bytes, blob.name)
         self._state = self.holdings.state
-        self._blob = blob
-        self._transport_settings = transport_settings
+        self.blob = blob
+        self.transport_settings = transport_settings
         self._one_attempt = replace(transport_settings, deadline_s=0.0)
         self._source_answers = True
         """Once a fetch has given up, later ones ask just once, until one succeeds: a reader asks
@@ -115,6 +118,11 @@ class LayerContent:
         """
         if content.start < content.stop:
             await self._ensure(*self._span(content), lane)
+
+    @property
+    def is_fetching(self) -> bool:
+        """Whether any fetch is under way."""
+        return bool(self._flights)
 
     def is_here(self, content: ByteRange) -> bool:
         """Whether the bytes are held, on disk or (until others need the room) in memory."""
@@ -191,6 +199,22 @@ class LayerContent:
         if self._poison is not None:
             raise self._poison
 
+    # -- what it comes to -------------------------------------------------------------------
+
+    @property
+    def proven(self) -> bool:
+        """Whether a digest that the manifest vouches for has proven all that is served."""
+        return self.chunks.proven or self.holdings.sealed
+
+    @property
+    def content_size_bytes(self) -> int:
+        """Size of the content address space."""
+        return self.chunks.content_size_bytes
+
+    def here_bytes(self) -> int:
+        """How much content is here, give or take a chunk's size."""
+        return self.holdings.here_bytes()
+
     def close(self) -> None:
         """Let go of what is held, when nobody reads any more."""
         self.holdings.close()
@@ -210,7 +234,9 @@ class LayerContent:
         run_end = index = first + 1
         while index < last and self._state[index] in (ABSENT, READY, IN_MEMORY):
             source = self.chunks.blob_range(index)
-            if not 0 <= source.start - end <= _BRIDGE_BYTES or source.stop - begin > most_bytes:
+            if not -_SHARED_BYTES <= source.start - end <= _BRIDGE_BYTES:
+                break
+            if source.stop - begin > most_bytes:
                 break
             if self.chunks.content_start(index) > content_stop:
                 break
@@ -296,10 +322,10 @@ class LayerContent:
         landing = Landing(self.chunks, flight, self.raise_if_condemned)
         try:
             await retry.fetch(
-                self._blob,
+                self.blob,
                 landing.byte_range,
                 landing,
-                settings=self._transport_settings if self._source_answers else self._one_attempt,
+                settings=self.transport_settings if self._source_answers else self._one_attempt,
                 limiter=self.lanes.limiter(flight.lane),
                 counters=self.counters,
             )
@@ -341,20 +367,32 @@ class LayerContent:
                 return flight
         return None
 
-    def _landed(
-        self,
-        flight: Flight,
-        first: int,
-        marks: Sequence[int],
-        memory: Sequence[bytes] | None,
-    ) -> None:
-        """Let readers at chunks that a flight has stored. On the trio thread; must not raise."""
-        self.holdings.publish(first, marks, memory)
+    def adopt(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
+        """Let readers at chunks that somebody has stored (`Holdings.store`), number `first` on.
+
+        On the trio thread; does not raise.
+        """
+        last = first + len(marks)
+        if not self.holdings.publish(first, marks, memory):
+            self.condemn(self.holdings.contradiction(first, last))
+            return
+        for flight in self._flights:  # a chunk may be carried by several
+            if flight.first < last and first < flight.last:
+                flight.let_go(first, last)
+
+    def witness(self, first: int, marks: Sequence[int]) -> None:
+        """Take note of what chunks must be like, and condemn the layer if one was otherwise.
+
+        On the trio thread; does not raise.
+        """
+        last = first + len(marks)
+        if not self.holdings.witness(first, marks):
+            self.condemn(self.holdings.contradiction(first, last))
+
+    def _landed(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
         last = first + len(marks)
         self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
-        for other in self._flights:  # a chunk may be carried by several
-            if other is flight or (other.first < last and first < other.last):
-                other.let_go(first, last)
+        self.adopt(first, marks, memory)
 
     async def _gather(self, content: ByteRange, lane: Lane) -> bytes:
         """Put a range together chunk by chunk: those in memory may go at any moment."""

@@ -1,6 +1,6 @@
-"""Two chunk maps: an even grid over bytes that are their own content, and a table.
+"""Chunk maps: an even grid over bytes that are their own content, and tables.
 
-The table holds no Python object per chunk: 44 bytes each, so that 700,000 chunks (a 16 GiB
+A table holds no Python object per chunk: 44 bytes each, so that 700,000 chunks (a 16 GiB
 image) are 31 MB. Starts are 32-bit distances from the start of their *stretch*; a new stretch
 begins where a distance would not fit, every 4 GiB or so.
 
@@ -11,12 +11,15 @@ import hashlib
 from array import array
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import IntegrityError, MalformedError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import KIB, MIB
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
 
 FIXED_CHUNK_BYTES = 256 * KIB
 """What a lone fault fetches (`ContentSettings.demand_least_bytes`); part of the cache tag."""
@@ -33,7 +36,6 @@ BLOB_CHUNK_MOST_BYTES = 64 * MIB
 CONTENT_CHUNK_MOST_BYTES = 16 * 1024 * MIB
 """Writers set no bound: memory filled with one byte becomes one chunk."""
 
-_NO_DIGEST = bytes(DIGEST_BYTES)
 _DISTANCE_MOST = 2**32 - 1
 _PADDING_MOST = 2**16 - 1
 _ZEROS = bytes(PIECE_BYTES)
@@ -111,17 +113,16 @@ class Decompress(Protocol):
         """
 
 
-class TableChunks:
-    """Chunks of any size, each with its own blob range and sha256; made by a `TableBuilder`.
+class ChunkTable:
+    """Where chunks of any size lie, each with its own blob range; made by a `TableBuilder`.
 
-    Where the content layout aligns what comes next, a chunk is followed by padding: addresses
-    that belong to no file, up to 65,535 of them.
+    What all tables share; a format's own adds how its chunks are decoded and proven. Where the
+    content layout aligns what comes next, a chunk is followed by padding: addresses that belong
+    to no file, up to 65,535 of them.
     """
 
-    proven = True
-
-    def __init__(self, builder: "TableBuilder", decompress: Decompress) -> None:
-        self._decompress = decompress
+    def __init__(self, builder: "TableBuilder") -> None:
+        self._digest_bytes = builder.digest_bytes
         self._stretch_rows = builder.stretch_rows
         self._stretch_content = builder.stretch_content
         self._stretch_blob = builder.stretch_blob
@@ -180,13 +181,39 @@ class TableChunks:
         start = self._stretch_blob[self._stretch(index)] + self._blob[index]
         return ByteRange(start, start + self._blob_sizes[index])
 
+    def digest(self, index: int) -> bytes:
+        """Return what the builder was given as the chunk's digest."""
+        at = index * self._digest_bytes
+        return bytes(self._digests[at : at + self._digest_bytes])
+
+    def check_length(self, index: int, data: Data) -> None:
+        """See that `data` is as long as the chunk's blob range.
+
+        Raises:
+            IntegrityError: it is not.
+        """
+        _check_length(index, self.blob_range(index), data)
+
+    def _stretch(self, index: int) -> int:
+        return bisect_right(self._stretch_rows, index) - 1
+
+
+class TableChunks(ChunkTable):
+    """Chunks that are nothing but their compressed content, each proven by its sha256."""
+
+    proven = True
+
+    def __init__(self, builder: "TableBuilder", decompress: Decompress) -> None:
+        super().__init__(builder)
+        self._decompress = decompress
+
     def decode(self, index: int, data: Data) -> Iterator[Data]:
         """Yield the chunk's content in pieces of at most `PIECE_BYTES`.
 
         Raises:
             IntegrityError: the content is not what the digest promised, or not as long.
         """
-        _check_length(index, self.blob_range(index), data)
+        self.check_length(index, data)
         if not self._blob_sizes[index]:
             yield from _zeros(self.content_size(index))
             return
@@ -194,21 +221,17 @@ class TableChunks:
         for piece in self._decompress(data, self.content_size(index)):
             hasher.update(piece)
             yield piece
-        promised = self._digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
-        if hasher.digest() != promised:
-            raise IntegrityError(
-                f"chunk {index} ({self.blob_range(index)}) does not match its digest: promised "
-                f"sha256:{promised.hex()}, received sha256:{hasher.hexdigest()}"
-            )
-
-    def _stretch(self, index: int) -> int:
-        return bisect_right(self._stretch_rows, index) - 1
+        check_sha256(f"chunk {index} ({self.blob_range(index)})", self.digest(index), hasher)
 
 
 class TableBuilder:
-    """Columns of a `TableChunks`, filled in content order."""
+    """Columns of a `ChunkTable`, filled in content order.
 
-    def __init__(self, blob_stop: int) -> None:
+    `digest_bytes`: size of what stands for a chunk's digest, a sha256 value unless told.
+    """
+
+    def __init__(self, blob_stop: int, digest_bytes: int = DIGEST_BYTES) -> None:
+        self.digest_bytes = digest_bytes
         self._blob_stop = blob_stop
         self._blob_end = 0
         self._content_base = 0
@@ -228,7 +251,7 @@ class TableBuilder:
         return len(self.content)
 
     def add(self, size_bytes: int, blob: ByteRange, digest: bytes | None) -> None:
-        """Append a chunk: its content's size, where it is in the blob, its sha256 value.
+        """Append a chunk: its content's size, where it is in the blob, its digest.
 
         Without a digest it is a chunk of zeros: never fetched, but its blob range is checked.
 
@@ -259,7 +282,7 @@ class TableBuilder:
         self.content.append(content)
         self.blob.append(distance)
         self.blob_sizes.append(fetched)
-        self.digests += digest or _NO_DIGEST
+        self.digests += bytes(self.digest_bytes) if digest is None else digest
         self.content_end += size_bytes
         self._blob_end = stop
 
@@ -273,6 +296,19 @@ class TableBuilder:
         self.padded_rows.append(len(self.content) - 1)
         self.paddings.append(padding)
         self.content_end += padding
+
+
+def check_sha256(what: str, promised: bytes, hasher: "_Hash") -> None:
+    """Compare a sha256 value with what was hashed.
+
+    Raises:
+        IntegrityError: they differ; the message begins with `what`.
+    """
+    if hasher.digest() != promised:
+        raise IntegrityError(
+            f"{what} does not match its digest: promised sha256:{promised.hex()}, "
+            f"received sha256:{hasher.hexdigest()}"
+        )
 
 
 def _u32(column: memoryview) -> memoryview:

@@ -30,4 +30,5 @@ def resolve_link(by_path: dict[str, Entry], path: str, target: str) -> Entry:
         content_start=first.content_start,
         symlink_target=first.symlink_target,
         link_of=link_of,
+        xattrs=first.xattrs,
     )

@@ -3,8 +3,8 @@
 A layer has a *content address space*: its files' bytes, uncompressed, each file in one piece.
 A format decides the addresses (for a plain tar they are the tar's own offsets) and cuts the
 space into *chunks*, the unit of fetching, caching and verifying. Chunks are numbered from 0 in
-content order, cover the space without gap or overlap, and each comes from one blob range that
-no other chunk shares.
+content order, cover the space without gap or overlap, and each comes from one blob range, which
+it shares with no other, but that one may begin with the last byte of the one before.
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -23,8 +23,11 @@ class EntryType(Enum):
     FILE = "file"
     DIRECTORY = "directory"
     SYMLINK = "symlink"
+    FIFO = "fifo"
     OTHER = "other"
-    """A device, FIFO or socket: known to be there, never shown."""
+    """A device or socket: known to be there, never shown."""
+    WHITEOUT = "whiteout"
+    """A name that hides the same name in what lies below; only of a container's file changes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,8 @@ class Entry:
     content_start: int = 0
     symlink_target: str = ""
     link_of: str = ""
+    xattrs: tuple[tuple[str, bytes], ...] = ()
+    """Extended attributes as archived; only the files of a container have any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +119,18 @@ class ChunkMap(Protocol):
         """
 
 
-Walk = Generator[Sequence[ByteRange], Sequence[bytes], list[Entry]]
-"""Yields content ranges that it must see, is sent their bytes, returns the entries."""
+Walk = Generator[Sequence[ByteRange], Sequence[bytes], None]
+"""Yields content ranges that it must see and is sent their bytes; adds to a list of entries."""
+
+
+def no_walk() -> Walk:
+    """Return the walk of a layer whose index has told all entries already."""
+    yield from ()
 
 
 @dataclass(frozen=True, slots=True)
 class LayerIndex:
-    """An opened layer: how its content is cut, and the walk that finds its entries.
+    """An opened layer that can be read at random: how its content is cut, and who is in it.
 
     The walk's ranges are read through the chunks like any file, so what it saw is cached.
     """
@@ -132,30 +142,81 @@ class LayerIndex:
     chunks, that too ("tar-256k", "zstd-chunked-1-<TOC digest>"). The same tag and layer digest
     mean the same addresses and chunks, in every later version."""
     chunks: ChunkMap
+    entries: list[Entry]
+    """Complete once `walk` has ended, in the order of the layer."""
     walk: Walk
+    stream: "StreamIndex | None" = None
+    """For chunks that nothing proves, of a blob whose bytes are not its content: how to decode
+    the whole of it, which is what proves them then."""
+
+
+class StreamDecoder(Protocol):
+    """Turns a blob's bytes, given in order, into its content. Used by one thread at a time."""
+
+    def decode(self, data: Data) -> Iterator[Data]:
+        """Yield the content that `data` completes, in order, in pieces of at most 1 MiB.
+
+        A piece is valid only until the next is asked for. The caller exhausts the iterator
+        before it gives more.
+
+        Raises:
+            MalformedError: this is no such stream, from here on.
+            UnsupportedLayer: nor one that can be decoded here.
+        """
+
+    def finish(self) -> None:
+        """Say that the blob has ended.
+
+        Raises:
+            MalformedError: it is cut off.
+        """
+
+    def restart_index(self) -> bytes | None:
+        """After `finish`: what `StreamIndex.reopen` wants; None if there is no such thing."""
+
+
+@dataclass(frozen=True, slots=True)
+class StreamIndex:
+    """An opened layer that can only be decoded from its start.
+
+    Its content address space is the uncompressed tar.
+    """
+
+    format_name: str
+    cache_tag: str
+    """As of `LayerIndex`, for content that was decoded from a blob proven by its digest."""
+    decoder: "Callable[[], StreamDecoder]"
+    """Makes a decoder that stands at the blob's first byte."""
+    reopen: "Callable[[Data], LayerIndex] | None" = None
+    """Opens the layer for reading at random, by what `StreamDecoder.restart_index` gave once.
+
+    Raises MalformedError if the data is not that. The index has the same `cache_tag`.
+    """
+
+
+Opening = Generator[Sequence[ByteRange], Sequence[Data], "LayerIndex | StreamIndex"]
+"""Yields blob ranges to fetch (few, of bounded size), is sent their bytes, returns the layer.
+
+Raises:
+    IntegrityError: an index contradicts the digest that the manifest promised.
+    MalformedError: an index or an annotation lies: offsets, overlaps, sizes, names.
+    UnsupportedLayer: it cannot be read, and the message says why.
+"""
+
+HEAD_BYTES = 64 * 1024
+"""How much of a blob's beginning a format gets to see before it is asked."""
 
 
 class LayerFormat(Protocol):
-    """One way to lay out a layer. Sans-I/O: the caller fetches what `prelude` asks for."""
+    """One way to lay out a layer. Sans-I/O: the caller fetches what `open` asks for."""
 
     name: str
-    media_types: tuple[str, ...]
-    """Media types that a layer of this format may carry, for the message that lists what works."""
 
-    def recognises(self, layer: LayerDescriptor) -> bool:
-        """Whether the manifest's words alone say that the layer is of this format."""
+    def recognises(self, layer: LayerDescriptor, head: bytes) -> bool:
+        """Whether the layer is of this format; `head` is its first `HEAD_BYTES`, or all of it.
 
-    def prelude(self, layer: LayerDescriptor) -> Sequence[ByteRange]:
-        """Blob ranges to fetch before `open`: few and of bounded size; often none.
-
-        Raises:
-            MalformedError: the annotations cannot be true.
+        Bytes decide over media types; of two formats with the same bytes, annotations.
         """
 
-    def open(self, layer: LayerDescriptor, prelude: Sequence[Data]) -> LayerIndex:
-        """Parse what `prelude` asked for.
-
-        Raises:
-            IntegrityError: an index contradicts the digest that the manifest promised.
-            MalformedError: the index lies: offsets, overlaps, sizes, names.
-        """
+    def open(self, layer: LayerDescriptor, head: bytes) -> Opening:
+        """Open a layer that this format recognises."""

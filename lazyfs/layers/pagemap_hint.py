@@ -4,6 +4,10 @@ Only a hint of where the next tar headers lie: whoever uses it checks, and anyth
 gives None. So it reads the three fields it needs by itself; the protobuf runtime would cost
 every mount its import (some 30 ms) and saves nothing on messages of a dozen bytes.
 
+A pages file is only as large as its pages if they lie in it as they are. Since images version 3
+(criu-dev, 2026) they may be compressed or begin at page boundaries: fields and flags that are
+not of version 2 give None.
+
 Source: CRIU, `images/pagemap.proto`, `criu/include/magic.h`, `criu/include/pagemap.h`, and
 `criu/pagemap.c:init_compat_pagemap_entry` for entries that older versions wrote. Framing: two
 u32le magics, then `[u32le length][protobuf]` to the end of the file.
@@ -20,7 +24,9 @@ PAGE_BYTES = 4096
 
 _PAGES_ID = 1
 _COMPAT_NR_PAGES, _IN_PARENT, _FLAGS, _NR_PAGES = 2, 3, 4, 5
+_ENTRY_FIELDS = frozenset({1, _COMPAT_NR_PAGES, _IN_PARENT, _FLAGS, _NR_PAGES})
 _PE_PRESENT = 1 << 2
+_PE_KNOWN = 0b111
 _ENTRY_MOST_BYTES = 64
 
 
@@ -49,6 +55,8 @@ def read_pagemap(data: bytes) -> PagesHint | None:
 
 def _present_pages(entry: dict[int, int]) -> int:
     flags = entry.get(_FLAGS, 0 if entry.get(_IN_PARENT) else _PE_PRESENT)
+    if flags & ~_PE_KNOWN or not entry.keys() <= _ENTRY_FIELDS:
+        raise ValueError
     if not flags & _PE_PRESENT:
         return 0
     return entry[_NR_PAGES] if _NR_PAGES in entry else entry[_COMPAT_NR_PAGES]

@@ -8,13 +8,19 @@ An expectation that fails costs a request, nothing else.
 
 from collections.abc import Generator, Sequence
 
-from lazyfs.ground.data import Data
 from lazyfs.ground.errors import MalformedError, UnsupportedLayer
 from lazyfs.ground.ranges import ByteRange, coalesce
 from lazyfs.ground.settings import KIB, MIB
 from lazyfs.layers.chunks import FIXED_CHUNK_BYTES, FixedChunks
 from lazyfs.layers.links import ENTRIES_MOST, resolve_link
-from lazyfs.layers.model import Entry, EntryType, LayerDescriptor, LayerIndex, Walk
+from lazyfs.layers.model import (
+    Entry,
+    EntryType,
+    LayerDescriptor,
+    LayerIndex,
+    Opening,
+    Walk,
+)
 from lazyfs.layers.names import PATH_MOST_BYTES, decode_name, entry_path, link_target
 from lazyfs.layers.pagemap_hint import read_pagemap
 from lazyfs.layers.tar_header import (
@@ -48,7 +54,12 @@ _FAILURES_MOST = 2
 
 _FILE_TYPES = frozenset((b"0", b"\0", b"7"))
 _DATALESS_TYPES = frozenset((b"1", b"2", b"3", b"4", b"5", b"6"))
-_KINDS = {b"2": EntryType.SYMLINK, b"5": EntryType.DIRECTORY, b"D": EntryType.DIRECTORY}
+_KINDS = {
+    b"2": EntryType.SYMLINK,
+    b"5": EntryType.DIRECTORY,
+    b"6": EntryType.FIFO,
+    b"D": EntryType.DIRECTORY,
+}
 
 _Bytes = Generator[Sequence[ByteRange], Sequence[bytes], bytes]
 _Nothing = Generator[Sequence[ByteRange], Sequence[bytes], None]
@@ -58,53 +69,72 @@ class Tar:
     """Uncompressed tar archives: ustar, pax, GNU, v7."""
 
     name = "tar"
-    media_types: tuple[str, ...] = (
-        "application/vnd.oci.image.layer.v1.tar",
-        "application/vnd.docker.image.rootfs.diff.tar",
-        "application/vnd.containerd.container.criu.checkpoint.criu.tar",
-        "application/x-tar",
-    )
 
-    def recognises(self, layer: LayerDescriptor) -> bool:
-        """Whether the media type is that of an uncompressed tar."""
-        return layer.media_type in self.media_types
+    def recognises(self, layer: LayerDescriptor, head: bytes) -> bool:
+        """Whether the bytes begin with a tar header, or with the zeros that end an empty one."""
+        return looks_like_tar(head)
 
-    def prelude(self, layer: LayerDescriptor) -> Sequence[ByteRange]:
-        """Nothing: a tar has no index."""
-        return ()
-
-    def open(self, layer: LayerDescriptor, prelude: Sequence[Data]) -> LayerIndex:
-        """Return the even grid and the walk."""
+    def open(self, layer: LayerDescriptor, head: bytes) -> Opening:
+        """Return the even grid and the walk, which begins with what has been seen."""
+        yield from ()
+        entries: list[Entry] = []
         return LayerIndex(
             format_name=self.name,
             cache_tag="tar-256k",
             chunks=FixedChunks(layer.size_bytes),
-            walk=walk_tar(layer.size_bytes),
+            entries=entries,
+            walk=walk_tar(layer.size_bytes, entries, head=head),
         )
 
 
-def walk_tar(size_bytes: int) -> Walk:
-    """Walk a tar of `size_bytes`; yields ranges, is sent their bytes, returns the entries.
+def looks_like_tar(head: bytes) -> bool:
+    """Whether an archive's first block is a header with the right checksum, or its end."""
+    block = head[:BLOCK_BYTES]
+    try:
+        return is_zero_block(block) or bool(parse_header(block, 0))
+    except (MalformedError, IndexError):
+        return False
+
+
+def walk_tar(size_bytes: int, entries: list[Entry], *, head: bytes = b"") -> Walk:
+    """Walk a tar of `size_bytes`: yields ranges, is sent their bytes, appends to `entries`.
+
+    `head`: the first bytes, if they are here already.
 
     Raises:
         MalformedError: not a tar, a truncated one, or one with names or links that cannot be.
-        UnsupportedLayer: sparse files, volumes of a set, or not a tar but a compressed file.
+        UnsupportedLayer: sparse files, volumes of a set.
     """
-    return (yield from _TarWalk(size_bytes).run())
+    yield from _TarWalk(size_bytes, entries, head, sequential=False).run()
+
+
+def walk_tar_stream(entries: list[Entry]) -> Walk:
+    """Walk a tar that comes as a stream, of unknown size.
+
+    Asks for one range at a time and never for anything ahead of the next header. What it is
+    sent may be longer than it asked for, and is shorter only where the stream ends.
+
+    Raises:
+        MalformedError, UnsupportedLayer: as `walk_tar`.
+    """
+    yield from _TarWalk(None, entries, b"", sequential=True).run()
 
 
 class _TarWalk:
     """One walk. `_position` is where the next header is; all before it has been judged."""
 
-    def __init__(self, size_bytes: int) -> None:
-        self._size_bytes = size_bytes
+    def __init__(
+        self, size_bytes: int | None, entries: list[Entry], head: bytes, *, sequential: bool
+    ) -> None:
+        self._size_bytes = size_bytes  # None: not known before the end
+        self._sequential = sequential
         self._position = 0
         self._headers = 0
-        self._entries: list[Entry] = []
+        self._entries = entries
         self._by_path: dict[str, Entry] = {}
         self._globals: dict[bytes, bytes] = {}
         # What the walk has been sent and not passed yet.
-        self._seen: list[tuple[int, bytes]] = []
+        self._seen: list[tuple[int, bytes]] = [(0, head)] if head else []
         self._block_bytes = _BLOCK_LEAST
         self._block_stop = 0
         # By directory: where pagemaps lie, and once they have been read, sizes of pages files.
@@ -115,14 +145,14 @@ class _TarWalk:
         self._failures = 0
 
     def run(self) -> Walk:
-        while self._position < self._size_bytes:
+        while not self._is_past(self._position):
             start = self._position
             if (yield from self._at_end()):
                 break
             header = yield from self._member()
             entry, data_bytes = self._entry(header)
             data = ByteRange(self._position, self._position + data_bytes)
-            if data.stop > self._size_bytes:
+            if self._is_past(data.stop - 1):
                 raise MalformedError(
                     f"the tar is truncated: {entry.path[:200]!r} should lie at {data}, "
                     f"but the archive ends at {self._size_bytes}"
@@ -132,15 +162,24 @@ class _TarWalk:
                 raise MalformedError(f"the tar holds more than {ENTRIES_MOST} entries")
             self._by_path[entry.path] = entry
             self._pass(data.stop)
-            if entry.type is EntryType.FILE and entry.path.endswith(".img") and not entry.link_of:
+            if not self._sequential and _is_criu_image(entry):
                 yield from self._criu_image(entry, start, data)
-        return self._entries
+
+    def _is_past(self, position: int) -> bool:
+        """Whether the archive is known to end at `position` or before."""
+        return self._size_bytes is not None and position >= self._size_bytes
 
     def _at_end(self) -> Generator[Sequence[ByteRange], Sequence[bytes], bool]:
-        """Whether the two zero blocks that end an archive are here."""
+        """Whether the two zero blocks that end an archive are here, or a stream has ended."""
+        if self._size_bytes is None:
+            yield from self._ask([ByteRange(self._position, self._position + BLOCK_BYTES)])
+            if self._is_past(self._position):
+                return True
         if not is_zero_block((yield from self._see(self._position, BLOCK_BYTES))):
             return False
         self._pass(self._position + BLOCK_BYTES)
+        if self._size_bytes is None:
+            return True
         if self._position < self._size_bytes and not is_zero_block(
             (yield from self._see(self._position, BLOCK_BYTES))
         ):
@@ -211,6 +250,7 @@ class _TarWalk:
             size_bytes=data_bytes if kind is EntryType.FILE else 0,
             mtime_ns=header.mtime_ns,
             content_start=self._position if kind is EntryType.FILE else 0,
+            xattrs=header.xattrs,
             symlink_target=(
                 link_target(decode_name(header.link), path) if kind is EntryType.SYMLINK else ""
             ),
@@ -230,7 +270,7 @@ class _TarWalk:
         if len(pagemaps) >= _PREDICT_FROM:
             yield from self._read_pagemaps(directory, pagemaps)
         sizes = self._pages.get(directory, {})
-        if self._position >= self._size_bytes or self._find(self._position, BLOCK_BYTES):
+        if self._is_past(self._position) or self._find(self._position, BLOCK_BYTES):
             return
         if sizes.get(name) != data.size_bytes or self._failures > _FAILURES_MOST:
             return
@@ -258,9 +298,9 @@ class _TarWalk:
         at = self._position
         probes = []
         for later in sorted(item for item in sizes if item > name)[:_PROBES_MOST]:
-            probes.append(ByteRange(at, min(at + _PROBE_BYTES, self._size_bytes)))
+            probes.append(self._clipped(at, at + _PROBE_BYTES))
             at += _padded(overhead + sizes[later])
-            if at >= self._size_bytes:
+            if self._is_past(at):
                 break
         else:
             probes.append(self._block(at))
@@ -273,18 +313,20 @@ class _TarWalk:
 
     def _see(self, start: int, size_bytes: int) -> _Bytes:
         """Return bytes of the archive, asking for a block of them if they were not sent yet."""
-        if start + size_bytes > self._size_bytes:
+        if not size_bytes:
+            return b""
+        found = self._find(start, size_bytes)
+        if found is None and not self._is_past(start + size_bytes - 1):
+            stop = start + size_bytes
+            if not self._sequential:
+                stop = max(stop, self._block(start).stop)
+            yield from self._ask([ByteRange(start, stop)])
+            found = self._find(start, size_bytes)
+        if found is None and self._is_past(start + size_bytes - 1):
             raise MalformedError(
                 f"the tar is truncated: {size_bytes} bytes at {start} run past its end "
                 f"at {self._size_bytes}"
             )
-        if not size_bytes:
-            return b""
-        found = self._find(start, size_bytes)
-        if found is None:
-            block = self._block(start)
-            yield from self._ask([ByteRange(start, max(block.stop, start + size_bytes))])
-            found = self._find(start, size_bytes)
         if found is None:
             raise ValueError(f"the walk asked for {size_bytes} bytes at {start} and got fewer")
         return found
@@ -304,14 +346,25 @@ class _TarWalk:
         grown = min(2 * self._block_bytes, _BLOCK_MOST)
         self._block_bytes = grown if dense and start else _BLOCK_LEAST
         stop = -(-(start + _BLOCK_SLACK) // _BLOCK_LEAST) * _BLOCK_LEAST
-        stop = min(stop + self._block_bytes - _BLOCK_LEAST, self._size_bytes)
-        self._block_stop = stop
-        return ByteRange(start, stop)
+        block = self._clipped(start, stop + self._block_bytes - _BLOCK_LEAST)
+        self._block_stop = block.stop
+        return block
+
+    def _clipped(self, start: int, stop: int) -> ByteRange:
+        return ByteRange(start, stop if self._size_bytes is None else min(stop, self._size_bytes))
 
     def _ask(self, ranges: list[ByteRange]) -> _Nothing:
+        if self._sequential and self._find(ranges[0].start, ranges[0].size_bytes) is not None:
+            return
         replies = yield ranges
         for item, data in zip(ranges, replies, strict=True):
             self._seen.append((item.start, bytes(data)))
+            if self._sequential and len(data) < item.size_bytes:
+                self._size_bytes = item.start + len(data)
+
+
+def _is_criu_image(entry: Entry) -> bool:
+    return entry.type is EntryType.FILE and entry.path.endswith(".img") and not entry.link_of
 
 
 def _padded(size_bytes: int) -> int:

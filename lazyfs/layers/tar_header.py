@@ -2,7 +2,8 @@
 
 Sources: POSIX.1-2017, pax, "ustar Interchange Format" and "pax Extended Header"; GNU tar manual,
 "Basic Tar Format" (its magic, base-256 numbers, types K, L, S). Where these are silent, what
-Python's tarfile and Go's archive/tar agree upon.
+Python's tarfile and Go's archive/tar agree upon; extended attributes are star's records
+(`SCHILY.xattr.NAME`), which all of them write.
 """
 
 import re
@@ -21,7 +22,9 @@ _TIME = re.compile(rb"(-?)([0-9]{1,20})(?:\.([0-9]*))?")
 _OCTAL = re.compile(rb"[0-7]*")
 _TIME_MOST_NS = 2**63 - 1
 _ID_MOST = 2**32 - 1
-_WRONG_FORMAT = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\x04\x22\x4d\x18": "lz4"}
+_XATTR = b"SCHILY.xattr."
+_XATTRS_MOST_BYTES = 64 * 1024
+"""Linux, `limits.h`: XATTR_SIZE_MAX, and of a file's names together XATTR_LIST_MAX."""
 
 
 class Header(NamedTuple):
@@ -35,6 +38,7 @@ class Header(NamedTuple):
     gid: int
     size_bytes: int
     mtime_ns: int
+    xattrs: tuple[tuple[str, bytes], ...] = ()
 
 
 def is_zero_block(block: bytes) -> bool:
@@ -47,17 +51,10 @@ def parse_header(block: bytes, at: int) -> Header:
 
     Raises:
         MalformedError: its checksum or a number in it is wrong.
-        UnsupportedLayer: the archive begins as a compressed file does.
     """
     promised = _number(block[_CHECKSUM], at, "checksum")
     unsigned = sum(block) - sum(block[_CHECKSUM]) + 8 * 0x20
     if promised != unsigned and promised != _signed_sum(block):
-        for magic, name in _WRONG_FORMAT.items():
-            if at == 0 and block.startswith(magic):
-                raise UnsupportedLayer(
-                    f"the layer is labelled as an uncompressed tar, but its bytes are {name}; "
-                    "push it again with --compression-format zstd:chunked"
-                )
         raise MalformedError(f"no tar header at byte {at}: its checksum is wrong")
     path = _text(block[0:100])
     if block[257:263] == _POSIX_MAGIC:
@@ -106,9 +103,12 @@ def apply_pax(header: Header, records: dict[bytes, bytes], at: int) -> Header:
         UnsupportedLayer: the file is sparse (GNU tar's three pax forms).
     """
     changes: dict[str, bytes | int] = {}
+    xattrs: list[tuple[str, bytes]] = []
     for key, value in records.items():
         if key.startswith(b"GNU.sparse."):
             raise sparse_error(header.name)
+        if key.startswith(_XATTR):
+            xattrs.append((key[len(_XATTR) :].decode("utf-8", "surrogateescape"), value))
         if not value:
             continue
         if key == b"path":
@@ -123,6 +123,8 @@ def apply_pax(header: Header, records: dict[bytes, bytes], at: int) -> Header:
             changes["gid"] = _owner(_decimal(value, at, "gid"), at)
         elif key == b"mtime":
             changes["mtime_ns"] = _decimal_time(value, at)
+    if xattrs and sum(len(value) for _, value in xattrs) <= _XATTRS_MOST_BYTES:
+        header = header._replace(xattrs=tuple(xattrs))
     return header._replace(**changes) if changes else header  # type: ignore[arg-type]
 
 

@@ -15,7 +15,7 @@ frames must follow each other in the blob in the TOC's order, as every writer pu
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import zstandard
@@ -26,12 +26,14 @@ from lazyfs.ground.errors import IntegrityError, MalformedError, UnsupportedLaye
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import KIB, MIB
 from lazyfs.layers.chunks import PIECE_BYTES, TableChunks
-from lazyfs.layers.model import Entry, LayerDescriptor, LayerIndex, Walk
+from lazyfs.layers.model import LayerDescriptor, LayerIndex, Opening, no_walk
 from lazyfs.layers.toc import read_toc
 
 POSITION_KEY = "io.github.containers.zstd-chunked.manifest-position"
 CHECKSUM_KEY = "io.github.containers.zstd-chunked.manifest-checksum"
 
+FRAME_MAGIC = b"\x28\xb5\x2f\xfd"
+"""RFC 8878, section 3.1.1."""
 TOC_TYPE = 1
 """`ManifestTypeCRFS`, the only one there is."""
 TOC_MOST_BYTES = 1024 * MIB
@@ -79,37 +81,23 @@ class ZstdChunked:
     """Layers with the annotations of zstd:chunked."""
 
     name = "zstd:chunked"
-    media_types: tuple[str, ...] = ("application/vnd.oci.image.layer.v1.tar+zstd",)
 
-    def recognises(self, layer: LayerDescriptor) -> bool:
-        """Whether the layer is zstd and its annotations name a TOC and its digest."""
-        return (
-            layer.media_type in self.media_types
-            and POSITION_KEY in layer.annotations
-            and CHECKSUM_KEY in layer.annotations
-        )
+    def recognises(self, layer: LayerDescriptor, head: bytes) -> bool:
+        """Whether annotations name a TOC and its digest, and the bytes, if any, are zstd's."""
+        annotated = POSITION_KEY in layer.annotations and CHECKSUM_KEY in layer.annotations
+        return annotated and (not head or head.startswith(FRAME_MAGIC))
 
-    def prelude(self, layer: LayerDescriptor) -> Sequence[ByteRange]:
-        """The compressed TOC.
-
-        Raises:
-            MalformedError: the annotations cannot be true.
-            UnsupportedLayer: a TOC of another type.
-        """
-        Digest.parse(layer.annotations[CHECKSUM_KEY])
-        return (TocPosition.parse(layer.annotations[POSITION_KEY], layer.size_bytes).blob,)
-
-    def open(self, layer: LayerDescriptor, prelude: Sequence[Data]) -> LayerIndex:
-        """Prove and read the TOC.
+    def open(self, layer: LayerDescriptor, head: bytes) -> Opening:
+        """Fetch, prove and read the TOC.
 
         Raises:
             IntegrityError: it contradicts its digest or its promised size.
-            MalformedError: it lies about offsets, sizes or names.
-            UnsupportedLayer: another version of it.
+            MalformedError: it lies about offsets, sizes or names, or the annotations do.
+            UnsupportedLayer: another version or type of it.
         """
-        position = TocPosition.parse(layer.annotations[POSITION_KEY], layer.size_bytes)
-        (packed,) = prelude
         checksum = Digest.parse(layer.annotations[CHECKSUM_KEY])
+        position = TocPosition.parse(layer.annotations[POSITION_KEY], layer.size_bytes)
+        (packed,) = yield [position.blob]
         checksum.check(packed, "the zstd:chunked TOC")
         entries, builder = read_toc(
             _toc_pieces(packed, position.plain_bytes),
@@ -119,7 +107,8 @@ class ZstdChunked:
             format_name=self.name,
             cache_tag=f"zstd-chunked-1-{checksum.hex}",
             chunks=TableChunks(builder, decompress),
-            walk=_known(entries),
+            entries=entries,
+            walk=no_walk(),
         )
 
 
@@ -188,11 +177,6 @@ def _toc_pieces(packed: Data, plain_bytes: int) -> Iterator[bytes]:
 
 def _promised(size_bytes: int, got: str) -> str:
     return f"a chunk should hold {size_bytes} bytes, but it holds {got}"
-
-
-def _known(entries: list[Entry]) -> Walk:
-    yield from ()
-    return entries
 
 
 class _Thread(threading.local):

@@ -8,6 +8,7 @@ In a layout every step is opened without following symlinks: what is named by a 
 must lie there. Source: OCI image-spec, image-layout.md.
 """
 
+import logging
 import os
 import stat
 from collections.abc import Mapping
@@ -17,14 +18,18 @@ import msgspec
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import IntegrityError, MalformedError, SourceError
+from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Blob, Sink
-from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest
+from lazyfs.transport.referrers import fallback_tag, is_fallback_tag, parse_referrers, refers
+from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
+
+_log = logging.getLogger(__name__)
 
 _PIECE_BYTES = 256 * 1024
 _REF_NAME = "org.opencontainers.image.ref.name"
 _LISTED_MOST = 20
+_REFERRERS_READ_MOST = 64
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK  # a FIFO must not hold us up
 _DIRECTORY = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
 
@@ -132,11 +137,17 @@ class _Descriptor(msgspec.Struct, frozen=True, rename="camel"):
     digest: str
     size: int
     media_type: str = ""
+    artifact_type: str | None = None
     annotations: dict[str, str] | None = None
 
     @property
     def tag(self) -> str | None:
         return (self.annotations or {}).get(_REF_NAME)
+
+    @property
+    def is_aside(self) -> bool:
+        """Whether nobody who names no image can mean it: an unnamed artifact, a referrers list."""
+        return bool(self.artifact_type) if self.tag is None else is_fallback_tag(self.tag)
 
 
 class _Index(msgspec.Struct, frozen=True, rename="camel"):
@@ -202,6 +213,39 @@ class LayoutSource:
         digest.check(data, what)
         return data
 
+    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+        """Return what refers to the manifest: what `index.json` lists, or the fallback tag.
+
+        See `ImageSource.referrers`. Only so many manifests are read; blobs that nothing lists are
+        not looked at.
+        """
+        tag = fallback_tag(digest)
+        found: dict[Digest, ReferrerDescriptor] = {}
+        try:
+            listed = [
+                each
+                for each in self._index_entries()
+                if each.tag == tag or each.artifact_type in (None, "", artifact_type)
+            ]
+        except LazyfsError as error:
+            _log.info("%s: its referrers are taken to be none: %s", self.name, error)
+            return []
+        listed.sort(key=lambda each: each.tag != tag and each.artifact_type != artifact_type)
+        for each in listed[:_REFERRERS_READ_MOST]:
+            try:
+                item = Digest.parse(each.digest)
+                data = self.read_blob(item, each.size)
+                if each.tag == tag:
+                    found |= {other.digest: other for other in parse_referrers(data, artifact_type)}
+                elif refers(data, digest, artifact_type):
+                    annotations: Mapping[str, str] = each.annotations or {}
+                    found[item] = ReferrerDescriptor(
+                        item, each.media_type, each.size, artifact_type, annotations
+                    )
+            except LazyfsError as error:
+                _log.info("%s: %s is taken to be no referrer: %s", self.name, each.digest, error)
+        return list(found.values())
+
     def close(self) -> None:
         """Close the directory and the blobs it gave."""
         for blob in self._blobs:
@@ -211,22 +255,27 @@ class LayoutSource:
             os.close(self._root)
             self._root = -1
 
-    def _choose(self, reference: str | None) -> _Descriptor:
+    def _index_entries(self) -> list[_Descriptor]:
         try:
-            index = msgspec.json.decode(self._read("index.json"), type=_Index)
+            return msgspec.json.decode(self._read("index.json"), type=_Index).manifests
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise MalformedError(f"{self._path}/index.json: {error}") from None
-        listed = index.manifests
+
+    def _choose(self, reference: str | None) -> _Descriptor:
+        manifests = listed = self._index_entries()
         if reference is not None and ":" in reference and _is_digest(reference):
             found = [each for each in listed if each.digest == reference]
             return found[0] if found else _Descriptor(digest=reference, size=0)
         if reference is not None:
             listed = [each for each in listed if each.tag == reference]
+        else:
+            # What refers to an image lies beside it, where it was copied along.
+            listed = [each for each in listed if not each.is_aside] or listed
         if len({each.digest for each in listed}) == 1:
             return listed[0]
-        tags = sorted({each.tag for each in index.manifests if each.tag is not None})
+        tags = sorted({each.tag for each in manifests if each.tag is not None})
         shown = ", ".join(tags[:_LISTED_MOST]) + (", …" if len(tags) > _LISTED_MOST else "")
-        having = f"it has {shown}" if tags else f"it has {len(index.manifests)} without tags"
+        having = f"it has {shown}" if tags else f"it has {len(manifests)} without tags"
         if reference is None:
             wrong = "there is no image in it" if not listed else f"which image? {having}"
         elif listed:

@@ -6,29 +6,38 @@ connection is: its digest is computed here, and everything below it is proven by
 Plain HTTP is spoken to this machine's own loopback and where the settings say so; to loopback
 HTTPS is tried when plain HTTP is refused (400) for being plain.
 
-Source: OCI distribution-spec, "Pull".
+Source: OCI distribution-spec, "Pull", "Listing Referrers".
 """
 
+import logging
 import os
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import IntegrityError, MalformedError
+from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, SourceError
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.answers import Question, refusal
 from lazyfs.transport.auth import RegistryAuthorizer, login_advice
 from lazyfs.transport.blob import Blob
-from lazyfs.transport.client import HttpClient, SmallReply
+from lazyfs.transport.client import HttpClient, SmallReply, refuse_encoding
 from lazyfs.transport.credentials import Credentials, find_credentials
 from lazyfs.transport.httpblob import HttpBlob
+from lazyfs.transport.referrers import list_referrers
 from lazyfs.transport.retry import attempts
-from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest
+from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
 from lazyfs.transport.urls import Origin, is_loopback, origin_of
 
+_log = logging.getLogger(__name__)
+
 _TOKEN_LIMIT_BYTES = 256 * 1024
+# Where an answer is welcome but not needed: for connecting and for each byte, for asking again
+# (some registries answer 500 to what they do not know), and in all.
+_HURRY_STALL_S, _HURRY_AGAIN_S, _HURRY_MOST_S = 2.0, 0.5, 4.0
 _ACCEPT = ", ".join(
     (
         "application/vnd.oci.image.manifest.v1+json",
@@ -60,6 +69,15 @@ class RegistrySource:
         self._counters = counters
         self._authfile = authfile
         self._client = HttpClient(settings)
+        # Timeouts belong to a client: what may not wait has its own.
+        self._hurried = HttpClient(
+            replace(
+                settings,
+                connect_timeout_s=min(settings.connect_timeout_s, _HURRY_STALL_S),
+                stall_timeout_s=min(settings.stall_timeout_s, _HURRY_STALL_S),
+                deadline_s=min(settings.deadline_s, _HURRY_AGAIN_S),
+            )
+        )
         loopback = is_loopback(host if host.endswith("]") else host.rpartition(":")[0] or host)
         self._may_be_tls = loopback and not settings.plain_http
         self._speak("http" if loopback or settings.plain_http else "https")
@@ -108,9 +126,31 @@ class RegistrySource:
         digest.check(body, what)
         return body
 
+    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+        """Return what refers to the manifest. See `ImageSource.referrers`."""
+        what = f"the referrers of {self.name}@{digest}"
+        until_s = time.monotonic() + _HURRY_MOST_S
+        try:
+            return attempts(
+                what,
+                lambda: list_referrers(
+                    lambda url: self._ask_by(url, until_s),
+                    self._url(""),
+                    digest,
+                    artifact_type,
+                    self._question(what),
+                ),
+                settings=self._hurried.settings,
+                counters=self._counters,
+            )
+        except LazyfsError as error:
+            _log.info("%s are taken to be none: %s", what, error)
+            return []
+
     def close(self) -> None:
         """Close connections; those under way close when they end."""
         self._client.close()
+        self._hurried.close()
 
     def _speak(self, scheme: str) -> None:
         self._base = f"{scheme}://{_SERVED_BY.get(self._host, self._host)}"
@@ -143,6 +183,21 @@ class RegistrySource:
             settings=self._settings,
             counters=self._counters,
         )
+
+    def _ask_by(self, url: str, until_s: float) -> SmallReply:
+        """Return the answer to a GET, whatever its status, if it has come by `until_s`."""
+        body = bytearray()
+        headers = {"Accept": _ACCEPT}
+        with self._hurried.open(url, headers, self._authorizer) as reply:
+            refuse_encoding(reply)
+            for piece in reply.pieces():
+                body += piece
+                if len(body) > MANIFEST_LIMIT_BYTES:
+                    raise SourceError(f"{self._host} sent more than {MANIFEST_LIMIT_BYTES} bytes")
+                if time.monotonic() > until_s:
+                    raise SourceError(f"{self._host} takes too long for what is not needed")
+            self._counters.bytes_fetched += len(body)
+            return SmallReply(reply.url, reply.status, reply.headers, bytes(body))
 
     def _get_once(self, what: str, path: str, limit_bytes: int) -> SmallReply:
         headers = {"Accept": _ACCEPT if path.startswith("manifests/") else "*/*"}

@@ -27,6 +27,17 @@ class Manifest:
     """Of the descriptor that named it, where there was one."""
 
 
+@dataclass(frozen=True, slots=True)
+class ReferrerDescriptor:
+    """A manifest that says of itself that it refers to another one."""
+
+    digest: Digest
+    media_type: str
+    size_bytes: int
+    artifact_type: str
+    annotations: Mapping[str, str] = field(default_factory=dict)
+
+
 class ImageSource(Protocol):
     """One repository of a registry, or one layout directory."""
 
@@ -57,6 +68,13 @@ class ImageSource(Protocol):
             SourceError: it is not to be had.
             MalformedError: it is said to be larger than a manifest may be.
             IntegrityError: its bytes are not what the digest promised.
+        """
+
+    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+        """Return what refers to the manifest with this digest and is of the type, in any order.
+
+        An offer, never a need: what cannot be had within a few seconds is as good as none, and
+        is only logged. Whoever may push can refer: take nothing of it on trust.
         """
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from lazyfs.checkpoint.tree import Tree
+from lazyfs.checkpoint.tree import Node, Tree
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import MalformedError, NotACheckpoint
@@ -103,6 +103,12 @@ class FakeCheckpoint:
                 ),
             ]
         )
+
+    async def find(self, path: str) -> Node | None:
+        return self.tree.find(path)
+
+    async def complete(self) -> None:
+        pass
 
     async def read_file(self, path: str, limit_bytes: int) -> bytes:
         if path not in self.contents:

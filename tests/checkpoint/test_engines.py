@@ -145,6 +145,9 @@ def test_the_proposal_for_the_image_spec() -> None:
         {
             prefix + "engine": "docker",
             prefix + "name": "db",
+            prefix + "id": "abc",
+            prefix + "checkpointer": "CRIU 3.19",
+            prefix + "version": "1",
             prefix + "created": "2026-02-03T04:05:06Z",
             prefix + "runtime": "runc",
             prefix + "base.name": "postgres:17",
@@ -152,8 +155,148 @@ def test_the_proposal_for_the_image_spec() -> None:
         }
     )
     assert (found.engine, found.container_name) == ("docker", "db")
+    assert found.container_id == "abc"
+    assert found.criu_version == "3.19"
     assert found.checkpointed_at == "2026-02-03T04:05:06Z"
     assert (found.base_image_name, found.base_image_digest) == ("postgres:17", DIGEST)
+
+
+def test_everything_that_podman_writes() -> None:
+    """All names of libpod/define/annotations.go, with values as Podman 5.4 has them."""
+    prefix = "io.podman.annotations.checkpoint."
+    found = origin(
+        {
+            prefix + "name": "sample",
+            prefix + "rawImageName": "sample",
+            prefix + "rootfsImageID": "ab" * 32,
+            prefix + "rootfsImageName": "localhost/sample:1",
+            prefix + "podman.version": "5.4.2",
+            prefix + "criu.version": "40101",
+            prefix + "runtime.name": "runc",
+            prefix + "runtime.version": "runc version 1.1.15+ds1\ncommit: 1.1.15+ds1-2\n",
+            prefix + "conmon.version": "conmon version 2.1.12",
+            prefix + "host.arch": "amd64",
+            prefix + "host.kernel": "6.18.5",
+            prefix + "cgroups.version": "v1",
+            prefix + "distribution.name": "debian",
+            prefix + "distribution.version": "13",
+        }
+    )
+    assert found == Origin(
+        engine="Podman",
+        engine_version="5.4.2",
+        recognised_by="annotations io.podman.annotations.checkpoint.*",
+        container_name="sample",
+        base_image_name="localhost/sample:1",
+        base_image_id="ab" * 32,
+        criu_version="4.1.1",
+        runtime_name="runc",
+        runtime_version="1.1.15+ds1",
+        host_kernel="6.18.5",
+        host_architecture="amd64",
+        distribution_name="debian",
+        distribution_version="13",
+        cgroup_version="v1",
+    )
+
+
+def test_everything_that_cri_o_knows() -> None:
+    """All names of CRI-O's internal/annotations/checkpoint.go."""
+    prefix = "io.kubernetes.cri-o.annotations.checkpoint."
+    found = origin(
+        {
+            prefix + "name": "counter",
+            prefix + "rawImageName": "nginx",
+            prefix + "rootfsImageID": "ab",
+            prefix + "rootfsImageName": "docker.io/library/nginx:latest",
+            prefix + "cri-o.version": "1.33.0",
+            prefix + "criu.version": "40101",
+        }
+    )
+    assert (found.engine, found.engine_version) == ("CRI-O", "1.33.0")
+    assert (found.base_image_name, found.base_image_id) == ("docker.io/library/nginx:latest", "ab")
+    assert found.criu_version == "4.1.1"
+
+
+def test_everything_that_checkpointctl_knows() -> None:
+    """All names of its lib/annotations.go."""
+    prefix = "org.criu.checkpoint."
+    keys = {
+        "engine.name": "CRI-O",
+        "engine.version": "1.33",
+        "container.name": "web",
+        "pod.name": "web-0",
+        "pod.id": "p",
+        "pod.namespace": "shop",
+        "pod.uid": "u",
+        "rootfsImageName": "nginx:1",
+        "rootfsImageUserRequested": "nginx",
+        "rootfsImageSha": DIGEST,
+        "rootfsImageID": "ab",
+        "rawImageName": "nginx",
+        "runtime.name": "crun",
+        "runtime.version": "1.21",
+        "criu.version": "4.1",
+        "conmon.version": "2",
+        "host.arch": "arm64",
+        "host.kernel": "6.12",
+        "cgroup.version": "v2",
+        "distribution.name": "fedora",
+        "distribution.version": "42",
+    }
+    found = origin({prefix + key: value for key, value in keys.items()})
+    assert found == Origin(
+        engine="CRI-O",
+        engine_version="1.33",
+        recognised_by="annotation org.criu.checkpoint.engine.name",
+        container_name="web",
+        pod_name="web-0",
+        pod_namespace="shop",
+        base_image_name="nginx:1",
+        base_image_digest=DIGEST,
+        base_image_id="ab",
+        criu_version="4.1",
+        runtime_name="crun",
+        runtime_version="1.21",
+        host_kernel="6.12",
+        host_architecture="arm64",
+        distribution_name="fedora",
+        distribution_version="42",
+        cgroup_version="v2",
+    )
+
+
+def test_containerd_cri_by_its_config_dump() -> None:
+    """Its runtime is called by the shim, and its spec has annotations of its own."""
+    found = origin(
+        dumps={
+            "config.dump": {"id": "abc", "name": "web", "runtime": "io.containerd.runc.v2"},
+            "spec.dump": {
+                "annotations": {"io.kubernetes.cri.image-name": "docker.io/library/nginx:latest"}
+            },
+        },
+        names=("checkpoint", "config.dump", "spec.dump", "status", "status.dump", "container.log"),
+    )
+    assert (found.engine, found.runtime_name) == ("containerd", "runc")
+    assert found.base_image_name == "docker.io/library/nginx:latest"
+
+
+@pytest.mark.parametrize(
+    ("path", "container_id"),
+    [
+        ("/default/t1", "t1"),
+        ("system.slice:cri-containerd:abc", "abc"),
+        ("/t1", None),
+        ("/kubepods/besteffort/poda/abc", None),
+        ("", None),
+        (7, None),
+    ],
+)
+def test_a_container_id_in_the_cgroups_path(path: object, container_id: str | None) -> None:
+    spec = {"linux": {"cgroupsPath": path}}
+    assert origin(dumps={"spec.dump": spec}).container_id == container_id
+    both = {"spec.dump": spec, "config.dump": {"id": "known"}}
+    assert origin(dumps=both).container_id == "known"
 
 
 @pytest.mark.parametrize(
@@ -162,6 +305,9 @@ def test_the_proposal_for_the_image_spec() -> None:
         (("application/vnd.containerd.container.criu.checkpoint.criu.tar",), (), "containerd"),
         ((), ("checkpoint", "config.dump", "container.log", "status"), "containerd"),
         ((), ("checkpoint", "config.dump", "network.status"), "Podman"),
+        ((), ("checkpoint", "status", "status.dump"), "containerd"),
+        ((), ("checkpoint", "spec.dump", "io.kubernetes.cri-o.LogPath"), "CRI-O"),
+        ((), ("checkpoint", "bind.mounts", "config.dump"), "CRI-O"),
         ((), ("descriptors.json", "inventory.img"), "runc or crun"),
         ((), ("inventory.img", "pstree.img"), "CRIU"),
         ((), ("bin", "etc"), None),
@@ -185,7 +331,16 @@ def test_an_annotation_wins_over_a_dump() -> None:
 
 @pytest.mark.parametrize(
     ("written", "read"),
-    [("40101", "4.1.1"), ("31701", "3.17.1"), ("4.2", "4.2"), ("999", "999"), ("", None)],
+    [
+        ("40101", "4.1.1"),
+        ("31701", "3.17.1"),
+        ("4.2", "4.2"),
+        ("999", "999"),
+        ("CRIU 4.1", "4.1"),
+        ("criu/v3.19", "3.19"),
+        ("criu", None),
+        ("", None),
+    ],
 )
 def test_versions_of_criu(written: str, read: str | None) -> None:
     assert origin({"org.criu.checkpoint.criu.version": written}).criu_version == read
@@ -226,7 +381,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
     max_leaves=10,
 )
-keys = st.sampled_from(["annotations", "labels", "metadata", "image", "id", "name", "runtime"])
+keys = st.sampled_from(
+    ["annotations", "labels", "metadata", "image", "id", "name", "runtime", "linux", "cgroupsPath"]
+)
 
 
 @given(st.dictionaries(st.sampled_from(DUMPS), st.dictionaries(keys, json_values)))

@@ -85,7 +85,8 @@ class Taken:
 
 
 def read_layer(image: ResolvedImage) -> bytes:
-    blob = image.open_blob(image.sole_layer())
+    (placed,) = image.placed_layers()
+    blob = image.open_blob(placed.descriptor)
     taken = Taken()
     blob.read_into(ByteRange(0, blob.size_bytes), taken)
     return bytes(taken.data)
@@ -167,21 +168,76 @@ def test_index_whose_manifest_is_another(server: FaultServer) -> None:
         pull(server)
 
 
-def test_index_that_points_straight_at_blobs(server: FaultServer) -> None:
-    criu = "application/vnd.containerd.container.criu.checkpoint.criu.tar"
-    index = {"schemaVersion": 2, "manifests": [descriptor(LAYER, criu)]}
+def test_index_that_points_at_no_manifest(server: FaultServer) -> None:
+    index = {"schemaVersion": 2, "manifests": [descriptor(LAYER, "application/x")]}
     server.add_manifest(index, "v1", OCI_INDEX)
-    with pytest.raises(NotACheckpoint, match=r"criu\.tar"):
+    with pytest.raises(NotACheckpoint, match="points at no image manifest, but at application/x"):
         pull(server)
+
+
+def test_index_of_several_without_platforms(server: FaultServer) -> None:
+    documents = [json.dumps(image_manifest(annotations={"n": str(n)})).encode() for n in range(3)]
+    key = "io.podman.annotations.checkpoint.name"
+    entries = [
+        descriptor(each, OCI_MANIFEST, annotations={key: f"c{number}", "z": "untold"})
+        for number, each in enumerate(documents)
+    ]
+    server.add_manifest({"schemaVersion": 2, "manifests": entries}, "v1", OCI_INDEX)
+    with pytest.raises(NotACheckpoint, match="Name the one you want by its digest") as caught:
+        pull(server)
+    for number, each in enumerate(documents):
+        assert f"{digest_of(each)} ({key}=c{number})" in str(caught.value)
+    assert "untold" not in str(caught.value)
+
+
+def test_index_of_a_checkpoint_and_its_base(
+    server: FaultServer, opened: list[ResolvedImage]
+) -> None:
+    """As proposed on containerd issue 8440; and attestations are no images."""
+    here = this_platform()
+    platform = {"os": "linux", "architecture": here.architecture}
+    base = json.dumps(image_manifest(annotations={"is": "base"})).encode()
+    checkpoint = json.dumps(image_manifest(annotations={"is": "checkpoint"})).encode()
+    server.add_manifest(base)
+    server.add_manifest(checkpoint)
+    kind = "application/vnd.containerd.container.checkpoint.config.v1+proto"
+    entries = [
+        descriptor(base, OCI_MANIFEST, platform=platform),
+        descriptor(checkpoint, OCI_MANIFEST, platform=platform, artifactType=kind),
+    ]
+    server.add_manifest({"schemaVersion": 2, "manifests": entries}, "v1", OCI_INDEX)
+    opened.append(pull(server))
+    assert opened[-1].annotations == {"is": "checkpoint"}
+    unknown = {"os": "unknown", "architecture": "unknown"}
+    entries = [descriptor(checkpoint, OCI_MANIFEST), descriptor(base, OCI_MANIFEST)]
+    entries[1]["platform"] = unknown
+    server.add_manifest({"schemaVersion": 2, "manifests": entries}, "v2", OCI_INDEX)
+    opened.append(pull(server, "v2"))
+    assert opened[-1].annotations == {"is": "checkpoint"}
+
+
+def test_annotations_of_an_index_itself(server: FaultServer, opened: list[ResolvedImage]) -> None:
+    """Where containerd's CRI plugin looks for those of checkpointctl."""
+    document = json.dumps(image_manifest(annotations={"a": "manifest"})).encode()
+    server.add_manifest(document)
+    index = {
+        "schemaVersion": 2,
+        "manifests": [descriptor(document, OCI_MANIFEST, annotations={"b": "entry"})],
+        "annotations": {"a": "index", "b": "index", "c": "index"},
+    }
+    server.add_manifest(index, "v1", OCI_INDEX)
+    opened.append(pull(server))
+    assert opened[-1].annotations == {"a": "manifest", "b": "entry", "c": "index"}
 
 
 def test_several_layers(server: FaultServer, opened: list[ResolvedImage]) -> None:
     for count in (0, 2):
         server.add_manifest(image_manifest(layers=count), f"v{count}")
-        image = pull(server, f"v{count}")
-        opened.append(image)
-        with pytest.raises(UnsupportedLayer, match=f"{count} layers"):
-            image.sole_layer()
+        opened.append(pull(server, f"v{count}"))
+    with pytest.raises(UnsupportedLayer, match="has no layers"):
+        opened[0].placed_layers()
+    placed = opened[1].placed_layers()
+    assert [(each.place, each.kind) for each in placed] == [("", "layer")] * 2
 
 
 @pytest.mark.parametrize(
@@ -238,6 +294,8 @@ def test_describe_without_the_config(server: FaultServer, opened: list[ResolvedI
         b"",
         b"[]",
         b"{}",
+        b"[" * 100_000,
+        b'{"layers":' + b"[" * 100_000,
         b"\xff\xfe",
         image_manifest(layers=0) | {"layers": None},
         image_manifest() | {"manifests": []},
@@ -340,7 +398,7 @@ def test_archives(
         opened.append(image)
         assert image.reference == text.partition("?")[0]
         assert (image.digest, image.config, image.read_config()) == (None, None, b"")
-        layer = image.sole_layer()
+        (layer,) = image.layers
         assert (layer.digest, layer.size_bytes) == (None, len(data))
         assert layer.media_type == OCI_LAYER + suffix
         assert read_layer(image) == data

@@ -9,7 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lazyfs.checkpoint.reference import (
+    FORMS,
     ArchiveReference,
+    DirectoryReference,
+    ImageArchiveReference,
     LayoutReference,
     RegistryReference,
     parse_reference,
@@ -74,6 +77,58 @@ def test_layout(text: str, directory: str, tag: str | None, digest: Digest | Non
     reference = parse_reference(text)
     assert reference == LayoutReference(Path(directory), tag, digest)
     assert parse_reference(str(reference)) == reference
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "tag", "digest"),
+    [
+        ("oci-archive:a.tar", "a.tar", None, None),
+        ("oci-archive:/a/b.tar:v1", "/a/b.tar", "v1", None),
+        ("oci-archive:./a:quay.io/b/c:v1", "a", "quay.io/b/c:v1", None),
+        (f"oci-archive:a@sha256:{HEX}", "a", None, DIGEST),
+        ("docker-archive:a.tar", "a.tar", None, None),
+        ("docker-archive:/a.tar:alpine", "/a.tar", "docker.io/library/alpine:latest", None),
+        ("docker-archive:a:localhost/b:v1", "a", "localhost/b:v1", None),
+        ("docker-archive:a:index.docker.io/b/c:v1", "a", "docker.io/b/c:v1", None),
+        (f"docker-archive:a@sha256:{HEX}", "a", None, DIGEST),
+    ],
+)
+def test_archive_of_images(text: str, path: str, tag: str | None, digest: Digest | None) -> None:
+    scheme = text.partition(":")[0]
+    reference = parse_reference(text)
+    assert reference == ImageArchiveReference(scheme, Path(path), tag, digest)
+    assert parse_reference(str(reference)) == reference
+    assert reference.wanted == (str(digest) if digest else tag)
+    assert str(reference.pinned(DIGEST)) == f"{scheme}:{path}@sha256:{HEX}"
+
+
+@pytest.mark.parametrize(
+    ("text", "directory", "digest"),
+    [
+        ("dir:a", "a", None),
+        ("dir:/a/b:c", "/a/b:c", None),
+        (f"dir:a@sha256:{HEX}", "a", DIGEST),
+    ],
+)
+def test_directory(text: str, directory: str, digest: Digest | None) -> None:
+    reference = parse_reference(text)
+    assert reference == DirectoryReference(Path(directory), digest)
+    assert parse_reference(str(reference)) == reference
+    assert reference.wanted == (str(digest) if digest else None)
+    assert str(reference.pinned(DIGEST)) == f"dir:{directory}@sha256:{HEX}"
+
+
+def test_a_directory_must_be_called_one(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"say dir:{tmp_path}"):
+        parse_reference(str(tmp_path))
+    (tmp_path / "oci-layout").touch()
+    with pytest.raises(UsageError, match=f"say oci:{tmp_path}"):
+        parse_reference(str(tmp_path))
+
+
+def test_every_form_is_listed() -> None:
+    for form in ("oci:", "oci-archive:", "docker-archive:", "dir:", "https://", "docker://"):
+        assert form in FORMS
 
 
 @pytest.mark.parametrize(
@@ -152,7 +207,16 @@ def test_word_that_is_a_file(tmp_path: Path) -> None:
         f"oci:@sha256:{HEX}",
         "containers-storage:alpine",
         "docker-daemon:alpine:latest",
-        "oci-archive:a.tar",
+        "oci-archive:",
+        "oci-archive:a.tar:",
+        "oci-archive:a.tar:b c",
+        "docker-archive:",
+        "docker-archive:a.tar:",
+        "docker-archive:a.tar:UPPER",
+        f"docker-archive:@sha256:{HEX}",
+        "dir:",
+        "dir:a@sha256:12x" + "\0",
+        "ostree:a",
     ],
 )
 def test_what_is_no_reference(text: str) -> None:
@@ -169,7 +233,18 @@ def test_what_is_no_reference(text: str) -> None:
 @example("https://a/..?")
 @example("./\udcff")
 def test_any_text_is_a_reference_or_refused(text: str) -> None:
-    for prefix in ("", "docker://", "oci:", "./", "https://host/", "quay.io/", "https://"):
+    for prefix in (
+        "",
+        "docker://",
+        "oci:",
+        "oci-archive:",
+        "docker-archive:",
+        "dir:",
+        "./",
+        "https://host/",
+        "quay.io/",
+        "https://",
+    ):
         try:
             reference = parse_reference(prefix + text)
         except UsageError:

@@ -1,12 +1,14 @@
 """Entries folded into a tree, and what of it a view shows under which numbers."""
 
 import logging
-from collections.abc import Iterator
 
 import pytest
+import trio
+import trio.testing
 
-from lazyfs.checkpoint.tree import Tree, View
-from lazyfs.ground.errors import MalformedError
+from lazyfs.checkpoint.tree import Filling, Tree
+from lazyfs.checkpoint.view import View
+from lazyfs.ground.errors import FetchError, MalformedError
 from lazyfs.layers.model import Entry, EntryType
 
 
@@ -27,20 +29,22 @@ def paths(tree: Tree) -> list[str]:
     return [path for path, _ in tree.walk(tree.root)]
 
 
-def shown(view: View, inode: int = 1, path: str = "") -> Iterator[str]:
+async def shown(view: View, inode: int = 1, path: str = "") -> list[str]:
     """Go through a view as the kernel does."""
-    for name, number in view.listing(inode):
-        assert view.find(inode, name) == number
-        yield path + name
+    found = []
+    for name, number in await view.listing(inode):
+        assert await view.lookup(inode, name) == number
+        found.append(path + name)
         if view.node(number).type is EntryType.DIRECTORY:
-            yield from shown(view, number, f"{path}{name}/")
+            found += await shown(view, number, f"{path}{name}/")
+    return found
 
 
 def view_of(entries: list[Entry], root: str = "") -> View:
     tree = Tree(entries)
     node = tree.find(root)
     assert node is not None
-    return View(tree, node)
+    return View(node)
 
 
 # -- the tree -----------------------------------------------------------------------------------
@@ -87,7 +91,7 @@ def test_the_last_of_a_name_holds(first: Entry, second: Entry) -> None:
 
 @pytest.mark.parametrize("below", [file("a"), link("a", "b")])
 def test_below_a_directory_only(below: Entry) -> None:
-    with pytest.raises(MalformedError, match="'a/x' lies below 'a', which is no directory"):
+    with pytest.raises(MalformedError, match="in 'a' lies below 'a', which is no directory"):
         Tree([directory("b"), below, file("a/x")])
 
 
@@ -122,26 +126,28 @@ def test_devices_are_not_in_it(caplog: pytest.LogCaptureFixture) -> None:
 # -- the view -----------------------------------------------------------------------------------
 
 
-def test_a_view_of_a_part() -> None:
+async def test_a_view_of_a_part() -> None:
     entries = [file("a/b/c", 5), file("a/d", 7), file("e", 100)]
     view = view_of(entries, "a")
-    assert list(shown(view)) == ["b", "b/c", "d"]
+    assert await shown(view) == ["b", "b/c", "d"]
     assert view.size_bytes == 12
-    assert view.find(1, "e") is None
-    assert view.find(1, "..") is None
+    assert await view.lookup(1, "e") is None
+    assert await view.lookup(1, "..") is None
 
 
-def test_links_are_counted_as_on_a_local_disk() -> None:
+async def test_links_are_counted_as_on_a_local_disk() -> None:
     view = view_of([file("a/b/c/f"), file("a/b/g"), directory("a/d")])
-    counts = {path: view.links[_number(view, path) - 1] for path in ("a", "a/b", "a/b/c", "a/b/g")}
+    counts = {
+        path: view.links(await _number(view, path)) for path in ("a", "a/b", "a/b/c", "a/b/g")
+    }
     assert counts == {"a": 4, "a/b": 3, "a/b/c": 2, "a/b/g": 1}
-    assert view.links[0] == 3
+    assert view.links(1) == 3
 
 
-def _number(view: View, path: str) -> int:
+async def _number(view: View, path: str) -> int:
     inode = 1
     for name in path.split("/"):
-        found = view.find(inode, name)
+        found = await view.lookup(inode, name)
         assert found is not None, path
         inode = found
     return inode
@@ -154,25 +160,25 @@ HARD = [
 ]
 
 
-def test_hard_links_share_a_number() -> None:
+async def test_hard_links_share_a_number() -> None:
     view = view_of(HARD)
-    numbers = {_number(view, path) for path in ("a/one", "a/two", "b/three")}
+    numbers = {await _number(view, path) for path in ("a/one", "a/two", "b/three")}
     (number,) = numbers
-    assert view.links[number - 1] == 3
+    assert view.links(number) == 3
     assert view.size_bytes == 3, "counted once"
 
 
-def test_hard_links_of_what_is_outside() -> None:
+async def test_hard_links_of_what_is_outside() -> None:
     view = view_of(HARD, "b")
-    number = _number(view, "three")
-    assert (view.links[number - 1], view.node(number).size_bytes) == (1, 3)
+    number = await _number(view, "three")
+    assert (view.links(number), view.node(number).size_bytes) == (3, 3)
 
 
-def test_a_hard_link_keeps_the_file_whose_name_was_given_away() -> None:
+async def test_a_hard_link_keeps_the_file_whose_name_was_given_away() -> None:
     view = view_of([file("one", 3, 10), file("two", 3, 10, link_of="one"), file("one", 4, 20)])
-    one, two = view.node(_number(view, "one")), view.node(_number(view, "two"))
+    one, two = view.node(await _number(view, "one")), view.node(await _number(view, "two"))
     assert (one.content_start, two.content_start) == (20, 10)
-    assert view.links[_number(view, "two") - 1] == 1
+    assert view.links(await _number(view, "two")) == 1
 
 
 @pytest.mark.parametrize(
@@ -190,23 +196,23 @@ def test_a_hard_link_keeps_the_file_whose_name_was_given_away() -> None:
     ],
     ids=lambda value: ", ".join(value.values()) if isinstance(value, dict) else "",
 )
-def test_no_link_leads_out_of_a_view(links: dict[str, str], hidden: set[str]) -> None:
+async def test_no_link_leads_out_of_a_view(links: dict[str, str], hidden: set[str]) -> None:
     entries = [file("in/f"), file("in/sub/g"), file("out"), file("x")]
     view = view_of(entries + [link(*each) for each in links.items()], "in")
-    seen = {"in/" + path for path in shown(view)}
+    seen = {"in/" + path for path in await shown(view)}
     assert seen == {"in/f", "in/sub", "in/sub/g", *links} - hidden
     for path in hidden:
         parent, _, name = path.removeprefix("in/").rpartition("/")
-        assert view.find(_number(view, parent) if parent else 1, name) is None
+        assert await view.lookup(await _number(view, parent) if parent else 1, name) is None
 
 
-def test_following_links_has_an_end() -> None:
+async def test_following_links_has_an_end() -> None:
     """An image may not keep a mount busy for hours with links on links."""
     long = "./" * 2000
     chain = [link(f"l{at}", f"{long}l{at + 1}") for at in range(38)]
     many = [link(f"m{at}", "l0") for at in range(3000)]
     view = view_of([*chain, *many, file("f")])
-    assert _number(view, "f")
+    assert await _number(view, "f")
     assert len(view.nodes) < 3000
 
 
@@ -219,3 +225,122 @@ def test_a_device_in_the_place_of_a_file_hides_it() -> None:
     )
     assert tree.find("a/b") is None
     assert tree.find("a") is not None
+
+
+# -- a container's files, and names that still come ---------------------------------------------
+
+
+def test_a_containers_files_are_as_they_were() -> None:
+    entries = [
+        Entry("bin/su", EntryType.FILE, 0o4755, xattrs=(("security.capability", b"1"),)),
+        link("etc/l", "/usr/lib"),
+        Entry("run/f", EntryType.FIFO, 0o600),
+        file("tmp/x"),
+        file("root/.bashrc"),
+        file("opt/tmp/x"),
+    ]
+    tree = Tree(entries, exact=True)
+    modes = {path: node.mode for path, node in tree.walk(tree.root)}
+    assert modes["bin/su"] == 0o4755
+    assert (modes["tmp"], modes["root"], modes["opt/tmp"]) == (0o1777, 0o700, 0o755)
+    assert {"etc/l", "run/f"} <= modes.keys()
+    assert [node.xattrs for path, node in tree.walk(tree.root) if path == "bin/su"] == [
+        (("security.capability", b"1"),)
+    ]
+
+
+async def test_who_misses_a_name_waits_for_it(autojump_clock: trio.testing.MockClock) -> None:
+    filling = Filling()
+    tree = Tree([file("a/one")], filling=filling)
+    view = View(tree.root)
+    found: dict[str, object] = {}
+
+    async def look(path: str) -> None:
+        inode: int | None = 1
+        for name in path.split("/"):
+            inode = await view.lookup(inode or 0, name)
+            if inode is None:
+                break
+        found[path] = inode
+
+    async with trio.open_nursery() as nursery:
+        for path in ("a/one", "a/two", "b/c", "nowhere"):
+            nursery.start_soon(look, path)
+        await trio.testing.wait_all_tasks_blocked()
+        assert list(found) == ["a/one"]
+        tree.add([file("a/two")])
+        filling.news()
+        await trio.testing.wait_all_tasks_blocked()
+        assert set(found) == {"a/one", "a/two"}
+        tree.add([file("b/c")])
+        filling.end()
+    assert found["b/c"]
+    assert found["nowhere"] is None
+    assert await shown(view) == ["a", "a/one", "a/two", "b", "b/c"]
+
+
+async def test_names_that_cannot_be_had_are_an_error_and_not_absent() -> None:
+    filling = Filling()
+    tree = Tree([file("here")], filling=filling)
+    view = View(tree.root)
+    filling.end(FetchError("gone", transient=False))
+    assert await view.lookup(1, "here")
+    with pytest.raises(FetchError):
+        await view.lookup(1, "there")
+    with pytest.raises(FetchError):
+        await view.listing(1)
+
+
+async def test_a_source_that_recovers_ends_no_filling(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    filling = Filling()
+    tree = Tree(filling=filling)
+    view = View(tree.root)
+    errors: list[str] = []
+
+    async def look() -> None:
+        try:
+            await view.lookup(1, "late")
+        except FetchError as error:
+            errors.append(str(error))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        await trio.testing.wait_all_tasks_blocked()
+        filling.fail(FetchError("down", transient=True))
+    assert errors == ["down"]
+    tree.add([file("late")])
+    filling.news()
+    assert await view.lookup(1, "late")
+
+
+async def test_a_name_that_was_shown_stays_what_it_is() -> None:
+    tree = Tree([file("a"), file("b")], filling=Filling())
+    view = View(tree.root)
+    assert await view.lookup(1, "a")
+    tree.add([file("b", 9)])
+    with pytest.raises(MalformedError, match="two entries called 'a'"):
+        tree.add([file("a", 9)])
+
+
+async def test_a_link_is_shown_when_it_is_known_where_it_leads(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    filling = Filling()
+    tree = Tree([link("in/l", "sub/up/../x"), directory("in/sub")], filling=filling)
+    root = tree.find("in")
+    assert root is not None
+    view = View(root)
+    found: list[int | None] = []
+
+    async def look() -> None:
+        found.append(await view.lookup(1, "l"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not found
+        tree.add([link("in/sub/up", "..")])
+        filling.end()
+    assert found == [None]

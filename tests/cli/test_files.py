@@ -41,20 +41,20 @@ def fake(**options: Any) -> Any:
         ("parent", "checkpoint/parent"),
     ],
 )
-def test_what_a_path_means(path: str, found: str) -> None:
-    assert locate(fake(), path)[0] == found
+async def test_what_a_path_means(path: str, found: str) -> None:
+    assert (await locate(fake(), path))[0] == found
 
 
 @pytest.mark.parametrize("path", ["nothing", "../config.dump", "checkpoint/..", "config.dump/x"])
-def test_paths_that_are_not_there(path: str) -> None:
+async def test_paths_that_are_not_there(path: str) -> None:
     with pytest.raises(LazyfsError, match="ls -R"):
-        locate(fake(), path)
+        await locate(fake(), path)
 
 
-def test_a_directory() -> None:
-    names = [line.path for line in lines(fake(), "", recursive=False)]
+async def test_a_directory() -> None:
+    names = [line.path for line in await lines(fake(), "", recursive=False)]
     assert names == ["checkpoint", "config.dump", "odd"]
-    names = [line.path for line in lines(fake(), "checkpoint", recursive=False)]
+    names = [line.path for line in await lines(fake(), "checkpoint", recursive=False)]
     assert names == [
         "checkpoint/config.dump",
         "checkpoint/inventory.img",
@@ -63,27 +63,27 @@ def test_a_directory() -> None:
     ]
 
 
-def test_everything_below() -> None:
-    below = [line.path for line in lines(fake(), "", recursive=True)]
+async def test_everything_below() -> None:
+    below = [line.path for line in await lines(fake(), "", recursive=True)]
     assert below == sorted([*(name.rstrip("/") for name in CONTENTS), "checkpoint/parent", "odd"])
-    below = [line.path for line in lines(fake(), "odd", recursive=True)]
+    below = [line.path for line in await lines(fake(), "odd", recursive=True)]
     assert below == ["odd/\x1b[31m"]
 
 
-def test_lines_for_a_pipe() -> None:
-    assert list(plain(lines(fake(), "checkpoint", recursive=False)))[1:] == [
+async def test_lines_for_a_pipe() -> None:
+    assert list(plain(await lines(fake(), "checkpoint", recursive=False)))[1:] == [
         "-rw-------\t0\t0\t5\t2023-11-14T22:13:20Z\tcheckpoint/inventory.img",
         "-rw-------\t0\t0\t256000\t2023-11-14T22:13:20Z\tcheckpoint/pages-1.img",
         "lrwxrwxrwx\t0\t0\t0\t1970-01-01T00:00:00Z\tcheckpoint/parent -> ../pre",
     ]
-    assert next(plain(lines(fake(), "odd", recursive=False))).endswith("\todd/\\x1b[31m")
-    assert next(plain(lines(fake(), "", recursive=False))) == (
+    assert next(plain(await lines(fake(), "odd", recursive=False))).endswith("\todd/\\x1b[31m")
+    assert next(plain(await lines(fake(), "", recursive=False))) == (
         "drwx------\t0\t0\t0\t2023-11-14T22:13:20Z\tcheckpoint/"
     )
 
 
-def test_lines_for_a_machine() -> None:
-    (line,) = lines(fake(), "inventory.img", recursive=False)
+async def test_lines_for_a_machine() -> None:
+    (line,) = await lines(fake(), "inventory.img", recursive=False)
     assert json.loads(json.dumps(line.as_json())) == {
         "path": "checkpoint/inventory.img",
         "type": "file",

@@ -81,7 +81,7 @@ def test_inspect_for_machines(tmp_path: Path) -> None:
     assert report["reference"].endswith(sample.manifest_digest())
     assert report["origin"]["engine"] == "Podman"
     assert [process["command"] for process in report["processes"]] == ["sample", "sample-child"]
-    assert report["layer"]["format"] == "tar"
+    assert report["layers"][0]["format"] == "tar"
     assert report["notes"] == []
 
 

@@ -3,7 +3,17 @@
 from collections.abc import Callable
 
 from lazyfs.ground.ranges import ByteRange
-from lazyfs.layers.model import ChunkMap, Entry, EntryType, LayerDescriptor, LayerIndex, Walk
+from lazyfs.layers.model import (
+    HEAD_BYTES,
+    ChunkMap,
+    Entry,
+    EntryType,
+    LayerDescriptor,
+    LayerIndex,
+    Opening,
+    StreamIndex,
+    Walk,
+)
 from lazyfs.layers.table import choose
 from tests.images import Layer
 
@@ -20,7 +30,7 @@ def reader_of(data: bytes) -> Read:
     return read
 
 
-def drive(walk: Walk, read: Read, rounds: list[list[ByteRange]] | None = None) -> list[Entry]:
+def drive(walk: Walk, read: Read, rounds: list[list[ByteRange]] | None = None) -> None:
     """Run a walk to its end; `rounds` receives what it asked for, a list for each yield."""
     try:
         wanted = next(walk)
@@ -28,9 +38,26 @@ def drive(walk: Walk, read: Read, rounds: list[list[ByteRange]] | None = None) -
             if rounds is not None:
                 rounds.append(list(wanted))
             wanted = walk.send([read(item) for item in wanted])
+    except StopIteration:
+        return
+
+
+def entries_of(index: LayerIndex, read: Read) -> list[Entry]:
+    """Walk an opened layer and return what it found."""
+    drive(index.walk, read)
+    return index.entries
+
+
+def drive_opening(opening: Opening, blob: bytes) -> LayerIndex | StreamIndex:
+    """Give an opening what it asks for, to its end."""
+    try:
+        wanted = next(opening)
+        while True:
+            assert all(0 <= item.start <= item.stop <= len(blob) for item in wanted)
+            wanted = opening.send([blob[item.start : item.stop] for item in wanted])
     except StopIteration as stop:
-        entries: list[Entry] = stop.value
-        return entries
+        index: LayerIndex | StreamIndex = stop.value
+        return index
 
 
 def descriptor(layer: Layer) -> LayerDescriptor:
@@ -41,9 +68,10 @@ def descriptor(layer: Layer) -> LayerDescriptor:
 def open_layer(layer: Layer) -> LayerIndex:
     """Open a layer by whichever format recognises it."""
     described = descriptor(layer)
-    chosen = choose(described)
-    prelude = [layer.blob[item.start : item.stop] for item in chosen.prelude(described)]
-    return chosen.open(described, prelude)
+    head = layer.blob[:HEAD_BYTES]
+    index = drive_opening(choose(described, head).open(described, head), layer.blob)
+    assert isinstance(index, LayerIndex)
+    return index
 
 
 def content_of(chunks: ChunkMap, blob: bytes) -> bytes:
@@ -70,7 +98,7 @@ def files_of(layer: Layer) -> dict[str, bytes]:
     """Read every file of a layer through its chunks."""
     index = open_layer(layer)
     content = content_of(index.chunks, layer.blob)
-    entries = drive(index.walk, reader_of(content))
+    entries = entries_of(index, reader_of(content))
     return {
         entry.path: content[entry.content_start : entry.content_start + entry.size_bytes]
         for entry in entries

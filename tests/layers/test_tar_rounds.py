@@ -47,7 +47,9 @@ class SparseTar:
 
     def walk(self) -> tuple[list[Entry], list[list[ByteRange]]]:
         rounds: list[list[ByteRange]] = []
-        return drive(walk_tar(self.size), self.read, rounds), rounds
+        entries: list[Entry] = []
+        drive(walk_tar(self.size, entries), self.read, rounds)
+        return entries, rounds
 
 
 def varint(value: int) -> bytes:

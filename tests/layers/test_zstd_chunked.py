@@ -19,7 +19,15 @@ from lazyfs.layers.model import EntryType, LayerDescriptor
 from lazyfs.layers.table import choose
 from lazyfs.layers.zstd_chunked import CHECKSUM_KEY, POSITION_KEY, decompress
 from tests.images import Layer, Member, cut_evenly, with_toc, zstd_chunked
-from tests.layers.driving import content_of, descriptor, drive, files_of, open_layer, reader_of
+from tests.layers.driving import (
+    content_of,
+    descriptor,
+    drive_opening,
+    entries_of,
+    files_of,
+    open_layer,
+    reader_of,
+)
 
 SAMPLE = Path(__file__).parent.parent / "data" / "zstd-chunked"
 RANDOM = random.Random(11)
@@ -42,7 +50,7 @@ def test_a_layer_of_skopeo_reads_as_zstd_and_tar_read_it() -> None:
     plain = zstandard.ZstdDecompressor().stream_reader(layer.blob, read_across_frames=True).read()
     index = open_layer(layer)
     content = content_of(index.chunks, layer.blob)
-    entries = drive(index.walk, reader_of(content))
+    entries = entries_of(index, reader_of(content))
     with tarfile.open(fileobj=io.BytesIO(plain)) as archive:
         assert [entry.path for entry in entries] == archive.getnames()
         for entry in entries:
@@ -59,7 +67,7 @@ def test_a_layer_of_skopeo_reads_as_zstd_and_tar_read_it() -> None:
                 start = entry.content_start
                 assert content[start : start + entry.size_bytes] == file.read()
     kinds = [entry.type for entry in entries]
-    assert kinds.count(EntryType.OTHER) == 2
+    assert kinds.count(EntryType.OTHER) == kinds.count(EntryType.FIFO) == 1
     assert max(index.chunks.content_size(i) for i in range(len(index.chunks))) > 2**20
 
 
@@ -91,7 +99,7 @@ def test_chunks_beyond_one_piece(size: int, content_size: bool) -> None:
 
 def test_files_start_at_pages_and_only_data_is_fetched() -> None:
     index = open_layer(zstd_chunked(FILES, cut=cut_evenly(10_000)))
-    entries = drive(index.walk, reader_of(b""))
+    entries = entries_of(index, reader_of(b""))
     assert index.cache_tag.startswith("zstd-chunked-1-")
     assert index.chunks.proven
     assert all(entry.content_start % 4096 == 0 for entry in entries)
@@ -108,7 +116,7 @@ def test_metadata_links_and_duplicates_are_told() -> None:
         Member("null", type=tarfile.CHRTYPE),
         Member("a", b"2"),
     ]
-    a, b, s, null, again = drive(open_layer(zstd_chunked(files)).walk, reader_of(b""))
+    a, b, s, null, again = entries_of(open_layer(zstd_chunked(files)), reader_of(b""))
     assert (a.mode, a.uid, a.gid, a.mtime_ns) == (0o4755, 2**32 - 1, 3, 1_250_000_000)
     assert (b.link_of, b.content_start, b.size_bytes) == ("a", a.content_start, 1)
     assert (s.type, s.symlink_target) == (EntryType.SYMLINK, "../x")
@@ -247,13 +255,13 @@ def test_tocs_that_lie_are_refused(number: int, changes: dict[str, object]) -> N
 )
 def test_text_that_is_no_toc_is_refused(text: bytes) -> None:
     with pytest.raises(MalformedError):
-        open_layer(with_toc(bytes(1000), text))
+        open_layer(with_toc(b"\x28\xb5\x2f\xfd" + bytes(996), text))
 
 
 @pytest.mark.parametrize("text", [b"{}", b'{"version":2,"entries":[]}', b'{"entries":[]}'])
 def test_another_version_is_not_read(text: bytes) -> None:
     with pytest.raises(UnsupportedLayer):
-        open_layer(with_toc(bytes(1000), text))
+        open_layer(with_toc(b"\x28\xb5\x2f\xfd" + bytes(996), text))
 
 
 @pytest.mark.parametrize(
@@ -278,7 +286,7 @@ def test_positions_that_cannot_be_are_refused(position: str, error: type[Excepti
         layer.media_type, None, 1000, layer.annotations | {POSITION_KEY: position}
     )
     with pytest.raises(error):
-        choose(described).prelude(described)
+        drive_opening(choose(described, layer.blob).open(described, layer.blob), layer.blob)
 
 
 def test_a_toc_that_contradicts_its_digest_is_refused() -> None:
@@ -374,7 +382,7 @@ def test_a_falsified_toc_gives_a_layer_or_a_declared_error(draw: st.DataObject) 
     except (MalformedError, UnsupportedLayer):
         return
     size = index.chunks.content_size_bytes
-    for entry in drive(index.walk, reader_of(b"")):
+    for entry in entries_of(index, reader_of(b"")):
         assert 0 <= entry.content_start <= entry.content_start + entry.size_bytes <= size
     for number in range(len(index.chunks)):
         item = index.chunks.blob_range(number)

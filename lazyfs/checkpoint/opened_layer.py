@@ -1,0 +1,190 @@
+"""One layer that is being read: its format, its content, and what runs beside the readers."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from lazyfs.checkpoint.desk import Desk
+from lazyfs.checkpoint.placed import PlacedLayer
+from lazyfs.checkpoint.walker import Walker
+from lazyfs.content.cache_file import CacheFile, open_cache_file
+from lazyfs.content.completion import Completion
+from lazyfs.content.decoded_completion import DecodedCompletion
+from lazyfs.content.lanes import Lane
+from lazyfs.content.layer_content import LayerContent, at_once
+from lazyfs.content.model import Reader
+from lazyfs.content.readahead import FileReader, Readahead
+from lazyfs.content.streamed import StreamedContent, StreamReader
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import MalformedError
+from lazyfs.ground.ranges import ByteRange, coalesce
+from lazyfs.ground.settings import MIB
+from lazyfs.layers import table
+from lazyfs.layers.model import Entry, LayerDescriptor, LayerIndex, StreamIndex
+from lazyfs.layers.tar import walk_tar_stream
+from lazyfs.transport.blob import Blob
+
+log = logging.getLogger(__name__)
+
+_COALESCE_BYTES = MIB
+_STREAM_LOOK_BYTES = 64 * 1024
+
+
+class OpenedLayer:
+    """A layer whose files can be read while `run` runs. From `open_layer`."""
+
+    def __init__(
+        self,
+        placed: PlacedLayer,
+        index: LayerIndex | StreamIndex,
+        blob: Blob,
+        desk: Desk,
+    ) -> None:
+        """Begin with an index; nothing is fetched before somebody asks, or `run` runs."""
+        descriptor = placed.descriptor
+        self.descriptor = descriptor
+        self.placed = placed
+        self.format_name = index.format_name
+        self.completion: Completion | DecodedCompletion | None = None
+        self.walker: Walker
+        """Finds its entries."""
+        self.content: LayerContent | StreamedContent
+        self._readahead: Readahead | None = None
+        config = desk.config
+        if isinstance(index, StreamIndex):
+            entries: list[Entry] = []
+            self.walker = Walker(walk_tar_stream(entries), entries, self._look_all)
+            self.content = StreamedContent(
+                blob,
+                index,
+                descriptor.digest,
+                config.cache_dir,
+                desk.lanes,
+                desk.counters,
+                config.content,
+                config.transport,
+            )
+            return
+        self.walker = Walker(index.walk, index.entries, self._look_all)
+        self.content = LayerContent(
+            blob,
+            index.chunks,
+            _open_cache(desk, descriptor, index),
+            desk.lanes,
+            desk.counters,
+            config.content,
+            config.transport,
+        )
+        self._readahead = Readahead(self.content)
+        if descriptor.digest is None or index.chunks.proven:
+            return
+        name = f"layer {descriptor.digest}"
+        if index.stream is None:
+            self.completion = Completion(self.content, self._readahead, descriptor.digest, name)
+        else:
+            self.completion = DecodedCompletion(self.content, index.stream, descriptor.digest, name)
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether it can only be decoded from its start."""
+        return isinstance(self.content, StreamedContent)
+
+    @property
+    def mislabelled(self) -> bool:
+        """Whether the bytes are of another compression than the media type says."""
+        return table.is_mislabelled(self.descriptor, self.format_name)
+
+    @property
+    def proof(self) -> str:
+        """What proves its bytes: each "chunk" before it is served, the whole "layer", or "none"."""
+        if isinstance(self.content, LayerContent) and self.content.chunks.proven:
+            return "chunk"
+        return "layer" if self.descriptor.digest is not None else "none"
+
+    @property
+    def content_bytes(self) -> int | None:
+        """Size of its content when unpacked; None if that is not known yet."""
+        return self.content.content_size_bytes
+
+    @property
+    def blob_proven(self) -> bool:
+        """Whether the whole blob has been found to match its digest, now or by an earlier mount."""
+        if isinstance(self.content, StreamedContent):
+            return self.content.proven
+        return self.content.holdings.sealed
+
+    def reader(self, content_start: int, size_bytes: int) -> Reader:
+        """Return a reader of the file that lies there."""
+        if isinstance(self.content, StreamedContent):
+            return StreamReader(self.content, content_start, size_bytes)
+        if self._readahead is None:
+            raise AssertionError("a layer that is read at random has a readahead")
+        return FileReader(self.content, self._readahead, content_start, size_bytes)
+
+    async def run(self) -> None:
+        """Read ahead, or decode the stream; for ever, or to its end."""
+        if isinstance(self.content, StreamedContent):
+            await self.content.run()
+        elif self._readahead is not None:
+            await self._readahead.run()
+
+    async def prefetch(self, ranges: Iterable[ByteRange]) -> None:
+        """Fetch ranges at once, neighbours in one request. A stream brings them by itself."""
+        if not self.is_stream:
+            await self._ensure(ranges, Lane.READAHEAD)
+
+    async def prove(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Prove the whole layer, if its chunks do not prove themselves.
+
+        Raises:
+            IntegrityError: it is not what its digest promises.
+            FetchError, SourceError: it could not be had.
+        """
+        if isinstance(self.content, StreamedContent):
+            await self.content.prove(on_progress)
+        elif self.completion is not None and not self.content.holdings.sealed:
+            await self.completion.prove(eager=True, on_progress=on_progress)
+        if self.descriptor.digest is None:
+            log.warning("the archive has no digest that it could be verified by")
+
+    async def _look_all(self, wanted: Sequence[ByteRange]) -> list[bytes]:
+        if isinstance(self.content, StreamedContent):
+            return [await self._look(self.content, item) for item in wanted]
+        await self._ensure(wanted, Lane.DEMAND)
+        return [bytes(await self.content.read(item)) for item in wanted]
+
+    @staticmethod
+    async def _look(content: StreamedContent, wanted: ByteRange) -> bytes:
+        """Return what a stream has at `wanted`: more if it is there, less where it ends."""
+        try:
+            await content.ensure(wanted, Lane.DEMAND)
+        except MalformedError:
+            if content.content_size_bytes is None:
+                raise
+        stop = max(wanted.stop, min(content.here_bytes(), wanted.start + _STREAM_LOOK_BYTES))
+        if content.content_size_bytes is not None:
+            stop = min(stop, content.content_size_bytes)
+        if stop <= wanted.start:
+            return b""
+        return bytes(await content.read(ByteRange(wanted.start, stop)))
+
+    async def _ensure(self, ranges: Iterable[ByteRange], lane: Lane) -> None:
+        """Have ranges fetched at once, as few requests as their distances allow."""
+        merged = list(coalesce(ranges, _COALESCE_BYTES))
+        if merged:
+            await at_once([partial(self.content.ensure, item, lane) for item in merged])
+
+
+def _open_cache(desk: Desk, descriptor: LayerDescriptor, index: LayerIndex) -> CacheFile | None:
+    chunks = index.chunks
+    tag = index.cache_tag
+    if not chunks.proven:
+        tag += "-" + Digest.of(desk.source_name.encode()).hex[:16]
+    try:
+        return open_cache_file(
+            desk.config.cache_dir, descriptor.digest, tag, chunks.content_size_bytes, len(chunks)
+        )
+    except OSError as error:
+        where = desk.config.cache_dir
+        log.warning("no cache in %s (%s): what is read is kept in memory", where, error)
+        return None

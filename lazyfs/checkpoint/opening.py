@@ -1,0 +1,246 @@
+"""From a layer's descriptor to a layer that can be read: which format, which index.
+
+What is known without asking anybody comes first: annotations that name a table of contents, an
+index that an earlier mount has made. Then the blob's first bytes, and, for gzip, an index that
+somebody has published beside the image.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from lazyfs.checkpoint.desk import Desk, keep_in_file, read_ranges
+from lazyfs.checkpoint.image import ResolvedImage
+from lazyfs.checkpoint.opened_layer import OpenedLayer
+from lazyfs.checkpoint.placed import PlacedLayer
+from lazyfs.checkpoint.soci_index import ZtocRef, find_ztocs
+from lazyfs.content.kept import find_restart_index
+from lazyfs.ground.data import Data
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import LazyfsError, MalformedError, UnsupportedLayer
+from lazyfs.ground.ranges import ByteRange
+from lazyfs.layers import raw, table
+from lazyfs.layers.gzip import Gzip
+from lazyfs.layers.model import (
+    HEAD_BYTES,
+    LayerDescriptor,
+    LayerIndex,
+    Opening,
+    StreamIndex,
+)
+from lazyfs.layers.tar import Tar, looks_like_tar
+from lazyfs.transport.blob import Blob
+
+log = logging.getLogger(__name__)
+
+_CONTENT_LIMIT_BYTES = 1 << 44
+_ZTOC_MOST_BYTES = 1 << 30
+_LARGE_ZTOC_BYTES = 1 << 20
+_LARGE_TABLE_CHUNKS = 50_000
+"""From here on a chunk table goes into a file: the daemon stays small whatever the image is."""
+
+
+class Ztocs:
+    """The SOCI indexes of an image's layers, looked for when the first gzip layer wants one."""
+
+    def __init__(self, image: ResolvedImage) -> None:
+        """Ask nobody yet."""
+        self._image = image
+        self._lock = trio.Lock()
+        self._found: Mapping[Digest, ZtocRef] | None = None
+
+    async def of(self, layer: LayerDescriptor) -> ZtocRef | None:
+        """Return where the index of a layer is, if there is one."""
+        if layer.digest is None:
+            return None
+        async with self._lock:
+            if self._found is None:
+                self._found = await self._find()
+        return self._found.get(layer.digest)
+
+    async def _find(self) -> Mapping[Digest, ZtocRef]:
+        image = self._image
+        if image.source is None or image.digest is None:
+            return {}
+        annotations = image.manifest.annotations  # those that its digest proves
+        return await trio.to_thread.run_sync(
+            partial(find_ztocs, image.source, image.digest, annotations, image.layers),
+            abandon_on_cancel=True,
+        )
+
+
+async def open_layer(
+    image: ResolvedImage, item: PlacedLayer, ztocs: Ztocs, desk: Desk
+) -> OpenedLayer:
+    """Open one layer of an image.
+
+    Raises:
+        UnsupportedLayer: nothing here reads it.
+        IntegrityError, MalformedError: an index of it contradicts its digest, or lies.
+        FetchError, SourceError: it cannot be had.
+    """
+    layer = item.descriptor
+    blob = image.open_blob(layer)
+    if item.kind == "file" and item.names_a_tar:
+        item = await _as_it_is(item, blob, desk)
+    if item.kind == "file":
+        return OpenedLayer(item, raw.open_file(item.place, layer.size_bytes), blob, desk)
+    kept = await trio.to_thread.run_sync(_reopen_kept, layer, desk.config.cache_dir)
+    if kept is not None:
+        return OpenedLayer(item, kept, blob, desk)
+    head = b""
+    if table.choose_by_words(layer) is None:
+        tar, head = await _open_tar(item, blob, desk)
+        if tar is not None:
+            return tar
+    index = await find_index(blob, layer, head, desk)
+    if isinstance(index, StreamIndex) and index.format_name == Gzip.name:
+        index = await _by_ztoc(image, layer, head, ztocs, desk) or index
+    return OpenedLayer(item, index, blob, desk)
+
+
+async def _open_tar(item: PlacedLayer, blob: Blob, desk: Desk) -> tuple[OpenedLayer | None, bytes]:
+    """Open what is labelled as an uncompressed tar, if it is one; return its first bytes anyhow.
+
+    They are read by way of the cache: a tar's first chunk is wanted again at once.
+    """
+    layer = item.descriptor
+    if table.label_of(layer) != Tar.name or not blob.size_bytes:
+        return None, await read_head(blob, desk)
+    index, _ = _send(Tar().open(layer, b""), None)
+    opened = OpenedLayer(item, index, blob, desk) if index is not None else None
+    head = b""
+    try:
+        if opened is not None:
+            wanted = ByteRange(0, min(HEAD_BYTES, blob.size_bytes))
+            head = bytes(await opened.content.read(wanted))
+            if looks_like_tar(head):
+                tar, opened = opened, None
+                return tar, head
+    finally:
+        if opened is not None:
+            opened.content.close()
+    return None, head
+
+
+async def _as_it_is(item: PlacedLayer, blob: Blob, desk: Desk) -> PlacedLayer:
+    """Return a file that calls itself a tar as a layer, if it is one: an archive, as it was."""
+    try:
+        await find_index(blob, item.descriptor, await read_head(blob, desk), desk)
+    except UnsupportedLayer:
+        return item
+    return replace(item, kind="layer", place="")
+
+
+async def read_head(blob: Blob, desk: Desk) -> bytes:
+    """Return the first bytes of a blob, for `find_index`."""
+    wanted = ByteRange(0, min(HEAD_BYTES, blob.size_bytes))
+    (data,) = await read_ranges(blob, [wanted], desk)
+    return bytes(data)
+
+
+async def find_index(
+    blob: Blob, layer: LayerDescriptor, head: bytes, desk: Desk
+) -> LayerIndex | StreamIndex:
+    """Open a layer by its annotations or, which needs its first bytes, by what it is made of.
+
+    Raises:
+        as `open_layer`.
+    """
+    layer_format = table.choose_by_words(layer) or table.choose(layer, head)
+    return await _drive(blob, layer_format.open(layer, head), desk)
+
+
+async def _drive(blob: Blob, opening: Opening, desk: Desk) -> LayerIndex | StreamIndex:
+    """Fetch what the opening of a format asks for, to its end; parse in a worker thread."""
+    replies: list[Data] | None = None
+    while True:
+        index, wanted = await trio.to_thread.run_sync(_send, opening, replies)
+        if index is not None:
+            await trio.to_thread.run_sync(_check_size, index, desk)
+            return index
+        replies = await read_ranges(blob, wanted, desk)
+
+
+def _send(
+    opening: Opening, replies: list[Data] | None
+) -> tuple[LayerIndex | StreamIndex | None, Sequence[ByteRange]]:
+    try:
+        return None, next(opening) if replies is None else opening.send(replies)
+    except StopIteration as stop:
+        index: LayerIndex | StreamIndex = stop.value
+        return index, ()
+
+
+def _check_size(index: LayerIndex | StreamIndex, desk: Desk) -> None:
+    if isinstance(index, StreamIndex):
+        return
+    if len(index.chunks) > _LARGE_TABLE_CHUNKS:
+        with suppress(OSError):
+            index.chunks.relocate(partial(keep_in_file, desk.config.cache_dir))
+    if index.chunks.content_size_bytes > _CONTENT_LIMIT_BYTES:
+        raise MalformedError(f"a layer of {index.chunks.content_size_bytes} bytes is not believed")
+
+
+def _reopen_kept(layer: LayerDescriptor, cache_dir: Path) -> LayerIndex | StreamIndex | None:
+    """Open a gzip layer at random, if an earlier mount has decoded it to its end. Blocks."""
+    stream, _ = _send(Gzip().open(layer, b""), None)
+    if not isinstance(stream, StreamIndex) or stream.reopen is None or layer.digest is None:
+        return None
+    kept = find_restart_index(cache_dir, layer.digest, stream.cache_tag)
+    if kept is None:
+        return None
+    try:
+        return stream.reopen(kept)
+    except MalformedError as error:
+        log.warning("the index that an earlier mount made is not used: %s", error)
+        return None
+
+
+async def _by_ztoc(
+    image: ResolvedImage, layer: LayerDescriptor, head: bytes, ztocs: Ztocs, desk: Desk
+) -> LayerIndex | None:
+    """Open a gzip layer by its SOCI index, if there is one that can be used.
+
+    An index that the manifest names has to be right. One that anybody may have put beside the
+    image is a hint: if it is not right, it is as if it were not there.
+
+    Raises:
+        as `open_layer`, for an index that the manifest names.
+    """
+    found = await ztocs.of(layer)
+    if found is None or found.descriptor.digest is None:
+        return None
+    try:
+        return await _open_ztoc(image, layer, head, found, desk)
+    except UnsupportedLayer as error:
+        log.info("the SOCI index of %s is not used: %s", layer.digest, error)
+    except LazyfsError as error:
+        if found.pinned:
+            raise
+        log.warning("a SOCI index published for %s is not used: %s", layer.digest, error)
+    return None
+
+
+async def _open_ztoc(
+    image: ResolvedImage, layer: LayerDescriptor, head: bytes, found: ZtocRef, desk: Desk
+) -> LayerIndex:
+    from lazyfs.layers.soci import open_soci  # flatbuffers: only who needs it pays for it
+
+    descriptor = found.descriptor
+    if descriptor.digest is None or descriptor.size_bytes > _ZTOC_MOST_BYTES:
+        raise MalformedError(f"a zTOC of {descriptor.size_bytes} bytes is not believed")
+    blob = image.open_blob(descriptor)
+    (ztoc,) = await read_ranges(blob, [ByteRange(0, descriptor.size_bytes)], desk)
+    await trio.to_thread.run_sync(descriptor.digest.check, ztoc, f"the zTOC of {layer.digest}")
+    if len(ztoc) > _LARGE_ZTOC_BYTES:  # it is kept, for the windows in it
+        with suppress(OSError):
+            ztoc = keep_in_file(desk.config.cache_dir, ztoc)
+    return await trio.to_thread.run_sync(
+        partial(open_soci, layer, ztoc, pinned=found.pinned, head=head)
+    )

@@ -1,0 +1,124 @@
+"""Layers, one over the other, by OCI's rules.
+
+A whiteout `.wh.NAME` hides NAME of the layers below, `.wh..wh..opq` all that they have in that
+directory. In the first layer there is nothing to hide: whiteouts are just not shown.
+
+A later layer whose images directory names a `parent` that cannot be in its own layer, and lies
+where an earlier one has an images directory, does not replace that: it builds on it (one layer
+for each pre-dump, as proposed on image-spec issue 962).
+
+Source: OCI image-spec, layer.md, "Whiteouts"; overlayfs' own form of them: the kernel's
+Documentation/filesystems/overlayfs.rst, "whiteouts and opaque directories".
+"""
+
+from collections.abc import Iterator
+
+from lazyfs.checkpoint.criu import INVENTORY, PARENT
+from lazyfs.checkpoint.tree import Node, Tree
+from lazyfs.layers.model import EntryType
+
+WHITEOUT_PREFIX = ".wh."
+OPAQUE = ".wh..wh..opq"
+OPAQUE_XATTRS = (("trusted.overlay.opaque", b"y"), ("user.overlay.opaque", b"y"))
+
+
+def lay_over(lower: Tree, upper: Tree) -> dict[Node, Node]:
+    """Put `upper` over `lower`, which becomes both; return what was kept aside.
+
+    That is, for a `parent` link of `upper`, the images directory of `lower` that it stands for.
+    """
+    kept: dict[Node, Node] = {}
+    _merge(lower.root, upper.root, kept)
+    return kept
+
+
+def drop_whiteouts(tree: Tree) -> None:
+    """Remove the whiteouts of a layer that lies over nothing."""
+    for directory in list(_directories(tree.root)):
+        for name in [name for name in directory.children if name.startswith(WHITEOUT_PREFIX)]:
+            del directory.children[name]
+
+
+def as_overlay(directory: Node, name: str) -> None:
+    """Put into a directory of a container's files what the whiteout `name` means to overlayfs."""
+    if name == OPAQUE:
+        directory.xattrs = tuple({**dict(directory.xattrs), **dict(OPAQUE_XATTRS)}.items())
+    elif len(name) > len(WHITEOUT_PREFIX):
+        put_whiteout(directory, name.removeprefix(WHITEOUT_PREFIX))
+
+
+def put_whiteout(parent: Node, name: str) -> None:
+    """Hide `name` in what lies below, unless the directory has it itself."""
+    if name not in parent.children:
+        parent.children[name] = Node(
+            name, EntryType.WHITEOUT, mode=0, parent=parent, exact=True, layer=parent.layer
+        )
+
+
+def _merge(lower: Node, upper: Node, kept: dict[Node, Node]) -> None:
+    hidden = {name for name in upper.children if name.startswith(WHITEOUT_PREFIX)}
+    if OPAQUE in hidden:
+        lower.children.clear()
+    for name in hidden:
+        lower.children.pop(name.removeprefix(WHITEOUT_PREFIX), None)
+    builds_on = _builds_on(lower, upper)
+    if builds_on is not None:
+        below = Node(lower.name, EntryType.DIRECTORY, lower.mode, lower.uid, lower.gid)
+        below.children = dict(lower.children)
+        for child in below.children.values():
+            child.parent = below
+        below.parent = lower.parent
+        kept[builds_on] = below
+        lower.children.clear()
+    for name, node in upper.children.items():
+        if name in hidden:
+            continue
+        existing = lower.children.get(name)
+        if (
+            existing is not None
+            and existing.type is EntryType.DIRECTORY
+            and node.type is EntryType.DIRECTORY
+        ):
+            _merge(existing, node, kept)
+        else:
+            node.parent = lower
+            lower.children[name] = node
+    lower.mode, lower.uid, lower.gid = upper.mode, upper.uid, upper.gid
+    lower.mtime_ns, lower.xattrs = upper.mtime_ns, upper.xattrs
+
+
+def _builds_on(lower: Node, upper: Node) -> Node | None:
+    """Return the `parent` link of `upper` if what it means can only be `lower`."""
+    link = upper.children.get(PARENT)
+    if link is None or link.type is not EntryType.SYMLINK:
+        return None
+    if INVENTORY not in upper.children or INVENTORY not in lower.children:
+        return None
+    found = resolve_directory(upper, link.symlink_target)
+    return link if found is None or found is upper else None
+
+
+def resolve_directory(start: Node, target: str) -> Node | None:
+    """Return the directory that a link's target names, as far as `start`'s own tree goes.
+
+    No other link may lie on the way.
+    """
+    if target.startswith("/"):
+        return None
+    node: Node | None = start
+    for part in target.split("/"):
+        if node is None or node.type is not EntryType.DIRECTORY:
+            return None
+        if part == "..":
+            node = node.parent
+        elif part not in ("", "."):
+            node = node.children.get(part)
+    return node if node is not None and node.type is EntryType.DIRECTORY else None
+
+
+def _directories(root: Node) -> Iterator[Node]:
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        stack += [child for child in node.children.values() if child.type is EntryType.DIRECTORY]

@@ -1,0 +1,52 @@
+"""What of a checkpoint will not restore on this machine, told before a page is fetched.
+
+What an image says of itself starts no program but the few that `findings.py` names.
+"""
+
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs.checkpoint.findings import (
+    CRIU,
+    ENGINE,
+    Finding,
+    Level,
+    check,
+    programs_wanted,
+    task_ids,
+)
+from lazyfs.checkpoint.host import collect_host
+from lazyfs.checkpoint.inspect import inspect
+from lazyfs.checkpoint.report import Report
+
+if TYPE_CHECKING:
+    from lazyfs.checkpoint.opened import OpenedCheckpoint
+
+
+async def check_here(report: Report, criu: str = "criu") -> tuple[Finding, ...]:
+    """Compare a checkpoint with this machine; `criu`: as for `collect_host`."""
+    host = await trio.to_thread.run_sync(
+        lambda: collect_host(criu=criu, programs=programs_wanted(report), task_ids=task_ids(report))
+    )
+    return check(report, host)
+
+
+async def quick_check(checkpoint: "OpenedCheckpoint", criu: str = "criu") -> list[Finding]:
+    """Return what a mount should warn of. Reads only small files that a mount fetches anyway.
+
+    Left out is what programs are missing here: who mounts may restore with others, from elsewhere.
+    Takes some 100 ms, most of it for importing protobuf and asking CRIU for its version: for
+    beside the mount, not before it.
+
+    Raises:
+        NotACheckpoint, SourceError, IntegrityError: as `inspect`.
+    """
+    report = await inspect(checkpoint, brief=True)
+    return [
+        finding
+        for finding in await check_here(report, criu)
+        if finding.level in (Level.BLOCKS, Level.WARNS)
+        and finding.subject != ENGINE
+        and not (finding.subject == CRIU and finding.level is Level.BLOCKS)
+    ]

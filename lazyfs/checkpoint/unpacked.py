@@ -1,0 +1,235 @@
+"""Archives within a checkpoint, shown as directories of what is in them.
+
+The changes that a container made to its image are a tar in the checkpoint, `rootfs-diff.tar`, with
+`deleted.files` beside it, or a layer of its own. Shown as a directory whose whiteouts are
+overlayfs' own it can be laid over the image as it is: nothing is unpacked or copied, and bytes are
+fetched as they are read. Volumes and /dev/shm are tars as well.
+
+A directory is filled when somebody first looks into it. Plain tars lie within their layer, and
+their files are stretches of it; compressed ones are decoded from their start.
+
+Source: checkpointctl, `lib/metadata.go` (the names); Podman,
+`pkg/checkpoint/crutils/checkpoint_restore_utils.go` (`deleted.files`: a JSON list of paths);
+containerd, whose rootfs-diff.tar is an OCI layer, gzip and whiteouts and all.
+"""
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
+import trio
+
+from lazyfs.checkpoint.opened_layer import OpenedLayer
+from lazyfs.checkpoint.opening import Ztocs, find_index, open_layer
+from lazyfs.checkpoint.overlay import WHITEOUT_PREFIX, as_overlay, put_whiteout
+from lazyfs.checkpoint.placed import PlacedLayer
+from lazyfs.checkpoint.tree import Filling, Node, Tree
+from lazyfs.checkpoint.walker import Walker, fill_tree
+from lazyfs.content.model import Reader
+from lazyfs.ground.errors import LazyfsError, MalformedError, NotACheckpoint
+from lazyfs.ground.ranges import ByteRange
+from lazyfs.ground.settings import MIB
+from lazyfs.layers.model import HEAD_BYTES, Entry, EntryType, LayerDescriptor
+from lazyfs.layers.names import entry_path
+from lazyfs.layers.tar import looks_like_tar, walk_tar
+from lazyfs.transport.blob import Sink
+
+if TYPE_CHECKING:
+    from lazyfs.checkpoint.opened import OpenedCheckpoint
+
+log = logging.getLogger(__name__)
+
+ROOTFS_DIFF = "rootfs-diff.tar"
+DELETED_FILES = "deleted.files"
+DEVSHM = "devshm-checkpoint.tar"
+VOLUMES = "volumes"
+_SUFFIX = ".tar"
+_DELETED_MOST_BYTES = 64 * MIB
+_DELETED_MOST = 1_000_000
+_UNTYPED = "application/x-tar"
+
+
+_Fill: TypeAlias = Callable[[Node, Filling], Awaitable[None]]
+
+
+class Unpacker:
+    """Shows the archives of one checkpoint as directories."""
+
+    def __init__(self, checkpoint: "OpenedCheckpoint", diffs: Sequence[PlacedLayer]) -> None:
+        """`diffs`: layers that hold a container's files, each a directory of its own."""
+        self._checkpoint = checkpoint
+        self._diffs = diffs
+
+    def attach(self) -> None:
+        """Put a directory beside each archive; all names of the checkpoint must be there."""
+        top = self._top()
+        for name in (ROOTFS_DIFF, DEVSHM):
+            self._attach_file(top, name)
+        volumes = top.children.get(VOLUMES)
+        if volumes is not None:
+            for name in list(volumes.children):
+                self._attach_file(volumes, name)
+        for item in self._diffs:
+            self._directory(top, item.place, partial(self._fill_from_layer, item))
+
+    def _top(self) -> Node:
+        """Return the directory in which the engine's own files lie."""
+        root = self._checkpoint.tree.root
+        images = self._checkpoint.images
+        if images is None or images.node.parent is None:
+            return root
+        return images.node.parent
+
+    def _attach_file(self, parent: Node, name: str) -> None:
+        archive = parent.children.get(name)
+        if archive is None or archive.type is not EntryType.FILE or not name.endswith(_SUFFIX):
+            return
+        deleted = parent.children.get(DELETED_FILES) if name == ROOTFS_DIFF else None
+        self._directory(
+            parent, name.removesuffix(_SUFFIX), partial(self._fill_from_file, archive, deleted)
+        )
+
+    def _directory(self, parent: Node, name: str, fill: _Fill) -> None:
+        if not name or name in parent.children:
+            return
+        node = Node(name, EntryType.DIRECTORY, parent=parent, exact=True)
+        filling = Filling(lambda: self._checkpoint.do(partial(_told, fill, node, filling)))
+        node.filling = filling
+        parent.children[name] = node
+
+    async def _fill_from_layer(self, item: PlacedLayer, node: Node, filling: Filling) -> None:
+        checkpoint = self._checkpoint
+        layer = await open_layer(checkpoint.image, item, Ztocs(checkpoint.image), checkpoint.desk)
+        await self._fill(layer.walker, _Place(node, checkpoint.add_layer(layer), filling), filling)
+
+    async def _fill_from_file(
+        self, archive: Node, deleted: Node | None, node: Node, filling: Filling
+    ) -> None:
+        checkpoint = self._checkpoint
+        reader = checkpoint.reader(archive)
+        head = bytes(await reader.read(0, HEAD_BYTES))
+        if not head:
+            place = _Place(node, archive.layer, filling)
+        elif looks_like_tar(head):
+            place = _Place(node, archive.layer, filling, archive.content_start)
+            await self._fill(self._walker(archive, reader, head), place, filling)
+        else:
+            blob = _FileBlob(archive, reader)
+            described = LayerDescriptor(_UNTYPED, None, archive.size_bytes, {})
+            index = await find_index(blob, described, head, checkpoint.desk)
+            layer = OpenedLayer(PlacedLayer(described, "", "diff"), index, blob, checkpoint.desk)
+            place = _Place(node, checkpoint.add_layer(layer), filling)
+            await self._fill(layer.walker, place, filling)
+        if deleted is not None:
+            place.delete(await self._deleted(deleted))
+
+    def _walker(self, archive: Node, reader: Reader, head: bytes) -> Walker:
+        """Walk a tar that lies in a layer; what it wants to see is fetched at once."""
+        entries: list[Entry] = []
+        layer = self._checkpoint.layers[archive.layer]
+
+        async def look(wanted: Sequence[ByteRange]) -> list[bytes]:
+            start = archive.content_start
+            moved = [ByteRange(start + item.start, start + item.stop) for item in wanted]
+            await layer.prefetch(moved)
+            return [bytes(await reader.read(item.start, item.size_bytes)) for item in wanted]
+
+        return Walker(walk_tar(archive.size_bytes, entries, head=head), entries, look)
+
+    @staticmethod
+    async def _fill(walker: Walker, place: "_Place", filling: Filling) -> None:
+        await fill_tree(walker, place.add, filling)
+
+    async def _deleted(self, node: Node) -> list[str]:
+        if node.size_bytes > _DELETED_MOST_BYTES:
+            raise MalformedError(f"{DELETED_FILES} of {node.size_bytes} bytes is not believed")
+        data = await self._checkpoint.reader(node).read(0, node.size_bytes)
+        try:
+            paths = msgspec.json.decode(data, type=list[str]) if len(data) else []
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise MalformedError(f"{DELETED_FILES} is no list of paths: {error}") from None
+        if len(paths) > _DELETED_MOST:
+            raise MalformedError(f"{DELETED_FILES} lists {len(paths)} paths")
+        return [entry_path(path) for path in paths]
+
+
+class _Place:
+    """A directory that is filled with a container's files."""
+
+    def __init__(self, root: Node, layer: int, filling: Filling, shift_bytes: int = 0) -> None:
+        """The files' bytes are in `layer`, `shift_bytes` behind where their entries say."""
+        self._tree = Tree(layer=layer, exact=True, root=root, filling=filling)
+        self._shift_bytes = shift_bytes
+
+    def add(self, entries: Sequence[Entry]) -> None:
+        """Take entries in; whiteouts become overlayfs' own."""
+        for entry in entries:
+            above, _, name = entry.path.rpartition("/")
+            if name.startswith(WHITEOUT_PREFIX):
+                as_overlay(self._tree.directory(above), name)
+                continue
+            start = entry.content_start + self._shift_bytes
+            self._tree.add((replace(entry, content_start=start),))
+
+    def delete(self, paths: Sequence[str]) -> None:
+        """Hide paths of the image below."""
+        for path in paths:
+            above, _, name = path.rpartition("/")
+            if name:
+                put_whiteout(self._tree.directory(above), name)
+
+
+class _FileBlob:
+    """A file of a layer as a blob, so that what is compressed within it is decoded like a layer.
+
+    Read in worker threads; the file's own reader does the fetching, on the trio thread.
+    """
+
+    def __init__(self, node: Node, reader: Reader) -> None:
+        self._node = node
+        self._reader = reader
+        self._token = trio.lowlevel.current_trio_token()
+
+    @property
+    def name(self) -> str:
+        return self._node.name
+
+    @property
+    def size_bytes(self) -> int:
+        return self._node.size_bytes
+
+    def read_into(self, byte_range: ByteRange, sink: Sink) -> None:
+        start = byte_range.start
+        while start < byte_range.stop:
+            wanted_bytes = min(MIB, byte_range.stop - start)
+            data = memoryview(
+                trio.from_thread.run(self._reader.read, start, wanted_bytes, trio_token=self._token)
+            )
+            start += len(data)
+            while data:
+                room = sink.space()
+                count = min(len(room), len(data))
+                room[:count] = data[:count]
+                room.release()
+                sink.advance(count)
+                data = data[count:]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+async def _told(fill: _Fill, node: Node, filling: Filling) -> None:
+    """Fill a directory; whatever keeps it from being filled is told to who looks into it."""
+    try:
+        await fill(node, filling)
+    except LazyfsError as error:
+        filling.end(error)
+        log.warning("%s cannot be shown as a directory: %s", node.name, error)
+    except BaseException:
+        filling.end(NotACheckpoint(f"{node.name} cannot be shown as a directory"))
+        raise
+    else:
+        filling.end()

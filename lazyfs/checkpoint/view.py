@@ -1,0 +1,163 @@
+"""A part of a tree by inode number, as the kernel sees it.
+
+Numbers are given as names are first asked for: 1 is the view's root, hard links share one. A
+name that is not there is only said to be absent when the directory is complete; till then whoever
+asks waits.
+
+The view's root is where the kernel would go on to the host, so here links are followed to the
+end: one that leads out, through whatever other links, is not in the view. Links of a container's
+files are not for the host, and are as they are.
+"""
+
+import logging
+from collections.abc import Mapping
+
+from lazyfs.checkpoint.tree import Node
+from lazyfs.layers.model import EntryType
+
+log = logging.getLogger(__name__)
+
+_LINKS_MOST = 40
+"""The kernel gives up (ELOOP) after so many."""
+_STEPS_MOST = 10_000_000
+"""Names that following all links of an image may take; an honest image needs some thousand."""
+
+
+class View:
+    """What of a tree is shown, and under which numbers."""
+
+    def __init__(self, root: Node, grafts: Mapping[Node, Node] | None = None) -> None:
+        """Show `root` and what lies below; in place of a node of `grafts`, another.
+
+        `grafts` may grow until the directories that they lie in are complete.
+        """
+        self._grafts = grafts if grafts is not None else {}
+        self._numbers: dict[Node, int] = {}
+        self._hidden: set[Node] = set()
+        self._paths = _Paths(root)
+        self.nodes: list[Node] = []
+        """By number, from 1 on."""
+        self._number(root)
+
+    def node(self, inode: int) -> Node:
+        """Return what has this number."""
+        return self.nodes[inode - 1]
+
+    async def lookup(self, parent_inode: int, name: str) -> int | None:
+        """Return the number of a name in a directory, or None if it is not there.
+
+        A checkpoint only if the directory is not complete yet.
+
+        Raises:
+            LazyfsError: that cannot be told, since the names could not be had.
+        """
+        parent = self.node(parent_inode)
+        while True:
+            child = parent.children.get(name)
+            if child is not None:
+                return await self._shown(child)
+            if parent.filling is None:
+                return None
+            if parent.filling.ended:
+                await parent.filling.wait_end()  # raises, if names are missing
+                return None
+            await parent.filling.wait()
+
+    async def listing(self, inode: int) -> list[tuple[str, int]]:
+        """Return the names in a directory, sorted, with their numbers; raises as `lookup`."""
+        parent = self.node(inode)
+        if parent.filling is not None:
+            await parent.filling.wait_end()
+        found = [
+            (name, await self._shown(parent.children[name])) for name in sorted(parent.children)
+        ]
+        return [(name, number) for name, number in found if number is not None]
+
+    def links(self, inode: int) -> int:
+        """How many names something has; 1 for a directory that cannot tell yet."""
+        node = self.node(inode)
+        if node.type is not EntryType.DIRECTORY:
+            return node.link_count
+        if not node.is_complete:
+            return 1
+        return 2 + sum(child.type is EntryType.DIRECTORY for child in node.children.values())
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the files that have been asked for."""
+        return sum(node.size_bytes for node in self.nodes)
+
+    async def _shown(self, node: Node) -> int | None:
+        node = self._grafts.get(node, node)
+        if node.climbs or node in self._hidden:
+            return None
+        known = self._numbers.get(node.file)
+        if known is not None:
+            return known
+        if node.type is EntryType.SYMLINK and not node.exact and not await self._stays(node):
+            self._hidden.add(node)
+            return None
+        node.seen = True
+        return self._number(node.file)
+
+    async def _stays(self, link: Node) -> bool:
+        """Whether a link ends within the view, which all names are needed to tell."""
+        parent = link.parent
+        if parent is not None and parent.filling is not None:
+            await parent.filling.wait_end()
+        if not self._paths.leaves(link):
+            return True
+        log.warning("not shown: the link %r -> %r leaves it", link.name, link.symlink_target)
+        return False
+
+    def _number(self, node: Node) -> int:
+        node.seen = True
+        self.nodes.append(node)
+        self._numbers[node] = len(self.nodes)
+        return len(self.nodes)
+
+
+class _Paths:
+    """Follows paths as the kernel does (path_resolution(7)), up to where they would go astray."""
+
+    def __init__(self, root: Node) -> None:
+        self._root = root
+        self._steps_left = _STEPS_MOST
+
+    def leaves(self, link: Node) -> bool:
+        """Whether a link's target leads above the root, or cannot be told."""
+        way = self._way_to(link.parent)
+        if not way:
+            return True
+        ahead = link.symlink_target.split("/")[::-1]
+        links_left = _LINKS_MOST
+        absolute = link.symlink_target.startswith("/")
+        while ahead and not absolute:
+            if not (self._steps_left and links_left):
+                return True
+            self._steps_left -= 1
+            name = ahead.pop()
+            child = None if name in ("", ".", "..") else way[-1].children.get(name)
+            if name == "..":
+                way.pop()
+                if not way:
+                    return True
+            elif child is not None and child.type is EntryType.SYMLINK:
+                links_left -= 1
+                ahead += child.symlink_target.split("/")[::-1]
+                absolute = child.symlink_target.startswith("/")
+            elif child is not None:
+                way.append(child)
+            elif name not in ("", "."):
+                return False
+        return absolute
+
+    def _way_to(self, node: Node | None) -> list[Node]:
+        """Return the nodes from the root to `node`; nothing if it is not below."""
+        way: list[Node] = []
+        while node is not None:
+            way.append(node)
+            if node is self._root:
+                return way[::-1]
+            node = node.parent
+        return []

@@ -1,0 +1,458 @@
+"""The content of a layer that can only be decoded from its start, served while it comes.
+
+One pass fetches the blob, hashes it and decodes it, always at full speed, into a file that grows.
+Bytes behind the pass's position are slices of that file's mapping; who wants others waits for the
+pass. Once the blob has been found to match its digest, later mounts find the content (`kept.py`)
+and need no pass; where what they find turns out to be damaged, the pass is made after all.
+
+A pass that cannot go on (the source is gone, the disk is full) tells all who wait, rests, and
+goes on where it was when somebody asks again or `REST_S` have passed.
+
+Two threads beside those that receive: one hashes, one decodes and writes. Both read the same
+`BlobStream`. Everything else belongs to the trio thread. The decoding thread looks at
+`_Waiters.least` after it has moved the position, and who begins to wait looks at the position after
+having set it: one of the two sees the other, and only a thread that has to wakes the loop.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from lazyfs.content.blob_stream import REST_S, BlobStream, Stopped
+from lazyfs.content.cache_file import home_of
+from lazyfs.content.growing_file import GrowingFile
+from lazyfs.content.kept import Kept, forget, open_kept, publish
+from lazyfs.content.lanes import Lane, Lanes
+from lazyfs.content.model import Content
+from lazyfs.ground.counters import Counters
+from lazyfs.ground.data import Data
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import (
+    FetchError,
+    IntegrityError,
+    LazyfsError,
+    MalformedError,
+    raise_sole_error,
+)
+from lazyfs.ground.ranges import ByteRange
+from lazyfs.ground.settings import ContentSettings, TransportSettings
+from lazyfs.layers.model import StreamDecoder, StreamIndex
+from lazyfs.transport.blob import Blob
+
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+log = logging.getLogger(__name__)
+
+CONTENT_MOST_BYTES = 1 << 44
+_NEVER = 1 << 62
+_PROGRESS_S = 0.25
+
+
+class _Waiters:
+    """Who waits for the content to come up to where."""
+
+    def __init__(self) -> None:
+        self.least = _NEVER
+        """The nearest address that somebody waits for. Read by the decoding thread."""
+        self._waiters: dict[trio.Event, tuple[int, list[LazyfsError]]] = {}
+
+    async def wait(self, stop: int, position: Callable[[], int]) -> None:
+        """Come back when there is news for who needs the content up to `stop`.
+
+        Raises what `fail` is told meanwhile.
+        """
+        news = trio.Event()
+        errors: list[LazyfsError] = []
+        self._waiters[news] = stop, errors
+        self.least = min(self.least, stop)
+        try:
+            if position() < stop:
+                await news.wait()
+        finally:
+            self._waiters.pop(news, None)
+            self._find_least()
+        if errors:
+            raise errors[0]
+
+    def wake(self, position: int) -> None:
+        """Let those go on who wait for no more than what is here now."""
+        for news, (stop, _) in list(self._waiters.items()):
+            if stop <= position:
+                del self._waiters[news]
+                news.set()
+        self._find_least()
+
+    def fail(self, error: LazyfsError) -> None:
+        """Let all go on, with an error."""
+        for _, errors in self._waiters.values():
+            errors.append(error)
+        self.wake(_NEVER)
+
+    def _find_least(self) -> None:
+        self.least = min((stop for stop, _ in self._waiters.values()), default=_NEVER)
+
+
+class StreamedContent(Content):
+    """Bytes of one layer by content address; `run` must be started for anything to come."""
+
+    def __init__(
+        self,
+        blob: Blob,
+        stream: StreamIndex,
+        digest: Digest | None,
+        cache_dir: Path,
+        lanes: Lanes,
+        counters: Counters,
+        settings: ContentSettings,
+        transport_settings: TransportSettings,
+    ) -> None:
+        """Without a `digest` nothing is proven, and nothing left for later mounts.
+
+        `cache_dir` must have room for the whole content.
+        """
+        self.counters = counters
+        self.condemned = trio.Event()
+        self._blob = blob
+        self._stream = stream
+        self._digest = digest
+        self._cache_dir = cache_dir
+        self._lanes = lanes
+        self._settings = settings
+        self._transport_settings = transport_settings
+        self._kept = open_kept(cache_dir, digest, stream.cache_tag)
+        self._kept_lost = trio.Event()
+        self._lost: Kept | None = None
+        self._growing: GrowingFile | None = None
+        self._size_bytes = self._kept.size_bytes if self._kept is not None else None
+        self._proven = self._kept is not None
+        self._poison: LazyfsError | None = None
+        self._waiters = _Waiters()
+        self._pass: BlobStream | None = None
+        self._pass_scope = trio.CancelScope()
+        self._asked_again = trio.Event()
+        self._in_trouble_at = -1
+        self._token = trio.lowlevel.current_trio_token()
+        self.hashed_bytes = 0
+        """How far the blob has been hashed."""
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def peek(self, content: ByteRange) -> memoryview | None:
+        """Return the bytes as a slice of the cache's mapping, if they are all there."""
+        if content.start >= content.stop:
+            return memoryview(b"")
+        here = self._kept or self._growing
+        return here.peek(content) if here is not None and self._poison is None else None
+
+    async def read(
+        self, content: ByteRange, lane: Lane = Lane.DEMAND, *, out_of_the_blue: bool = True
+    ) -> Data:
+        """Return exactly the bytes of `content`, waiting until they have come.
+
+        Raises:
+            MalformedError: the content ends before, or is none.
+            IntegrityError: the blob does not match its digest.
+            FetchError, SourceError: it cannot be had, or there is no room for it.
+        """
+        view = self.peek(content)
+        if view is not None:
+            return view
+        if lane is Lane.DEMAND:
+            self.counters.reads_waited += 1
+            self._lanes.note_demand(out_of_the_blue=out_of_the_blue)
+        while view is None:
+            await self.ensure(content, lane)
+            view = self.peek(content)
+        return view
+
+    async def ensure(self, content: ByteRange, lane: Lane) -> None:
+        """Come back when the bytes are here; raises as `read`. All lanes are alike."""
+        while content.start < content.stop:
+            self.raise_if_condemned()
+            if self.peek(content) is not None:
+                return
+            if self._size_bytes is not None and content.stop > self._size_bytes:
+                raise MalformedError(
+                    f"{self._blob.name}: its content ends at {self._size_bytes}, "
+                    f"asked for {content}"
+                )
+            if self._kept is not None:
+                await self._check(self._kept, content)
+            else:
+                await self._wait(content.stop)
+
+    async def wait_end(self) -> None:
+        """Come back when all of the content is here and proven as far as it can be.
+
+        Raises as `read`.
+        """
+        while True:
+            self.raise_if_condemned()
+            if self._size_bytes is not None:
+                return
+            await self._wait(_NEVER)
+
+    async def prove(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Come back when the blob is proven; `on_progress` is told bytes done, and bytes in all.
+
+        What an earlier mount proved is checked to be as it was. Raises as `read`.
+        """
+        while (kept := self._kept) is not None:
+            await self._check(kept, ByteRange(0, kept.size_bytes))
+            if kept is self._kept:
+                return
+        while self._size_bytes is None:
+            with trio.move_on_after(_PROGRESS_S):
+                await self.wait_end()
+            if on_progress is not None:
+                on_progress(self.hashed_bytes, self._blob.size_bytes)
+        self.raise_if_condemned()
+
+    async def _wait(self, stop: int) -> None:
+        self._asked_again.set()
+        if self._pass is not None:
+            self._pass.ask_again()
+        await self._waiters.wait(stop, self._position)
+
+    def _position(self) -> int:
+        return self._growing.size_bytes if self._growing is not None else 0
+
+    async def _check(self, kept: Kept, content: ByteRange) -> None:
+        """See that what is kept is as it was; if not, begin the pass."""
+        good = await kept.check(content)
+        self.counters.chunks_from_cache += max(0, good)
+        if good >= 0 or self._kept is not kept:
+            return
+        log.warning("what is kept of %s has changed on disk; doing it over", self._blob.name)
+        self.counters.cache_refused += 1
+        self._kept = None
+        self._size_bytes = None
+        self._proven = False
+        kept.forget()
+        self._lost = kept  # others may be looking at it still
+        self._kept_lost.set()
+
+    # -- what it comes to -------------------------------------------------------------------
+
+    @property
+    def content_size_bytes(self) -> int | None:
+        """Size of the content; None until the pass has ended."""
+        return self._size_bytes
+
+    @property
+    def proven(self) -> bool:
+        """Whether the blob has been found to match the digest that the manifest vouches for."""
+        return self._proven
+
+    def here_bytes(self) -> int:
+        """How much content is here."""
+        return self._kept.size_bytes if self._kept is not None else self._position()
+
+    @property
+    def poison(self) -> LazyfsError | None:
+        """Why nothing is served any more, if that is so."""
+        return self._poison
+
+    def condemn(self, error: LazyfsError) -> None:
+        """Serve nothing more of this layer, say why, and forget what the cache holds of it."""
+        if self._poison is not None:
+            return
+        self._poison = error.with_traceback(None)  # which would hold on to buffers
+        self._proven = False
+        self.condemned.set()
+        log.critical("%s; every read fails from now on", error)
+        if self._kept is not None:
+            self._kept.forget()
+        elif self._growing is not None and self._growing.published:
+            forget(self._growing.directory, self._growing.fd)
+        self._pass_scope.cancel()
+        self._waiters.wake(_NEVER)
+
+    def raise_if_condemned(self) -> None:
+        """Raise the error of a verification that has failed, if any has."""
+        if self._poison is not None:
+            raise self._poison
+
+    def close(self) -> None:
+        """Let go of what is held, when nobody reads any more and `run` has ended."""
+        for file in (self._kept, self._lost, self._growing):
+            if file is not None:
+                file.close()
+        self._kept = self._lost = self._growing = None
+
+    # -- the pass, on the trio thread -------------------------------------------------------
+
+    async def run(self) -> None:
+        """Bring the content here, unless it is kept; come back when later mounts find it."""
+        if self._kept is not None:
+            await self._kept_lost.wait()
+        try:
+            with self._pass_scope:
+                decoder = await self._decode_all()
+                await self._settle(decoder)
+        except (MalformedError, IntegrityError) as error:
+            self.condemn(error)
+        except Exception as error:  # a bug must not end the mount, nor may readers wait for ever
+            log.exception("%s cannot be decoded: please report this", self._blob.name)
+            self.condemn(LazyfsError(f"{self._blob.name} cannot be decoded: {error!r}"))
+
+    async def _decode_all(self) -> StreamDecoder:
+        """Fetch, hash and decode the whole blob; return its decoder, which has finished.
+
+        Raises:
+            MalformedError: it cannot be decoded.
+            IntegrityError: it does not match its digest, or is not what it was.
+        """
+        growing = self._growing = await self._make_file()
+        decoder = self._stream.decoder()
+        hasher = self._digest.hasher() if self._digest is not None else None
+        stream = self._pass = BlobStream(
+            self._blob,
+            self.counters,
+            self._settings,
+            self._transport_settings,
+            readers=1 if hasher is None else 2,
+            on_trouble=self._trouble,
+        )
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(stream.run)
+                nursery.start_soon(_in_thread, partial(self._decode, stream, decoder, growing))
+                if hasher is not None:
+                    nursery.start_soon(_in_thread, partial(self._hash, stream, hasher))
+        except BaseExceptionGroup as group:
+            raise_sole_error(group)
+        finally:
+            self._pass = None
+            stream.close()
+        if self._digest is not None and hasher is not None:
+            if hasher.hexdigest() != self._digest.hex:
+                raise IntegrityError(
+                    f"{self._blob.name} does not match its digest: promised {self._digest}, "
+                    f"received {self._digest.algorithm}:{hasher.hexdigest()}"
+                )
+            self._proven = True
+            log.info("%s is whole and matches its digest", self._blob.name)
+        self._size_bytes = growing.size_bytes
+        self._waiters.wake(_NEVER)
+        return decoder
+
+    async def _make_file(self) -> GrowingFile:
+        while True:
+            try:
+                return await trio.to_thread.run_sync(GrowingFile, self._cache_dir)
+            except OSError as problem:
+                await self._rest(self._no_room(problem))
+
+    async def _settle(self, decoder: StreamDecoder) -> None:
+        """Leave what has been proven for later mounts, as far as the disk will have it."""
+        if self._digest is None or self._growing is None:
+            return
+        home = home_of(self._cache_dir, self._digest, self._stream.cache_tag)
+        try:
+            await trio.to_thread.run_sync(self._publish, decoder, self._growing, home)
+        except OSError as problem:
+            log.warning("later mounts will not find %s: %s", self._blob.name, problem)
+
+    def _trouble(self, error: LazyfsError) -> None:
+        """Tell all who wait that the pass cannot go on now."""
+        position = self._position()
+        known = self._in_trouble_at == position
+        self._in_trouble_at = position
+        log.log(logging.DEBUG if known else logging.WARNING, "waiting to go on: %s", error)
+        self._waiters.fail(error)
+
+    async def _rest(self, error: LazyfsError) -> None:
+        self._trouble(error)
+        self._asked_again = trio.Event()
+        with trio.move_on_after(REST_S):
+            await self._asked_again.wait()
+
+    def _no_room(self, problem: OSError) -> LazyfsError:
+        return FetchError(
+            f"{self._blob.name} can only be decoded from its start, into a file, and the cache in "
+            f"{self._cache_dir} takes no more after {self._position()} bytes of it ({problem}); "
+            "make room there, or choose another directory",
+            transient=False,
+        )
+
+    def _wake(self) -> None:
+        self._waiters.wake(self._position())
+
+    # -- in worker threads ------------------------------------------------------------------
+
+    def _hash(self, stream: BlobStream, hasher: "_Hash") -> None:
+        with suppress(Stopped):
+            for part in stream.parts(1):
+                hasher.update(part)
+                self.hashed_bytes += len(part)
+
+    def _decode(self, stream: BlobStream, decoder: StreamDecoder, growing: GrowingFile) -> None:
+        with suppress(Stopped):
+            for part in stream.parts(0):
+                for piece in decoder.decode(part):
+                    trio.from_thread.check_cancelled()
+                    self._append(growing, piece)
+            decoder.finish()
+            self._insist(growing.finish)
+
+    def _append(self, growing: GrowingFile, piece: Data) -> None:
+        if growing.size_bytes + len(piece) > CONTENT_MOST_BYTES:
+            raise MalformedError(
+                f"{self._blob.name}: more than {CONTENT_MOST_BYTES} bytes are not believed"
+            )
+        self._insist(partial(growing.append, piece))
+        if growing.size_bytes >= self._waiters.least:
+            self._token.run_sync_soon(self._wake, idempotent=True)
+
+    def _insist(self, store: Callable[[], None]) -> None:
+        """Have something stored, however often it takes."""
+        while True:
+            try:
+                return store()
+            except OSError as problem:
+                trio.from_thread.run(self._rest, self._no_room(problem))
+
+    def _publish(self, decoder: StreamDecoder, growing: GrowingFile, home: Path) -> None:
+        data, reopen = decoder.restart_index(), self._stream.reopen
+        index = None
+        if data is not None and reopen is not None:
+            try:
+                index = data, reopen(data).chunks
+            except LazyfsError as error:
+                log.warning("%s cannot be read at random: %s", self._blob.name, error)
+        publish(growing, home, index, trio.from_thread.check_cancelled)
+
+
+async def _in_thread(work: Callable[[], None]) -> None:
+    """Run a part of a pass; it has a thread of its own for as long as the pass lasts."""
+    await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))
+
+
+class StreamReader:
+    """One open file in a content that is read as it comes."""
+
+    def __init__(self, content: Content, start: int, size_bytes: int) -> None:
+        """The file's bytes are the content from `start` on, `size_bytes` of them."""
+        self._content = content
+        self._start = start
+        self._stop = start + size_bytes
+
+    async def read(self, offset: int, size_bytes: int) -> Data:
+        """Return the bytes from `offset` on: `size_bytes` of them, or all up to the file's end.
+
+        A checkpoint only if they are not here.
+
+        Raises:
+            IntegrityError, FetchError, SourceError: never a short read instead.
+        """
+        begin = min(self._start + offset, self._stop)
+        wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
+        view = self._content.peek(wanted)
+        return view if view is not None else await self._content.read(wanted)

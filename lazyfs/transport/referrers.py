@@ -1,0 +1,181 @@
+"""Who refers to a manifest: what registries answer, and what lies in a layout. Sans-I/O.
+
+A list of referrers is an image index. Where a registry has no such API, clients keep the list
+themselves, under a tag made of the digest. Anybody who may push can add to either: nothing that
+is found here is trusted more than that.
+
+Source: OCI distribution-spec 1.1, "Listing Referrers", "Unavailable Referrers API", "Referrers
+Tag Schema"; RFC 8288 (`Link`).
+"""
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
+from urllib.parse import quote, urljoin
+
+import msgspec
+
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import MalformedError, SourceError
+from lazyfs.transport.answers import Question, refusal
+from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, ReferrerDescriptor
+from lazyfs.transport.urls import origin_of
+
+if TYPE_CHECKING:  # layouts on this machine are read without an HTTP library
+    from lazyfs.transport.client import SmallReply
+
+PAGES_MOST = 8
+REFERRERS_MOST = 1000
+
+_ALGORITHM_MOST, _ENCODED_MOST = 32, 64
+_ANSWER_LATER = (408, 425, 429, 500, 502, 503, 504)
+_FALLBACK_TAG = re.compile(r"sha(256|512)-[0-9a-f]{64}")
+_LINK = re.compile(r"<([^<>]{1,4096})>([^<>,]{0,1024})")
+_NEXT = re.compile(r";\s*rel\s*=\s*\"?next\"?\s*(;|$)", re.IGNORECASE)
+
+
+class _Listed(msgspec.Struct, frozen=True, rename="camel"):
+    digest: str
+    size: Annotated[int, msgspec.Meta(ge=0)]
+    media_type: str = ""
+    artifact_type: str | None = None
+    annotations: dict[str, str] | None = None
+
+
+class _List(msgspec.Struct, frozen=True):
+    manifests: list[_Listed] | None = None
+
+
+class _Named(msgspec.Struct, frozen=True):
+    digest: str
+
+
+class _Config(msgspec.Struct, frozen=True, rename="camel"):
+    media_type: str = ""
+
+
+class _Referrer(msgspec.Struct, frozen=True, rename="camel"):
+    subject: _Named | None = None
+    artifact_type: str | None = None
+    config: _Config | None = None
+
+
+def parse_referrers(data: bytes, artifact_type: str) -> list[ReferrerDescriptor]:
+    """Return those of a list of referrers that are of the type; a server need not filter.
+
+    What has a digest that cannot be computed here, or is larger than a manifest, is left out.
+
+    Raises:
+        MalformedError: it is not an index.
+    """
+    try:
+        listed = msgspec.json.decode(data, type=_List).manifests
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedError(f"a list of referrers cannot be read: {error}") from None
+    if listed is None:
+        raise MalformedError("a list of referrers that is not an index")
+    found = []
+    for each in listed:
+        if each.artifact_type != artifact_type or each.size > MANIFEST_LIMIT_BYTES:
+            continue
+        try:
+            digest = Digest.parse(each.digest)
+        except MalformedError:
+            continue
+        found.append(
+            ReferrerDescriptor(
+                digest, each.media_type, each.size, artifact_type, each.annotations or {}
+            )
+        )
+    return found[:REFERRERS_MOST]
+
+
+def refers(data: bytes, subject: Digest, artifact_type: str) -> bool:
+    """Whether a manifest says that it refers to `subject`, and is of the type."""
+    try:
+        manifest = msgspec.json.decode(data, type=_Referrer)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    kind = manifest.artifact_type or (manifest.config.media_type if manifest.config else "")
+    return (
+        manifest.subject is not None
+        and manifest.subject.digest == str(subject)
+        and kind == artifact_type
+    )
+
+
+def referrers_path(digest: Digest, artifact_type: str) -> str:
+    """Return where a repository lists referrers, below `/v2/NAME/`."""
+    return f"referrers/{digest}?artifactType={quote(artifact_type, safe='')}"
+
+
+def fallback_tag(digest: Digest) -> str:
+    """Return the tag under which clients keep the list where there is no API for it."""
+    return f"{digest.algorithm[:_ALGORITHM_MOST]}-{digest.hex[:_ENCODED_MOST]}"
+
+
+def is_fallback_tag(tag: str) -> bool:
+    """Whether a tag can be one of those."""
+    return _FALLBACK_TAG.fullmatch(tag) is not None
+
+
+def next_page(url: str, link: str | None) -> str | None:
+    """Return where the next page is; None if this was the last.
+
+    A page elsewhere than at the registry itself is nobody's good will: it counts as none.
+    """
+    for target, parameters in _LINK.findall((link or "")[:8192]):
+        if not _NEXT.search(parameters):
+            continue
+        try:
+            found = urljoin(url, target)
+            return found if origin_of(found) == origin_of(url) else None
+        except (ValueError, SourceError):
+            return None
+    return None
+
+
+def list_referrers(
+    ask: "Callable[[str], SmallReply]",
+    base_url: str,
+    digest: Digest,
+    artifact_type: str,
+    question: Question,
+) -> list[ReferrerDescriptor]:
+    """List what refers to the manifest, by the API or, where there is none, by the tag.
+
+    `ask`: gives the answer to a GET, whatever its status. `base_url`: ends in `/v2/NAME/`.
+
+    Raises:
+        FetchError: the server wants to be asked later.
+        SourceError: no list is to be had.
+        MalformedError: what it gave is not one.
+    """
+    found: list[ReferrerDescriptor] = []
+    url: str | None = base_url + referrers_path(digest, artifact_type)
+    for page in range(PAGES_MOST):
+        if url is None or len(found) >= REFERRERS_MOST:
+            break
+        reply = ask(url)
+        if reply.status != 200:
+            if page or reply.status in _ANSWER_LATER:
+                raise refusal(question, reply.status, reply.headers, reply.body)
+            return _by_tag(ask, base_url, digest, artifact_type, question)
+        found += parse_referrers(reply.body, artifact_type)
+        url = next_page(url, reply.headers.get("Link"))
+    return found[:REFERRERS_MOST]
+
+
+def _by_tag(
+    ask: "Callable[[str], SmallReply]",
+    base_url: str,
+    digest: Digest,
+    artifact_type: str,
+    question: Question,
+) -> list[ReferrerDescriptor]:
+    reply = ask(f"{base_url}manifests/{fallback_tag(digest)}")
+    if reply.status == 404:
+        return []
+    if reply.status != 200:
+        raise refusal(question, reply.status, reply.headers, reply.body)
+    return parse_referrers(reply.body, artifact_type)
