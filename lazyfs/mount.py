@@ -19,8 +19,11 @@ import trio
 
 from lazyfs import fuse
 from lazyfs.checkpoint.desk import OpenConfig
+from lazyfs.checkpoint.findings import Finding
+from lazyfs.checkpoint.host import Host, collect_host
 from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
 from lazyfs.checkpoint.opened_layer import OpenedLayer
+from lazyfs.checkpoint.preflight import check_annotations, quick_check
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.ground.errors import LazyfsError, NotACheckpoint, raise_sole_error
@@ -56,6 +59,8 @@ class Ready:
     reference: str
     """Pinned by digest where it has one."""
     images_directory: str
+    warnings: tuple[str, ...]
+    """What may keep it from being restored here, as far as the annotations tell."""
 
 
 async def serve_mount(config: MountConfig, on_ready: Callable[[Ready], None]) -> None:
@@ -67,6 +72,17 @@ async def serve_mount(config: MountConfig, on_ready: Callable[[Ready], None]) ->
         LazyfsError: whatever keeps it from being mounted.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    try:
+        async with trio.open_nursery() as nursery:
+            doubts = _Doubts()
+            nursery.start_soon(doubts.look_at_host)
+            await _serve(config, doubts, on_ready)
+            nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise_sole_error(group)
+
+
+async def _serve(config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None]) -> None:
     is_image = config.view == "image"
     async with open_checkpoint(config.reference, config.open, unpack=is_image) as checkpoint:
         view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
@@ -74,29 +90,68 @@ async def serve_mount(config: MountConfig, on_ready: Callable[[Ready], None]) ->
             async with trio.open_nursery() as nursery:
                 await nursery.start(_stop_on_signal, nursery.cancel_scope)
                 nursery.start_soon(_warm, checkpoint, view)
-                await _mounted(config, checkpoint, view, on_ready)
+                await _mounted(config, checkpoint, view, doubts, on_ready)
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise_sole_error(group)
+
+
+class _Doubts:
+    """What may keep a checkpoint from being restored on this machine."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+        self._host: Host | None = None
+        self._host_known = trio.Event()
+
+    async def look_at_host(self) -> None:
+        """Find out what this machine is, while the checkpoint is being opened."""
+        try:
+            self._host = await trio.to_thread.run_sync(collect_host, abandon_on_cancel=True)
+        except Exception:  # a bug must not end the mount
+            log.exception("this machine cannot be looked at: please report this")
+        self._host_known.set()
+
+    async def look_at_annotations(self, checkpoint: OpenedCheckpoint) -> None:
+        """Note what the image's annotations let fear; fetches nothing."""
+        await self._host_known.wait()
+        if self._host is not None:
+            self._note(check_annotations(checkpoint, self._host))
+
+    async def look_inside(self, checkpoint: OpenedCheckpoint) -> None:
+        """Note what CRIU's small files let fear; they are fetched anyway."""
+        try:
+            self._note(await quick_check(checkpoint))
+        except LazyfsError as error:
+            log.info("whether it can be restored here is not known: %s", error)
+        except Exception:  # a bug must not end the mount
+            log.exception("whether it can be restored here is not known: please report this")
+
+    def _note(self, findings: Iterable[Finding]) -> None:
+        for finding in findings:
+            if finding.message not in self.messages:
+                self.messages.append(finding.message)
+                log.warning("it may not restore here: %r", finding.message)
 
 
 async def _mounted(
     config: MountConfig,
     checkpoint: OpenedCheckpoint,
     view: View,
+    doubts: _Doubts,
     on_ready: Callable[[Ready], None],
 ) -> None:
     operations = fuse.CheckpointOperations(
         view,
         checkpoint.reader,
         checkpoint.counters,
-        lambda: status(config, checkpoint),
+        lambda: {**status(config, checkpoint), "warnings": doubts.messages},
     )
     directory = str(config.directory)
     fuse.attach(operations, directory, checkpoint.reference, allow_other=os.geteuid() == 0)
     try:
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(_announce, config, checkpoint, on_ready)
+            nursery.start_soon(_announce, config, checkpoint, doubts, on_ready)
             nursery.start_soon(_withdraw, checkpoint, view)
             for layer in checkpoint.layers:
                 if layer.completion is not None:
@@ -109,7 +164,10 @@ async def _mounted(
 
 
 async def _announce(
-    config: MountConfig, checkpoint: OpenedCheckpoint, on_ready: Callable[[Ready], None]
+    config: MountConfig,
+    checkpoint: OpenedCheckpoint,
+    doubts: _Doubts,
+    on_ready: Callable[[Ready], None],
 ) -> None:
     """Wait until the kernel and we have agreed, then raise its limits and tell."""
     # Abandoned on the way out: whoever stops serving would wait for an answer of his own.
@@ -117,7 +175,10 @@ async def _announce(
     raise_kernel_limits(answer.st_dev)
     checkpoint.raise_if_condemned()  # it may have been found wrong already
     log.info("mounted %s on %s", checkpoint.reference, config.directory)
-    on_ready(Ready(checkpoint.reference, checkpoint.images_directory or ""))
+    await doubts.look_at_annotations(checkpoint)
+    directory = checkpoint.images_directory or ""
+    on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages)))
+    await doubts.look_inside(checkpoint)
 
 
 async def _withdraw(checkpoint: OpenedCheckpoint, view: View) -> None:
@@ -196,7 +257,7 @@ async def _root(checkpoint: OpenedCheckpoint, view: Literal["criu", "image"]) ->
 def status(config: MountConfig, checkpoint: OpenedCheckpoint) -> Mapping[str, Any]:
     """What a mount tells of itself; keys are kept, new ones may come."""
     layers = [_layer_status(layer) for layer in checkpoint.layers]
-    main = layers[checkpoint.images.node.layer if checkpoint.images is not None else 0]
+    main = layers[checkpoint.images.layer if checkpoint.images is not None else 0]
     poison = checkpoint.poison
     return {
         "reference": checkpoint.reference,

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from typing import Protocol
 
+from lazyfs.checkpoint.engines import Origin
 from lazyfs.checkpoint.host import Host
 from lazyfs.checkpoint.report import Report
 
@@ -54,6 +56,21 @@ class Finding:
     """What was found, what is needed, and what to do; may hold anybody's text."""
 
 
+class HasOrigin(Protocol):
+    """What some comparisons are content with."""
+
+    @property
+    def origin(self) -> Origin:
+        """Where a checkpoint comes from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What is known of a checkpoint before anything of it is read: its annotations' words."""
+
+    origin: Origin
+
+
 def programs_wanted(report: Report) -> tuple[str, ...]:
     """Return the engine and the runtime to look for: known names only, whatever the image says."""
     engine, runtime = _ENGINES.get(report.origin.engine or ""), report.origin.runtime_name
@@ -74,7 +91,7 @@ _unknown = partial(Finding, Level.UNKNOWN)
 _ok = partial(Finding, Level.OK)
 
 
-def _criu_program(report: Report, host: Host) -> Compared:
+def _criu_program(report: HasOrigin, host: Host) -> Compared:
     dumped = report.origin.criu_version
     if host.criu is None:
         yield _blocks(
@@ -132,7 +149,7 @@ def _images(report: Report, host: Host) -> Compared:
         )
 
 
-def _architecture(report: Report, host: Host) -> Compared:
+def _architecture(report: HasOrigin, host: Host) -> Compared:
     dumped = report.origin.host_architecture
     if dumped is None:
         yield _unknown("architecture", "nothing says where it was dumped")
@@ -179,7 +196,7 @@ def _cpu(report: Report, host: Host) -> Compared:
         yield _ok("CPU", "this CPU has all instructions that the dump's had")
 
 
-def _kernel(report: Report, host: Host) -> Compared:
+def _kernel(report: HasOrigin, host: Host) -> Compared:
     dumped = report.origin.host_kernel
     if dumped is None or not _numbers(dumped):
         yield _unknown("kernel", f"nothing says on which it was dumped; {host.kernel}")
@@ -193,7 +210,7 @@ def _kernel(report: Report, host: Host) -> Compared:
         yield _ok("kernel", f"dumped on Linux {dumped}, this is {host.kernel}")
 
 
-def _cgroups(report: Report, host: Host) -> Compared:
+def _cgroups(report: HasOrigin, host: Host) -> Compared:
     dumped, here = report.origin.cgroup_version, host.cgroup_version
     if dumped is None:
         return
@@ -371,6 +388,13 @@ def check(report: Report, host: Host) -> tuple[Finding, ...]:
     """Compare a checkpoint with a machine; the worst comes first."""
     found = [finding for compare in _COMPARISONS for finding in compare(report, host)]
     return tuple(sorted(found, key=lambda finding: list(Level).index(finding.level)))
+
+
+def check_words(words: HasOrigin, host: Host) -> tuple[Finding, ...]:
+    """Compare what annotations say with a machine; only what keeps it from being restored."""
+    compared = (_architecture, _kernel, _cgroups, *((_criu_program,) if host.criu else ()))
+    found = [finding for compare in compared for finding in compare(words, host)]
+    return tuple(each for each in found if each.level in (Level.BLOCKS, Level.WARNS))
 
 
 def _numbers(version: str) -> tuple[int, ...]:

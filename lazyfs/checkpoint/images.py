@@ -30,6 +30,11 @@ class ImagesDirectory:
     grafts: Mapping[Node, Node]
     """For each `parent` link on the way, the directory to be shown in its place."""
 
+    @property
+    def layer(self) -> int:
+        """Which layer holds its inventory."""
+        return self.node.children[INVENTORY].layer
+
 
 def find_at_once(tree: Tree) -> Node | None:
     """Return the images directory if it is where it usually is, though names may still come."""

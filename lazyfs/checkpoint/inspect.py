@@ -9,6 +9,8 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+import trio
+
 from lazyfs.checkpoint import criu, engines
 from lazyfs.checkpoint.criu_cpu import features_in_use
 from lazyfs.checkpoint.criu_memory import MemoryKind
@@ -21,7 +23,7 @@ from lazyfs.checkpoint.report import (
     Report,
     SizesReport,
 )
-from lazyfs.ground.errors import NotACheckpoint
+from lazyfs.ground.errors import MalformedError, NotACheckpoint
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.opened import OpenedCheckpoint
@@ -99,9 +101,14 @@ async def _origin(
         dump = await reading.parse(name, engines.parse_dump)
         if dump is not None:
             parsed[name] = dump
+    try:
+        dumped = await trio.to_thread.run_sync(checkpoint.image.dumps)
+    except MalformedError as error:
+        reading.notes.append(str(error))
+        dumped = {}
     return engines.origin_of(
         checkpoint.image.annotations,
-        parsed,
+        {**dumped, **parsed},
         [checkpoint.image.media_type, *(layer.media_type for layer in checkpoint.image.layers)],
         checkpoint.tree.root.children.keys(),
     )

@@ -183,11 +183,16 @@ class OpenedCheckpoint:
         except trio.WouldBlock:
             log.warning("too much is asked for at once")
 
-    def add_layer(self, layer: OpenedLayer) -> int:
-        """Take a layer in, and run what it needs; return its number, for `Node.layer`."""
+    def add_layer(self, layer: OpenedLayer, *, of_image: bool = True) -> int:
+        """Take a layer in, and run what it needs; return its number, for `Node.layer`.
+
+        Where one `of_image` is found to be wrong, nothing of the whole checkpoint is served any
+        more. An archive within the checkpoint is what it is: bytes that the image promised.
+        """
         self.layers.append(layer)
         self.do(layer.run)
-        self.do(partial(self._watch, layer))
+        if of_image:
+            self.do(partial(self._watch, layer))
         if self.poison is not None:
             layer.content.condemn(self.poison)
         return len(self.layers) - 1

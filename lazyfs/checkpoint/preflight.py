@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from lazyfs.checkpoint.engines import origin_of
 from lazyfs.checkpoint.findings import (
     CRIU,
     ENGINE,
     Finding,
     Level,
+    Words,
     check,
+    check_words,
     programs_wanted,
     task_ids,
 )
-from lazyfs.checkpoint.host import collect_host
+from lazyfs.checkpoint.host import Host, collect_host
 from lazyfs.checkpoint.inspect import inspect
 from lazyfs.checkpoint.report import Report
 
@@ -30,6 +33,13 @@ async def check_here(report: Report, criu: str = "criu") -> tuple[Finding, ...]:
         lambda: collect_host(criu=criu, programs=programs_wanted(report), task_ids=task_ids(report))
     )
     return check(report, host)
+
+
+def check_annotations(checkpoint: "OpenedCheckpoint", host: Host) -> tuple[Finding, ...]:
+    """Return what the annotations alone let fear of this machine; reads nothing."""
+    image = checkpoint.image
+    media_types = [layer.media_type for layer in image.layers]
+    return check_words(Words(origin_of(image.annotations, {}, media_types, ())), host)
 
 
 async def quick_check(checkpoint: "OpenedCheckpoint", criu: str = "criu") -> list[Finding]:

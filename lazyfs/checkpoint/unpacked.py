@@ -121,7 +121,8 @@ class Unpacker:
             described = LayerDescriptor(_UNTYPED, None, archive.size_bytes, {})
             index = await find_index(blob, described, head, checkpoint.desk)
             layer = OpenedLayer(PlacedLayer(described, "", "diff"), index, blob, checkpoint.desk)
-            place = _Place(node, checkpoint.add_layer(layer), filling)
+            number = checkpoint.add_layer(layer, of_image=False)
+            place = _Place(node, number, filling)
             await self._fill(layer.walker, place, filling)
         if deleted is not None:
             place.delete(await self._deleted(deleted))

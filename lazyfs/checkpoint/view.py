@@ -88,27 +88,21 @@ class View:
         return sum(node.size_bytes for node in self.nodes)
 
     async def _shown(self, node: Node) -> int | None:
+        is_link = node.type is EntryType.SYMLINK and not node.exact
+        if is_link and node.parent is not None and node.parent.filling is not None:
+            await node.parent.filling.wait_end()  # before that nobody knows what it stands for
         node = self._grafts.get(node, node)
         if node.climbs or node in self._hidden:
             return None
         known = self._numbers.get(node.file)
         if known is not None:
             return known
-        if node.type is EntryType.SYMLINK and not node.exact and not await self._stays(node):
+        if node.type is EntryType.SYMLINK and not node.exact and self._paths.leaves(node):
+            log.warning("not shown: the link %r -> %r leaves it", node.name, node.symlink_target)
             self._hidden.add(node)
             return None
         node.seen = True
         return self._number(node.file)
-
-    async def _stays(self, link: Node) -> bool:
-        """Whether a link ends within the view, which all names are needed to tell."""
-        parent = link.parent
-        if parent is not None and parent.filling is not None:
-            await parent.filling.wait_end()
-        if not self._paths.leaves(link):
-            return True
-        log.warning("not shown: the link %r -> %r leaves it", link.name, link.symlink_target)
-        return False
 
     def _number(self, node: Node) -> int:
         node.seen = True

@@ -58,7 +58,8 @@ def mount_command(
     """Show a checkpoint as a directory, fetched as it is read.
 
     Returns when DIR answers; a daemon stays until DIR is unmounted. DIR must exist and be empty.
-    What is fetched is kept in the cache directory, so that it is fetched once.
+    What is fetched is kept in the cache directory, so that it is fetched once. What the image's
+    annotations let fear of a restore on this machine is told; `lazyfs inspect --check` knows more.
 
     State: `getfattr --only-values --absolute-names -n user.lazyfs.status DIR` prints
     it as JSON.
@@ -117,6 +118,8 @@ def _serve(
 
     def tell(ready: "Ready") -> None:
         nonlocal is_ready
+        for warning in ready.warnings:
+            click.echo(f"lazyfs: it may not restore here: {printable(warning)}", err=True)
         try:
             on_ready(printable(f"mounted {ready.reference} on {directory}"))
         except OSError as error:

@@ -12,25 +12,21 @@ import mmap
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
-from typing import TYPE_CHECKING
 
 import trio
 import xxhash
 
-from lazyfs.content.blob_stream import RING_BYTES, BlobStream, Stopped
+from lazyfs.content.blob_stream import RING_BYTES, BlobStream
 from lazyfs.content.cache_file import mark_of
 from lazyfs.content.completion import BlobProof
+from lazyfs.content.decoding import READERS, decode_blob
 from lazyfs.content.holdings import ABSENT, FLYING
 from lazyfs.content.layer_content import LayerContent
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, raise_sole_error
 from lazyfs.ground.settings import MIB
-from lazyfs.layers.model import StreamDecoder, StreamIndex
-
-if TYPE_CHECKING:
-    from hashlib import _Hash
+from lazyfs.layers.model import StreamIndex
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +59,20 @@ class DecodedCompletion(BlobProof):
             content.counters,
             content.settings,
             content.transport_settings,
-            readers=2,
+            readers=READERS,
             on_trouble=_give_up if eager else self._complain,
             may_use=(lambda: None) if eager else self._connections,
             ring_bytes=RING_BYTES if eager else _LEISURE_RING_BYTES,
         )
+        decoder = self._stream.decoder()
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._watch, on_progress, nursery.cancel_scope)
-                async with trio.open_nursery() as passes:
-                    passes.start_soon(stream.run)
-                    passes.start_soon(_in_thread, partial(self._hash, stream, hasher))
-                    decode = partial(_decode, stream, self._stream.decoder(), chunks)
-                    passes.start_soon(_in_thread, decode)
+                await decode_blob(stream, decoder, chunks, hasher, self._hashed)
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             self._raise(group)
         finally:
-            stream.close()
             chunks.close()
         if on_progress is not None:
             on_progress(self.hashed_bytes, content.blob.size_bytes)
@@ -119,11 +111,8 @@ class DecodedCompletion(BlobProof):
     def _complain(self, error: LazyfsError) -> None:
         log.warning("%s is not proven yet: %s", self._name, error)
 
-    def _hash(self, stream: BlobStream, hasher: "_Hash") -> None:
-        with suppress(Stopped):
-            for part in stream.parts(1):
-                hasher.update(part)
-                self.hashed_bytes += len(part)
+    def _hashed(self, count: int) -> None:
+        self.hashed_bytes += count
 
 
 class _Chunks:
@@ -170,7 +159,7 @@ class _Chunks:
         if self._index < len(self._chunks):
             raise self._another_size()
 
-    def flush(self) -> None:
+    def part_ends(self) -> None:
         """Have the content compare the chunks that have ended with what it has of them."""
         if self._marks:
             first = self._index - len(self._marks)
@@ -223,21 +212,5 @@ class _Chunks:
         )
 
 
-def _decode(stream: BlobStream, decoder: StreamDecoder, chunks: _Chunks) -> None:
-    with suppress(Stopped):
-        for part in stream.parts(0):
-            for piece in decoder.decode(part):
-                trio.from_thread.check_cancelled()
-                chunks.take(piece)
-            chunks.flush()
-        decoder.finish()
-        chunks.finish()
-
-
 def _give_up(error: LazyfsError) -> None:
     raise error
-
-
-async def _in_thread(work: Callable[[], None]) -> None:
-    """Run a part of a pass; it has a thread of its own for as long as the pass lasts."""
-    await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))

@@ -8,27 +8,26 @@ and need no pass; where what they find turns out to be damaged, the pass is made
 A pass that cannot go on (the source is gone, the disk is full) tells all who wait, rests, and
 goes on where it was when somebody asks again or `REST_S` have passed.
 
-Two threads beside those that receive: one hashes, one decodes and writes. Both read the same
-`BlobStream`. Everything else belongs to the trio thread. The decoding thread looks at
-`_Waiters.least` after it has moved the position, and who begins to wait looks at the position after
-having set it: one of the two sees the other, and only a thread that has to wakes the loop.
+State belongs to the trio thread. Of the pass's threads (`decoding.py`) only the one that decodes
+touches it: it appends to the file (whose rules are its own), and wakes the loop where somebody
+waits for what has come (`waiters.py`).
 """
 
 import logging
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import trio
 
-from lazyfs.content.blob_stream import REST_S, BlobStream, Stopped
+from lazyfs.content.blob_stream import REST_S, BlobStream
 from lazyfs.content.cache_file import home_of
+from lazyfs.content.decoding import READERS, decode_blob
 from lazyfs.content.growing_file import GrowingFile
 from lazyfs.content.kept import Kept, forget, open_kept, publish
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.model import Content
+from lazyfs.content.waiters import NEVER, Waiters
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
@@ -37,65 +36,16 @@ from lazyfs.ground.errors import (
     IntegrityError,
     LazyfsError,
     MalformedError,
-    raise_sole_error,
 )
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import ContentSettings, TransportSettings
 from lazyfs.layers.model import StreamDecoder, StreamIndex
 from lazyfs.transport.blob import Blob
 
-if TYPE_CHECKING:
-    from hashlib import _Hash
-
 log = logging.getLogger(__name__)
 
 CONTENT_MOST_BYTES = 1 << 44
-_NEVER = 1 << 62
 _PROGRESS_S = 0.25
-
-
-class _Waiters:
-    """Who waits for the content to come up to where."""
-
-    def __init__(self) -> None:
-        self.least = _NEVER
-        """The nearest address that somebody waits for. Read by the decoding thread."""
-        self._waiters: dict[trio.Event, tuple[int, list[LazyfsError]]] = {}
-
-    async def wait(self, stop: int, position: Callable[[], int]) -> None:
-        """Come back when there is news for who needs the content up to `stop`.
-
-        Raises what `fail` is told meanwhile.
-        """
-        news = trio.Event()
-        errors: list[LazyfsError] = []
-        self._waiters[news] = stop, errors
-        self.least = min(self.least, stop)
-        try:
-            if position() < stop:
-                await news.wait()
-        finally:
-            self._waiters.pop(news, None)
-            self._find_least()
-        if errors:
-            raise errors[0]
-
-    def wake(self, position: int) -> None:
-        """Let those go on who wait for no more than what is here now."""
-        for news, (stop, _) in list(self._waiters.items()):
-            if stop <= position:
-                del self._waiters[news]
-                news.set()
-        self._find_least()
-
-    def fail(self, error: LazyfsError) -> None:
-        """Let all go on, with an error."""
-        for _, errors in self._waiters.values():
-            errors.append(error)
-        self.wake(_NEVER)
-
-    def _find_least(self) -> None:
-        self.least = min((stop for stop, _ in self._waiters.values()), default=_NEVER)
 
 
 class StreamedContent(Content):
@@ -132,7 +82,7 @@ class StreamedContent(Content):
         self._size_bytes = self._kept.size_bytes if self._kept is not None else None
         self._proven = self._kept is not None
         self._poison: LazyfsError | None = None
-        self._waiters = _Waiters()
+        self._waiters = Waiters()
         self._pass: BlobStream | None = None
         self._pass_scope = trio.CancelScope()
         self._asked_again = trio.Event()
@@ -196,7 +146,7 @@ class StreamedContent(Content):
             self.raise_if_condemned()
             if self._size_bytes is not None:
                 return
-            await self._wait(_NEVER)
+            await self._wait(NEVER)
 
     async def prove(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Come back when the blob is proven; `on_progress` is told bytes done, and bytes in all.
@@ -267,12 +217,15 @@ class StreamedContent(Content):
         self._proven = False
         self.condemned.set()
         log.critical("%s; every read fails from now on", error)
+        self._purge()
+        self._pass_scope.cancel()
+        self._waiters.wake(NEVER)
+
+    def _purge(self) -> None:
         if self._kept is not None:
             self._kept.forget()
         elif self._growing is not None and self._growing.published:
             forget(self._growing.directory, self._growing.fd)
-        self._pass_scope.cancel()
-        self._waiters.wake(_NEVER)
 
     def raise_if_condemned(self) -> None:
         """Raise the error of a verification that has failed, if any has."""
@@ -301,6 +254,8 @@ class StreamedContent(Content):
         except Exception as error:  # a bug must not end the mount, nor may readers wait for ever
             log.exception("%s cannot be decoded: please report this", self._blob.name)
             self.condemn(LazyfsError(f"{self._blob.name} cannot be decoded: {error!r}"))
+        if self._poison is not None:
+            self._purge()  # what was being published when it was condemned
 
     async def _decode_all(self) -> StreamDecoder:
         """Fetch, hash and decode the whole blob; return its decoder, which has finished.
@@ -317,20 +272,13 @@ class StreamedContent(Content):
             self.counters,
             self._settings,
             self._transport_settings,
-            readers=1 if hasher is None else 2,
+            readers=1 if hasher is None else READERS,
             on_trouble=self._trouble,
         )
         try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(stream.run)
-                nursery.start_soon(_in_thread, partial(self._decode, stream, decoder, growing))
-                if hasher is not None:
-                    nursery.start_soon(_in_thread, partial(self._hash, stream, hasher))
-        except BaseExceptionGroup as group:
-            raise_sole_error(group)
+            await decode_blob(stream, decoder, _Writer(self, growing), hasher, self._hashed)
         finally:
             self._pass = None
-            stream.close()
         if self._digest is not None and hasher is not None:
             if hasher.hexdigest() != self._digest.hex:
                 raise IntegrityError(
@@ -340,7 +288,7 @@ class StreamedContent(Content):
             self._proven = True
             log.info("%s is whole and matches its digest", self._blob.name)
         self._size_bytes = growing.size_bytes
-        self._waiters.wake(_NEVER)
+        self._waiters.wake(NEVER)
         return decoder
 
     async def _make_file(self) -> GrowingFile:
@@ -387,32 +335,25 @@ class StreamedContent(Content):
 
     # -- in worker threads ------------------------------------------------------------------
 
-    def _hash(self, stream: BlobStream, hasher: "_Hash") -> None:
-        with suppress(Stopped):
-            for part in stream.parts(1):
-                hasher.update(part)
-                self.hashed_bytes += len(part)
+    def _hashed(self, count: int) -> None:
+        self.hashed_bytes += count
 
-    def _decode(self, stream: BlobStream, decoder: StreamDecoder, growing: GrowingFile) -> None:
-        with suppress(Stopped):
-            for part in stream.parts(0):
-                for piece in decoder.decode(part):
-                    trio.from_thread.check_cancelled()
-                    self._append(growing, piece)
-            decoder.finish()
-            self._insist(growing.finish)
+    def append(self, growing: GrowingFile, piece: Data) -> None:
+        """Take in what the pass has decoded. Only for the pass.
 
-    def _append(self, growing: GrowingFile, piece: Data) -> None:
+        Raises:
+            MalformedError: it is more than can be.
+        """
         if growing.size_bytes + len(piece) > CONTENT_MOST_BYTES:
             raise MalformedError(
                 f"{self._blob.name}: more than {CONTENT_MOST_BYTES} bytes are not believed"
             )
-        self._insist(partial(growing.append, piece))
+        self.insist(partial(growing.append, piece))
         if growing.size_bytes >= self._waiters.least:
             self._token.run_sync_soon(self._wake, idempotent=True)
 
-    def _insist(self, store: Callable[[], None]) -> None:
-        """Have something stored, however often it takes."""
+    def insist(self, store: Callable[[], None]) -> None:
+        """Have something stored, however often it takes. Only for the pass."""
         while True:
             try:
                 return store()
@@ -430,9 +371,21 @@ class StreamedContent(Content):
         publish(growing, home, index, trio.from_thread.check_cancelled)
 
 
-async def _in_thread(work: Callable[[], None]) -> None:
-    """Run a part of a pass; it has a thread of its own for as long as the pass lasts."""
-    await trio.to_thread.run_sync(work, limiter=trio.CapacityLimiter(1))
+class _Writer:
+    """Where the pass puts what it decodes."""
+
+    def __init__(self, content: StreamedContent, growing: GrowingFile) -> None:
+        self._content = content
+        self._growing = growing
+
+    def take(self, piece: Data) -> None:
+        self._content.append(self._growing, piece)
+
+    def part_ends(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        self._content.insist(self._growing.finish)
 
 
 class StreamReader:

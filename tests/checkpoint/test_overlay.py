@@ -1,10 +1,12 @@
 """Layers over each other, and checkpoints that build on each other."""
 
 import pytest
+import trio
+import trio.testing
 
 from lazyfs.checkpoint.images import chain, find_at_once, find_images
 from lazyfs.checkpoint.overlay import as_overlay, drop_whiteouts, lay_over, put_whiteout
-from lazyfs.checkpoint.tree import Node, Tree, path_of
+from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.ground.errors import MalformedError
 from lazyfs.layers.model import Entry, EntryType
@@ -194,3 +196,32 @@ def test_there_may_be_none() -> None:
     tree, kept = laid([file("a/b")])
     assert find_images(tree, kept) is None
     assert find_at_once(tree) is None
+
+
+async def test_a_parent_that_comes_late_is_still_a_directory(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """In a stream: `parent` lies behind the pages, and is looked for before it is known."""
+    filling = Filling()
+    tree = Tree(PODMAN[:3], filling=filling)
+    head = tree.find("checkpoint")
+    assert head is not None
+    grafts: Grafts = {}
+    view = View(head, grafts)
+    found: list[int | None] = []
+
+    async def look() -> None:
+        found.append(await view.lookup(1, "parent"))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(look)
+        await trio.testing.wait_all_tasks_blocked()
+        tree.add(PODMAN[3:])
+        filling.news()
+        await trio.testing.wait_all_tasks_blocked()
+        assert not found
+        grafts |= chain(head, {}).grafts
+        filling.end()
+    (number,) = found
+    assert number is not None
+    assert view.node(number).type is EntryType.DIRECTORY
