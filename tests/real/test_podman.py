@@ -54,7 +54,8 @@ def test_the_mount_is_the_image_unpacked(
 ) -> None:
     with mounted(reference, work, "--view=image") as mount:
         mounted_paths, unpacked_paths = _paths(mount.directory), _paths(podman.tree)
-        assert mounted_paths == unpacked_paths
+        assert set(unpacked_paths) <= set(mounted_paths)
+        assert {"rootfs-diff", "devshm-checkpoint"} <= set(mounted_paths)
         for path in unpacked_paths:
             _assert_alike(mount.directory / path, podman.tree / path)
         state = mount.status()
@@ -144,8 +145,8 @@ def test_inspect_tells_what_it_is(podman: PodmanCheckpoint, reference: str, work
     assert report["origin"]["container_name"] == "workload"
     assert _criu_number(report["origin"]["criu_version"]) == said[promised + "criu.version"]
     assert report["manifest_digest"] == podman.images["zstd:chunked"].digest
-    assert report["layer"]["format"] == "zstd:chunked"
-    assert report["layer"]["proof"] == "chunk"
+    assert report["layers"][0]["format"] == "zstd:chunked"
+    assert report["layers"][0]["proof"] == "chunk"
     assert report["inspection_fetched_bytes"] < report["image_size_bytes"] / 10
     assert report["notes"] == []
     parent, child = report["processes"]
@@ -153,20 +154,6 @@ def test_inspect_tells_what_it_is(podman: PodmanCheckpoint, reference: str, work
     assert (parent["pid"], child["ppid"]) == (1, 1)
     for process in parent, child:
         assert process["memory_bytes"] >= process["lazy_memory_bytes"] >= 32 << 20
-
-
-@pytest.mark.parametrize("form", ["gzip", "zstd"])
-def test_other_compressions_are_refused_by_name(
-    podman: PodmanCheckpoint, work: Path, form: str
-) -> None:
-    directory = work / "mount"
-    directory.mkdir()
-    reference = podman.images[form].reference
-    done = lazyfs("mount", "--cache-dir", work / "cache", reference, directory)
-    assert done.returncode == 4
-    assert f"application/vnd.oci.image.layer.v1.tar+{form}" in done.stderr
-    assert "zstd:chunked" in done.stderr
-    assert not os.path.ismount(directory)
 
 
 def _restore(

@@ -5,6 +5,16 @@ Standard library only. `../build.sh` builds what it runs; `../README.md` shows i
 
 from __future__ import annotations
 
+from .containerd import Containerd, ContainerdCheckpoint, containerd_checkpoint
+from .convert import (
+    CRIO_NAME,
+    buildah_image,
+    checkpointctl_annotations,
+    oras_push,
+    skopeo_copy,
+    umoci_change,
+    write_crio_archive,
+)
 from .criu import CriuError, Restored, dump, restore, start_lazy_pages
 from .engines import (
     PODMAN,
@@ -20,20 +30,30 @@ from .images import (
     Descriptor,
     Image,
     Layer,
+    get_manifest,
+    push_blob,
     push_manifest,
     push_oci_image,
     tar_checkpoint,
+    write_manifest,
     write_oci_layout,
 )
+from .incremental import split_dump
 from .registry import Registry
 from .roots import Testbed
 from .session import Session
+from .soci import SociMount, push_soci_enabled, soci_index, soci_mounted
 from .wan import Wan
+from .web import WebServer
 from .workload import Event, Pattern, Status, Workload
+from .zstd_seekable import write_seekable
 
 __all__ = [
+    "CRIO_NAME",
     "PODMAN",
     "Config",
+    "Containerd",
+    "ContainerdCheckpoint",
     "CriuError",
     "Descriptor",
     "Event",
@@ -45,20 +65,37 @@ __all__ = [
     "Registry",
     "Restored",
     "Session",
+    "SociMount",
     "Status",
     "Testbed",
     "TestbedError",
     "TestbedMissing",
     "Wan",
+    "WebServer",
     "Workload",
+    "buildah_image",
+    "checkpointctl_annotations",
+    "containerd_checkpoint",
     "dump",
+    "get_manifest",
     "make_bundle",
+    "oras_push",
     "podman_checkpoint",
+    "push_blob",
     "push_manifest",
     "push_oci_image",
+    "push_soci_enabled",
     "restore",
     "runc_restore",
+    "skopeo_copy",
+    "soci_index",
+    "soci_mounted",
+    "split_dump",
     "start_lazy_pages",
     "tar_checkpoint",
+    "umoci_change",
+    "write_crio_archive",
+    "write_manifest",
     "write_oci_layout",
+    "write_seekable",
 ]

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import tarfile
 import time
-import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .criu import CriuError, Restored, start_lazy_pages
-from .errors import TestbedError
-from .images import IMAGE_MANIFEST
+from .images import get_manifest
 from .process import last_lines, stop
 from .roots import Testbed
 from .session import Session
@@ -30,7 +28,14 @@ PODMAN = [
     *("--runtime", "runc", "--cgroup-manager", "cgroupfs", "--storage-driver", "overlay"),
 ]
 _IMAGE = "localhost/testbed-base:latest"
-_STATUS = "/status"
+_SUFFIXES = {"none": "", "gzip": ".gz", "zstd": ".zst"}
+STATUS = "/status"
+"""Where the workload of a container reports, in its root filesystem."""
+_CHANGED = "$B rm -r /tmp /bin/sh; $B mkdir /tmp; $B touch /tmp/new"
+CHANGES = ["/bin/busybox", "sh", "-ec", f"B=/bin/busybox; {_CHANGED}"]
+"""What is run in a container besides: a file is gone, and a directory is another one."""
+_WHITEOUT = ".wh."
+_OPAQUE = ".wh..wh..opq"
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class PodmanCheckpoint:
     """The root filesystem of the container's own image."""
     hashes: tuple[str, ...]
     """Of the memory of its processes, just before the checkpoint."""
+    archives: dict[str, Path]
+    """Of `checkpoint --export`, by compression. Each is a dump of its own, at another loop."""
 
     @property
     def members(self) -> int:
@@ -76,6 +83,7 @@ def podman_checkpoint(
     repository: str,
     *,
     formats: Sequence[str] = ("gzip",),
+    archives: Sequence[str] = (),
     size_mib: int = 64,
     percent: float = 5,
     pattern: Pattern = "regions",
@@ -94,6 +102,8 @@ def podman_checkpoint(
         repository: where the images go, each with its format as tag (`zstd-chunked` for
             `zstd:chunked`).
         formats: of Podman's `--compression-format`: gzip, zstd, zstd:chunked.
+        archives: of `checkpoint --export --compress`: none, gzip, zstd. They go to `work_dir`
+            with the suffixes .tar, .tar.gz, .tar.zst; the container is restored after each.
         size_mib: as for `Workload`.
         percent: as for `Workload`.
         pattern: as for `Workload`.
@@ -103,9 +113,9 @@ def podman_checkpoint(
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     base_tar, tree = work_dir / "base.tar", work_dir / "tree"
-    _write_base(testbed, base_tar)
+    write_base(testbed, base_tar)
     options = workload_options(
-        Path(_STATUS),
+        Path(STATUS),
         size_mib=size_mib,
         percent=percent,
         pattern=pattern,
@@ -127,11 +137,19 @@ def podman_checkpoint(
             "apparmor=unconfined",
         ]
         podman("run", "--detach", *container, _IMAGE, "/workload", *options)
+        podman("exec", "workload", *CHANGES)
         rootfs = podman("container", "mount", "workload")
-        status = Status(session.path(rootfs + _STATUS), members=1 + children)
+        status = Status(session.path(rootfs + STATUS), members=1 + children)
         status.wait_loop(timeout_s=60 + size_mib * (1 + children) / 50)
         hashes = status.wait_hashes(lambda: podman("kill", "--signal", "USR1", "workload"))
         podman("container", "unmount", "workload")
+
+        exported = {}
+        for form in archives:
+            exported[form] = work_dir / f"{form}.tar{_SUFFIXES[form]}"
+            export = ["--keep", "--compress", form, "--export", str(exported[form].absolute())]
+            podman("container", "checkpoint", *export, "workload")
+            podman("container", "restore", "--keep", "workload")
 
         image = "localhost/checkpoint:latest"
         podman("container", "checkpoint", "--create-image", image, "workload")
@@ -146,11 +164,11 @@ def podman_checkpoint(
             push += ["--compression-format", form, "--force-compression"]
             podman(*push, image, f"docker://{reference}")
             images[form] = _pushed(registry, repository, tag)
-    return PodmanCheckpoint(images, tree, base_tar, hashes)
+    return PodmanCheckpoint(images, tree, base_tar, hashes, exported)
 
 
-def make_bundle(tree: Path, base_tar: Path, bundle: Path) -> Path:
-    """Make an OCI bundle into which runc can restore a Podman checkpoint; return `bundle`.
+def make_bundle(tree: Path, base_tar: Path, bundle: Path, *, root_mode: int = 0o555) -> Path:
+    """Make an OCI bundle into which runc can restore an engine's checkpoint; return `bundle`.
 
     The root filesystem is the base image with `rootfs-diff.tar` on top, and has the workload's
     status file as `rootfs/status`. Each restore needs a bundle of its own.
@@ -159,14 +177,17 @@ def make_bundle(tree: Path, base_tar: Path, bundle: Path) -> Path:
         tree: where spec.dump, rootfs-diff.tar and devshm-checkpoint.tar are; nothing else is read.
         base_tar: the container's own image.
         bundle: the folder to make; it must not be there.
+        root_mode: of the root directory when it was dumped, which CRIU compares: Podman's 0555,
+            containerd's 0755.
     """
     bundle = bundle.absolute()
     rootfs = bundle / "rootfs"
     rootfs.mkdir(parents=True)
-    for archive in (base_tar, tree / "rootfs-diff.tar"):
-        with tarfile.open(archive) as opened:
-            opened.extractall(rootfs, filter="fully_trusted")
-    rootfs.chmod(0o555)  # Podman's; CRIU compares
+    with tarfile.open(base_tar) as opened:
+        opened.extractall(rootfs, filter="fully_trusted")
+    with tarfile.open(tree / "rootfs-diff.tar") as opened:
+        _apply(rootfs, opened, tree / "deleted.files")
+    rootfs.chmod(root_mode)
 
     spec = json.loads((tree / "spec.dump").read_text())
     spec["root"] = {"path": "rootfs"}
@@ -241,7 +262,7 @@ def runc_restore(
     def ask_hash() -> None:
         session.run(["runc", "kill", name, "USR1"])
 
-    status = Status(bundle.absolute() / "rootfs" / _STATUS.lstrip("/"), members)
+    status = Status(bundle.absolute() / "rootfs" / STATUS.lstrip("/"), members)
     return Restored(started_s, seconds, status, daemon, ask_hash, end)
 
 
@@ -265,14 +286,43 @@ def _run_logged(words: Sequence[str], work_dir: Path, timeout_s: float) -> None:
         raise CriuError(f"runc restore failed with code {code}: {last_lines(said)}\n{log}")
 
 
+def _apply(rootfs: Path, diff: tarfile.TarFile, deleted: Path) -> None:
+    """Change a root filesystem as the container had.
+
+    What it deleted, Podman lists and containerd marks with whiteouts. A directory that it deleted
+    and made anew is as it was (Podman's own restore leaves it out, deleting last).
+    """
+    gone = []
+    if deleted.exists():
+        gone = [rootfs / name.lstrip("/") for name in json.loads(deleted.read_text())]
+    kept = []
+    for entry in diff:
+        folder, _, name = entry.name.rpartition("/")
+        if name == _OPAQUE:
+            gone += (rootfs / folder).iterdir()
+        elif name.startswith(_WHITEOUT):
+            gone.append(rootfs / folder / name.removeprefix(_WHITEOUT))
+        else:
+            kept.append(entry)
+    for path in gone:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    diff.extractall(rootfs, members=kept, filter="fully_trusted")
+
+
 def _set_cgroup(bundle: Path, cgroup: str) -> None:
     spec = json.loads((bundle / "config.json").read_text())
     spec["linux"]["cgroupsPath"] = cgroup
     (bundle / "config.json").write_text(json.dumps(spec, indent=1))
 
 
-def _write_base(testbed: Testbed, base_tar: Path) -> None:
-    """Write the root filesystem of the container's image: the workload and busybox."""
+def write_base(testbed: Testbed, base_tar: Path) -> None:
+    """Write the root filesystem of a container's image: the workload and busybox.
+
+    And in /tmp a file that is there no more when the container is checkpointed.
+    """
     with tarfile.open(base_tar, "w") as archive:
         for folder in ("bin", "tmp"):
             entry = tarfile.TarInfo(folder)
@@ -280,19 +330,12 @@ def _write_base(testbed: Testbed, base_tar: Path) -> None:
             archive.addfile(entry)
         archive.add(testbed.program("workload"), "workload")
         archive.add(testbed.root / "bin/busybox", "bin/busybox")
+        archive.addfile(tarfile.TarInfo("tmp/old"))
         shell = tarfile.TarInfo("bin/sh")
         shell.type, shell.linkname, shell.mode = tarfile.SYMTYPE, "busybox", 0o777
         archive.addfile(shell)
 
 
 def _pushed(registry: str, repository: str, tag: str) -> PushedCheckpoint:
-    url = f"http://{registry}/v2/{repository}/manifests/{tag}"
-    request = urllib.request.Request(url, headers={"Accept": IMAGE_MANIFEST})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=60) as response:
-            digest: str = response.headers["Docker-Content-Digest"]
-            manifest: dict[str, Any] = json.load(response)
-    except OSError as error:
-        raise TestbedError(f"{url}: {error}") from error
+    digest, manifest = get_manifest(registry, repository, tag)
     return PushedCheckpoint(f"{registry}/{repository}:{tag}", digest, manifest)

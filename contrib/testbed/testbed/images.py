@@ -16,7 +16,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from .errors import TestbedError
 
@@ -130,6 +130,36 @@ def push_manifest(
     descriptor = Descriptor(media_type, _digest(content), len(content))
     _RegistryStore(registry, repository, reference).put_manifest(content, descriptor)
     return descriptor
+
+
+def push_blob(registry: str, repository: str, content: bytes) -> Descriptor:
+    """Push a blob that a manifest will name."""
+    descriptor = Descriptor("application/octet-stream", _digest(content), len(content))
+    _RegistryStore(registry, repository, None).put_blob(content, descriptor.digest)
+    return descriptor
+
+
+def write_manifest(layout: Path, tag: str, content: bytes, media_type: str) -> Descriptor:
+    """Write a manifest or index into an OCI layout, byte for byte."""
+    descriptor = Descriptor(media_type, _digest(content), len(content))
+    _LayoutStore(layout, tag).put_manifest(content, descriptor)
+    return descriptor
+
+
+def get_manifest(registry: str, repository: str, reference: str) -> tuple[str, dict[str, Any]]:
+    """Return the digest and the content of a manifest or index in a registry.
+
+    Raises:
+        TestbedError: it is not there.
+    """
+    url = f"http://{registry}/v2/{repository}/manifests/{reference}"
+    request = urllib.request.Request(url, headers={"Accept": f"{IMAGE_MANIFEST}, {IMAGE_INDEX}"})
+    try:
+        with _no_proxy.open(request, timeout=60) as response:
+            content: bytes = response.read()
+    except OSError as error:
+        raise TestbedError(f"{url}: {error}") from error
+    return _digest(content), json.loads(content)
 
 
 def tar_checkpoint(images_dir: Path, out_path: Path, prefix: str = "checkpoint/") -> None:
