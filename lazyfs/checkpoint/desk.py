@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import trio
 
@@ -29,6 +30,9 @@ class OpenConfig:
     cache_dir: Path
     transport: TransportSettings = field(default_factory=TransportSettings)
     content: ContentSettings = field(default_factory=ContentSettings)
+    referrers: Literal["auto", "always", "never"] = "auto"
+    """Whether to read by an index that only refers to the image: anybody who may push could have
+    added it. "auto": if the image is named by a tag, which they could have moved as well."""
     on_proof: Callable[[int, int], None] | None = None
     """Told how many bytes of how many are hashed, while a whole layer is proven beforehand."""
 
@@ -42,6 +46,7 @@ class Desk:
     lanes: Lanes
     source_name: str
     """Of the image, without its digest: part of the key of what nothing has proven yet."""
+    trusts_referrers: bool = True
 
 
 async def read_ranges(blob: Blob, ranges: Sequence[ByteRange], desk: Desk) -> list[Data]:

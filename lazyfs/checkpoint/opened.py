@@ -54,6 +54,8 @@ class OpenedCheckpoint:
         self.desk = desk
         self.counters = desk.counters
         self.layers: list[OpenedLayer] = []
+        """By their numbers; those of the image, and archives within it that are looked into."""
+        self.image_layers: list[OpenedLayer] = []
         self.tree = Tree()
         self.kept: dict[Node, Node] = {}
         """Images directories of earlier layers that a later one builds on, by its link."""
@@ -192,6 +194,7 @@ class OpenedCheckpoint:
         self.layers.append(layer)
         self.do(layer.run)
         if of_image:
+            self.image_layers.append(layer)
             self.do(partial(self._watch, layer))
         if self.poison is not None:
             layer.content.condemn(self.poison)
@@ -249,7 +252,11 @@ async def open_checkpoint(
         images.resolve, parsed, config.transport, counters, abandon_on_cancel=True
     )
     name = image.reference.partition("@")[0]
-    checkpoint = OpenedCheckpoint(image, Desk(config, counters, Lanes(config.content), name))
+    trusts_referrers = config.referrers == "always" or (
+        config.referrers == "auto" and getattr(parsed, "digest", None) is None
+    )
+    desk = Desk(config, counters, Lanes(config.content), name, trusts_referrers)
+    checkpoint = OpenedCheckpoint(image, desk)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checkpoint.run_jobs)
@@ -269,7 +276,7 @@ async def open_checkpoint(
 async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:
     placed = await _placed(checkpoint.image)
     ordinary = [item for item in placed if item.kind != "diff"]
-    ztocs = Ztocs(checkpoint.image)
+    ztocs = Ztocs(checkpoint.image, referrers=checkpoint.desk.trusts_referrers)
     opened: dict[int, OpenedLayer] = {}
 
     async def open_one(number: int, item: PlacedLayer) -> None:
@@ -321,8 +328,10 @@ async def _open_stream(
             await fill_tree(layer.walker, lambda batch: tree.add(map(move, batch)), filling)
             _find_images(checkpoint)
         except LazyfsError as error:
-            checkpoint.condemn(_with_name(checkpoint.reference, error))
-            filling.end(checkpoint.poison)
+            error = _with_name(checkpoint.reference, error)
+            if checkpoint.images is not None:  # else there is no mount yet that could serve it
+                checkpoint.condemn(error)
+            filling.end(error)
             return
         if attach is not None:
             attach()
@@ -335,7 +344,7 @@ async def _open_stream(
             checkpoint.images = ImagesDirectory(node, (), {})
             return
         await filling.wait()
-    checkpoint.raise_if_condemned()
+    await filling.wait_end()  # which raises what was found to be wrong
 
 
 def _find_images(checkpoint: OpenedCheckpoint) -> None:

@@ -22,7 +22,12 @@ from lazyfs.checkpoint.soci_index import ZtocRef, find_ztocs
 from lazyfs.content.kept import find_restart_index
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import LazyfsError, MalformedError, UnsupportedLayer
+from lazyfs.ground.errors import (
+    IntegrityError,
+    LazyfsError,
+    MalformedError,
+    UnsupportedLayer,
+)
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.layers import raw, table
 from lazyfs.layers.gzip import Gzip
@@ -48,9 +53,10 @@ _LARGE_TABLE_CHUNKS = 50_000
 class Ztocs:
     """The SOCI indexes of an image's layers, looked for when the first gzip layer wants one."""
 
-    def __init__(self, image: ResolvedImage) -> None:
-        """Ask nobody yet."""
+    def __init__(self, image: ResolvedImage, *, referrers: bool) -> None:
+        """Ask nobody yet. `referrers`: take those too that only refer to the image."""
         self._image = image
+        self._referrers = referrers
         self._lock = trio.Lock()
         self._found: Mapping[Digest, ZtocRef] | None = None
 
@@ -68,9 +74,9 @@ class Ztocs:
         if image.source is None or image.digest is None:
             return {}
         annotations = image.manifest.annotations  # those that its digest proves
+        find = partial(find_ztocs, referrers=self._referrers)
         return await trio.to_thread.run_sync(
-            partial(find_ztocs, image.source, image.digest, annotations, image.layers),
-            abandon_on_cancel=True,
+            find, image.source, image.digest, annotations, image.layers, abandon_on_cancel=True
         )
 
 
@@ -100,8 +106,26 @@ async def open_layer(
             return tar
     index = await find_index(blob, layer, head, desk)
     if isinstance(index, StreamIndex) and index.format_name == Gzip.name:
-        index = await _by_ztoc(image, layer, head, ztocs, desk) or index
+        spans = await _by_ztoc(image, layer, head, ztocs, desk)
+        by_spans = OpenedLayer(item, spans, blob, desk) if spans is not None else None
+        if by_spans is not None and await _is_sound(by_spans):
+            return by_spans
     return OpenedLayer(item, index, blob, desk)
+
+
+async def _is_sound(layer: OpenedLayer) -> bool:
+    """Whether a layer that is read by an unproven index makes sense as far as its names go.
+
+    If not, it is closed.
+    """
+    try:
+        if layer.proof != "chunk":
+            await layer.walker.run()
+    except (MalformedError, UnsupportedLayer, IntegrityError) as error:
+        log.warning("an index published for %s is not used: %s", layer.descriptor.digest, error)
+        layer.content.close()
+        return False
+    return True
 
 
 async def _open_tar(item: PlacedLayer, blob: Blob, desk: Desk) -> tuple[OpenedLayer | None, bytes]:

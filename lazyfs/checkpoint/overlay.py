@@ -42,17 +42,27 @@ def drop_whiteouts(tree: Tree) -> None:
 def as_overlay(directory: Node, name: str) -> None:
     """Put into a directory of a container's files what the whiteout `name` means to overlayfs."""
     if name == OPAQUE:
-        directory.xattrs = tuple({**dict(directory.xattrs), **dict(OPAQUE_XATTRS)}.items())
+        _make_opaque(directory)
     elif len(name) > len(WHITEOUT_PREFIX):
         put_whiteout(directory, name.removeprefix(WHITEOUT_PREFIX))
 
 
 def put_whiteout(parent: Node, name: str) -> None:
-    """Hide `name` in what lies below, unless the directory has it itself."""
-    if name not in parent.children:
+    """Hide `name` in what lies below; what the directory has of that name itself stays.
+
+    A directory then shows nothing of one below: that was removed, and this one made in its place.
+    """
+    existing = parent.children.get(name)
+    if existing is None:
         parent.children[name] = Node(
             name, EntryType.WHITEOUT, mode=0, parent=parent, exact=True, layer=parent.layer
         )
+    elif existing.type is EntryType.DIRECTORY:
+        _make_opaque(existing)
+
+
+def _make_opaque(directory: Node) -> None:
+    directory.xattrs = tuple({**dict(directory.xattrs), **dict(OPAQUE_XATTRS)}.items())
 
 
 def _merge(lower: Node, upper: Node, kept: dict[Node, Node]) -> None:

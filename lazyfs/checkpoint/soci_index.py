@@ -56,8 +56,12 @@ def find_ztocs(
     digest: Digest,
     annotations: Mapping[str, str],
     layers: Sequence[LayerDescriptor],
+    *,
+    referrers: bool = True,
 ) -> dict[Digest, ZtocRef]:
     """Return the zTOCs of an image's layers, by the layers' digests. Blocks, in a thread.
+
+    `referrers`: whether to ask for indexes that only refer to the image.
 
     `digest`: of the image manifest. `annotations`: the manifest's own, and no others: those of a
     descriptor, in an OCI layout say, are not proven by the manifest's digest.
@@ -75,6 +79,8 @@ def find_ztocs(
             _log.info("%s: the SOCI index that %s names has none of its layers", digest, what)
         except LazyfsError as error:
             _log.warning("%s: %s names no SOCI index that can be used: %s", digest, what, error)
+    if not referrers:
+        return {}
     until_s = time.monotonic() + _REFERRERS_TRIED_S
     for referrer in source.referrers(digest, INDEX_V1)[:_REFERRERS_TRIED_MOST]:
         if time.monotonic() > until_s:

@@ -27,8 +27,9 @@ from lazyfs.checkpoint.opening import Ztocs, find_index, open_layer
 from lazyfs.checkpoint.overlay import WHITEOUT_PREFIX, as_overlay, put_whiteout
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.tree import Filling, Node, Tree
-from lazyfs.checkpoint.walker import Walker, fill_tree
+from lazyfs.checkpoint.walker import Walker, at_last, fill_tree
 from lazyfs.content.model import Reader
+from lazyfs.ground.counters import Counters
 from lazyfs.ground.errors import LazyfsError, MalformedError, NotACheckpoint
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB
@@ -50,7 +51,8 @@ _SUFFIX = ".tar"
 _DELETED_MOST_BYTES = 64 * MIB
 _DELETED_MOST = 1_000_000
 _UNTYPED = "application/x-tar"
-
+_OVERLAY_XATTRS = ("trusted.overlay.", "user.overlay.")
+"""What overlayfs keeps for itself: an archive has no say in how its files are laid over others."""
 
 _Fill: TypeAlias = Callable[[Node, Filling], Awaitable[None]]
 
@@ -102,30 +104,41 @@ class Unpacker:
 
     async def _fill_from_layer(self, item: PlacedLayer, node: Node, filling: Filling) -> None:
         checkpoint = self._checkpoint
-        layer = await open_layer(checkpoint.image, item, Ztocs(checkpoint.image), checkpoint.desk)
-        await self._fill(layer.walker, _Place(node, checkpoint.add_layer(layer), filling), filling)
+        ztocs = Ztocs(checkpoint.image, referrers=checkpoint.desk.trusts_referrers)
+        layer = await at_last(
+            partial(open_layer, checkpoint.image, item, ztocs, checkpoint.desk), filling
+        )
+        number = checkpoint.add_layer(layer)
+        if checkpoint.desk.config.content.verify_full:
+            await at_last(layer.prove, filling)
+        elif layer.completion is not None:
+            checkpoint.do(layer.completion.run)
+        place = _Place(node, number, filling)
+        await fill_tree(layer.walker, place.add, filling)
+        place.hide(())
 
     async def _fill_from_file(
         self, archive: Node, deleted: Node | None, node: Node, filling: Filling
     ) -> None:
+        """Fill a directory from an archive; one that is compressed is decoded as a layer is."""
         checkpoint = self._checkpoint
+        gone = await at_last(partial(self._deleted, deleted), filling)
         reader = checkpoint.reader(archive)
-        head = bytes(await reader.read(0, HEAD_BYTES))
-        if not head:
-            place = _Place(node, archive.layer, filling)
-        elif looks_like_tar(head):
-            place = _Place(node, archive.layer, filling, archive.content_start)
-            await self._fill(self._walker(archive, reader, head), place, filling)
-        else:
+        head = bytes(await at_last(partial(reader.read, 0, HEAD_BYTES), filling))
+        is_layer = archive.name == ROOTFS_DIFF
+        place = _Place(node, archive.layer, filling, archive.content_start, is_layer=is_layer)
+        if looks_like_tar(head):
+            await fill_tree(self._walker(archive, reader, head), place.add, filling)
+        elif head:
             blob = _FileBlob(archive, reader)
             described = LayerDescriptor(_UNTYPED, None, archive.size_bytes, {})
-            index = await find_index(blob, described, head, checkpoint.desk)
-            layer = OpenedLayer(PlacedLayer(described, "", "diff"), index, blob, checkpoint.desk)
-            number = checkpoint.add_layer(layer, of_image=False)
-            place = _Place(node, number, filling)
-            await self._fill(layer.walker, place, filling)
-        if deleted is not None:
-            place.delete(await self._deleted(deleted))
+            # What it fetches is counted where it is fetched.
+            desk = replace(checkpoint.desk, counters=Counters())
+            index = await at_last(partial(find_index, blob, described, head, desk), filling)
+            layer = OpenedLayer(PlacedLayer(described, "", "diff"), index, blob, desk)
+            place = _Place(node, checkpoint.add_layer(layer, of_image=False), filling)
+            await fill_tree(layer.walker, place.add, filling)
+        place.hide(gone)
 
     def _walker(self, archive: Node, reader: Reader, head: bytes) -> Walker:
         """Walk a tar that lies in a layer; what it wants to see is fetched at once."""
@@ -140,11 +153,9 @@ class Unpacker:
 
         return Walker(walk_tar(archive.size_bytes, entries, head=head), entries, look)
 
-    @staticmethod
-    async def _fill(walker: Walker, place: "_Place", filling: Filling) -> None:
-        await fill_tree(walker, place.add, filling)
-
-    async def _deleted(self, node: Node) -> list[str]:
+    async def _deleted(self, node: Node | None) -> list[str]:
+        if node is None:
+            return []
         if node.size_bytes > _DELETED_MOST_BYTES:
             raise MalformedError(f"{DELETED_FILES} of {node.size_bytes} bytes is not believed")
         data = await self._checkpoint.reader(node).read(0, node.size_bytes)
@@ -160,27 +171,60 @@ class Unpacker:
 class _Place:
     """A directory that is filled with a container's files."""
 
-    def __init__(self, root: Node, layer: int, filling: Filling, shift_bytes: int = 0) -> None:
-        """The files' bytes are in `layer`, `shift_bytes` behind where their entries say."""
+    def __init__(
+        self,
+        root: Node,
+        layer: int,
+        filling: Filling,
+        shift_bytes: int = 0,
+        *,
+        is_layer: bool = True,
+    ) -> None:
+        """The files' bytes are in `layer`, `shift_bytes` behind where their entries say.
+
+        `is_layer`: whiteouts are whiteouts, and not just names.
+        """
         self._tree = Tree(layer=layer, exact=True, root=root, filling=filling)
         self._shift_bytes = shift_bytes
+        self._is_layer = is_layer
+        self._whiteouts: list[tuple[str, str]] = []
 
     def add(self, entries: Sequence[Entry]) -> None:
-        """Take entries in; whiteouts become overlayfs' own."""
+        """Take entries in; whiteouts are kept for later."""
         for entry in entries:
             above, _, name = entry.path.rpartition("/")
-            if name.startswith(WHITEOUT_PREFIX):
-                as_overlay(self._tree.directory(above), name)
+            if self._is_layer and name.startswith(WHITEOUT_PREFIX):
+                self._whiteouts.append((above, name))
                 continue
+            xattrs = tuple(
+                (key, value) for key, value in entry.xattrs if not key.startswith(_OVERLAY_XATTRS)
+            )
             start = entry.content_start + self._shift_bytes
-            self._tree.add((replace(entry, content_start=start),))
+            self._tree.add((replace(entry, content_start=start, xattrs=xattrs),))
 
-    def delete(self, paths: Sequence[str]) -> None:
-        """Hide paths of the image below."""
-        for path in paths:
+    def hide(self, paths: Sequence[str]) -> None:
+        """Hide what whiteouts and `paths` name of the image below, once all names are there.
+
+        Raises:
+            MalformedError: a whiteout lies below something that is no directory.
+        """
+        hiding = [(self._tree.directory(above), name) for above, name in self._whiteouts]
+        for directory, name in hiding:
+            as_overlay(directory, name)
+        for path in sorted(paths):
             above, _, name = path.rpartition("/")
-            if name:
+            if name and not self._is_hidden(above):
                 put_whiteout(self._tree.directory(above), name)
+
+    def _is_hidden(self, path: str) -> bool:
+        """Whether something that is no directory stands in the way to `path`."""
+        node = self._tree.root
+        for name in path.split("/") if path else ():
+            child = node.children.get(name)
+            if child is None or child.type is not EntryType.DIRECTORY:
+                return child is not None
+            node = child
+        return False
 
 
 class _FileBlob:

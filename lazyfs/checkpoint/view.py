@@ -73,6 +73,21 @@ class View:
         ]
         return [(name, number) for name, number in found if number is not None]
 
+    async def xattrs(self, inode: int, *, of_overlay: bool = False) -> dict[str, bytes]:
+        """Return the extended attributes of something.
+
+        `of_overlay`: those that hide what lies below a directory are wanted too, which only all
+        names together tell; overlayfs itself asks for none of the top of what it lays over.
+
+        Raises:
+            LazyfsError: that cannot be told.
+        """
+        node = self.node(inode)
+        is_inside = node.exact and node.parent is not None and node.parent.exact
+        if of_overlay and is_inside and node.filling is not None:
+            await node.filling.wait_end()
+        return dict(node.xattrs)
+
     def links(self, inode: int) -> int:
         """How many names something has; 1 for a directory that cannot tell yet."""
         node = self.node(inode)

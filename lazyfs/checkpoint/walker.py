@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
 
 import trio
 
 from lazyfs.checkpoint.tree import Filling
-from lazyfs.ground.errors import FetchError
+from lazyfs.ground.errors import SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.layers.model import Entry, Walk
 
 log = logging.getLogger(__name__)
 
 _ASK_AGAIN_S = 1.0
+_T = TypeVar("_T")
 
 
 class Walker:
@@ -57,6 +59,21 @@ class Walker:
             pass
 
 
+async def at_last(ask: Callable[[], Awaitable[_T]], filling: Filling) -> _T:
+    """Return what `ask` returns, however often it takes; who waits meanwhile hears why.
+
+    Raises:
+        whatever `ask` raises, but for SourceError.
+    """
+    while True:
+        try:
+            return await ask()
+        except SourceError as error:
+            log.warning("not all names are known yet: %s", error)
+            filling.fail(error)
+            await trio.sleep(_ASK_AGAIN_S)
+
+
 async def fill_tree(
     walker: Walker, add: Callable[[Sequence[Entry]], None], filling: Filling
 ) -> None:
@@ -65,18 +82,12 @@ async def fill_tree(
     A source that fails is asked again; who waits meanwhile hears why.
 
     Raises:
-        as `Walker.step`, but for FetchError; and what `add` raises.
+        as `Walker.step`, but for SourceError; and what `add` raises.
     """
     done = 0
     goes_on = True
     while goes_on:
-        try:
-            goes_on = await walker.step()
-        except FetchError as error:
-            log.warning("not all names are known yet: %s", error)
-            filling.fail(error)
-            await trio.sleep(_ASK_AGAIN_S)
-            continue
+        goes_on = await at_last(walker.step, filling)
         if done < len(walker.entries):
             add(walker.entries[done:])
             done = len(walker.entries)

@@ -111,7 +111,7 @@ def _serve(
     from lazyfs.mount import MountConfig, serve_mount
 
     cache_dir = source.cache_dir.absolute()
-    opening = OpenConfig(cache_dir, source.transport, source.content, proof_bar())
+    opening = OpenConfig(cache_dir, source.transport, source.content, source.referrers, proof_bar())
     config = MountConfig(reference, directory, opening, view)
 
     is_ready = False

@@ -30,7 +30,9 @@ def with_checkpoint(
     from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.checkpoint.opened import open_checkpoint
 
-    config = OpenConfig(source.cache_dir, source.transport, source.content, proof_bar())
+    config = OpenConfig(
+        source.cache_dir, source.transport, source.content, source.referrers, proof_bar()
+    )
 
     async def main() -> _T:
         async with open_checkpoint(reference, config) as checkpoint:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import click
 
@@ -28,6 +28,7 @@ class SourceOptions:
     cache_dir: Path
     transport: TransportSettings
     content: ContentSettings
+    referrers: Literal["auto", "always", "never"]
 
 
 def default_cache_dir() -> Path:
@@ -64,8 +65,17 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         default="background",
         show_default=True,
         help="Compare a layer with its digest behind what is read, or in full before the first "
-        "byte is given out. A layer with digests for its chunks (zstd:chunked) needs neither: "
-        "there, each chunk is proven before it is given out.",
+        "byte is given out. A layer with digests for its chunks (zstd:chunked, eStargz) needs "
+        "neither: there, each chunk is proven before it is given out.",
+    )
+    @click.option(
+        "--referrers",
+        type=click.Choice(["auto", "always", "never"]),
+        default="auto",
+        show_default=True,
+        help="Whether to read a gzip layer by an index (SOCI v1) that somebody has attached to the "
+        "image, and which is proven only behind what is read. auto: if the image is named by a "
+        "tag; whoever may attach one could as well have moved that.",
     )
     @click.option(
         "--deadline",
@@ -83,6 +93,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         plain_http: bool,
         verify: str,
         deadline: float,
+        referrers: Literal["auto", "always", "never"],
         **kwargs: Any,
     ) -> _R:
         source = SourceOptions(
@@ -94,6 +105,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
                 connect_timeout_s=min(deadline, TransportSettings().connect_timeout_s),
             ),
             content=ContentSettings(verify_full=verify == "full"),
+            referrers=referrers,
         )
         return command(*args, source=source, **kwargs)
 

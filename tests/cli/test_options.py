@@ -29,17 +29,22 @@ def settings_of(*arguments: str, env: dict[str, str] | None = None) -> SourceOpt
 
 def test_by_default() -> None:
     settings = settings_of(env={"LAZYFS_CACHE_DIR": None})  # type: ignore[dict-item]
-    assert settings == SourceOptions(default_cache_dir(), TransportSettings(), ContentSettings())
+    assert settings == SourceOptions(
+        default_cache_dir(), TransportSettings(), ContentSettings(), "auto"
+    )
 
 
 def test_all_of_them() -> None:
-    settings = settings_of("--cache-dir=/tmp/c", "--plain-http", "--verify=full", "--deadline=1.5")
+    settings = settings_of(
+        "--cache-dir=/tmp/c", "--plain-http", "--verify=full", "--deadline=1.5", "--referrers=never"
+    )
     assert settings == SourceOptions(
         Path("/tmp/c"),
         TransportSettings(
             plain_http=True, deadline_s=1.5, stall_timeout_s=1.5, connect_timeout_s=1.5
         ),
         ContentSettings(verify_full=True),
+        "never",
     )
 
 
