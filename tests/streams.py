@@ -123,7 +123,7 @@ async def streamed(
     cache_dir: Path,
     blob: MemoryBlob | bytes,
     stream: StreamIndex | None = None,
-    digest: Digest | None | str = "right",
+    digest: Digest | str | None = "right",
 ) -> AsyncIterator[Setup]:
     """Run a streamed content; what is not said is as it should be."""
     blob = blob if isinstance(blob, MemoryBlob) else MemoryBlob(blob)
@@ -147,3 +147,20 @@ async def whole_run(cache_dir: Path, blob: MemoryBlob | bytes, stream: StreamInd
         while setup.counters.bytes_fetched and not setup.ended:  # noqa: ASYNC110 - for a test
             await trio.sleep(0.01)
     return setup.counters
+
+
+def growing_in(cache_dir: Path) -> list[Path]:
+    """List the directories of passes that have not left anything yet."""
+    return [path.parent for path in cache_dir.glob("incoming/*/content")]
+
+
+def kept_in(cache_dir: Path) -> list[Path]:
+    """List what later mounts will find."""
+    return list(cache_dir.glob("layers/*"))
+
+
+async def wait_kept(cache_dir: Path) -> None:
+    """Come back when there is something that later mounts will find."""
+    with trio.fail_after(10):
+        while not kept_in(cache_dir):  # noqa: ASYNC110 - a file
+            await trio.sleep(0.01)

@@ -19,7 +19,8 @@ from lazyfs.checkpoint.image import ResolvedImage
 from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.soci_index import ZtocRef, find_ztocs
-from lazyfs.content.kept import find_restart_index
+from lazyfs.content.cache_file import home_of
+from lazyfs.content.kept import find_restart_index, forget
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import (
@@ -223,6 +224,7 @@ def _reopen_kept(layer: LayerDescriptor, cache_dir: Path) -> LayerIndex | Stream
         return stream.reopen(kept)
     except MalformedError as error:
         log.warning("the index that an earlier mount made is not used: %s", error)
+        forget(home_of(cache_dir, layer.digest, stream.cache_tag))
         return None
 
 

@@ -30,8 +30,13 @@ from lazyfs.transport import retry
 from lazyfs.transport.blob import Blob
 
 RING_BYTES = 16 * MIB
-_PIECE_MOST_BYTES = 4 * MIB
+_PIECE_MOST_BYTES = 2 * MIB
 _PIECE_LEAST_BYTES = MIB
+_CONNECTIONS = 4
+"""With pieces of this size they keep 1 Gbit/s full at 10 ms, as a single endless transfer does
+(120 MB/s; two connections with 4 MiB each: 105), and what is on its way fits the link's queues."""
+_SLOW_BYTES_PER_S = 16e6
+"""Connections that are slower than this may be held back by themselves: more are tried."""
 _LOOK_AGAIN_S = 0.25
 REST_S = 5.0
 """A source that has failed is asked again after so long, if nobody asks before."""
@@ -80,7 +85,7 @@ class BlobStream:
 
         `on_trouble` is told, on the trio thread, that what a reader needs next cannot be had now;
         it may raise, which ends `run`. `may_use` is asked how many connections are allowed now;
-        None: as many as fill the link (`width.py`).
+        None: as many as fill the link.
         """
         self._blob = blob
         self._counters = counters
@@ -91,7 +96,8 @@ class BlobStream:
         self._on_trouble = on_trouble
         self._may_use = may_use
         self._most = settings.readahead_connections
-        self._width = Width(settings.readahead_connections_least, self._most)
+        self._width = Width(min(_CONNECTIONS, self._most), self._most)
+        self._slow = False
         self._limiter = trio.CapacityLimiter(self._most)
         self._ring = mmap.mmap(-1, min(ring_bytes, max(mmap.PAGESIZE, blob.size_bytes)))
         self._ring_bytes = len(self._ring)
@@ -181,13 +187,17 @@ class BlobStream:
         if allowed is not None:
             self._width.idle()
             return min(allowed, self._most)
-        self._width.observe(trio.current_time(), self.received_bytes)
+        if self._slow:
+            self._width.observe(trio.current_time(), self.received_bytes)
+        else:
+            self._width.idle()
         return self._width.connections
 
     async def _obtain(self, piece: _Piece) -> None:
         """Fetch a piece, however often it takes."""
         while piece.filled < piece.stop:
             piece.gave_up = False
+            began_s, size_bytes = trio.current_time(), piece.stop - piece.filled
             try:
                 await retry.fetch(
                     self._blob,
@@ -200,6 +210,7 @@ class BlobStream:
                     counters=self._counters,
                 )
                 self._source_answers = True
+                self._slow = trio.current_time() - began_s > size_bytes / _SLOW_BYTES_PER_S
             except SourceError as error:
                 self._source_answers = False
                 await self._rest(piece, error)

@@ -209,9 +209,13 @@ async def test_a_dead_source_ends_it_only_if_eager(tmp_path: Path) -> None:
 async def test_it_ends_when_the_content_is_condemned(tmp_path: Path) -> None:
     blob, chunks = make(DATA)
     with content_of(tmp_path, blob, chunks) as (content, completion):
-        blob.before = lambda _: content.condemned.is_set() or trio.from_thread.run(trio.sleep, 0.1)
-        with trio.fail_after(10), pytest.raises(IntegrityError, match="a test"):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(lambda: completion.prove(eager=True))
-                await trio.sleep(0.05)
-                content.condemn(IntegrityError("a test"))
+        blob.before = lambda _: trio.from_thread.run(trio.sleep, 0.1)
+
+        async def condemn() -> None:
+            await trio.sleep(0.05)
+            content.condemn(IntegrityError("a test"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(condemn)
+            with trio.fail_after(10), pytest.raises(IntegrityError, match="a test"):
+                await completion.prove(eager=True)

@@ -23,10 +23,13 @@ from tests.streams import (
     FAST,
     SETTINGS,
     TAG,
+    growing_in,
     indexed_stream,
+    kept_in,
     reopen,
     stream_index,
     streamed,
+    wait_kept,
     whole_run,
 )
 
@@ -43,7 +46,7 @@ def damage(path: Path, offset: int, data: bytes = b"\0damage\0") -> None:
 
 async def test_a_later_mount_needs_no_pass(tmp_path: Path) -> None:
     await whole_run(tmp_path, DATA, stream_index())
-    assert not list(tmp_path.glob("incoming/*/content"))
+    assert not growing_in(tmp_path)
     async with streamed(tmp_path, DATA) as setup:
         content = setup.content
         assert content.content_size_bytes == len(DATA) == content.here_bytes()
@@ -117,6 +120,7 @@ async def test_torn_files_cost_a_pass(tmp_path: Path, name: str, how: str) -> No
         damage(path, 3)
     async with streamed(tmp_path, DATA) as setup:
         assert bytes(await setup.content.read(WHOLE)) == DATA
+        await setup.content.prove()
         assert setup.counters.bytes_fetched == len(DATA)
 
 
@@ -146,15 +150,13 @@ async def test_an_index_that_is_not_understood_is_left_alone(tmp_path: Path) -> 
     assert find_restart_index(tmp_path, DIGEST, TAG) is not None
     forget(home_of(tmp_path, DIGEST, TAG))
     assert find_restart_index(tmp_path, DIGEST, TAG) is None
-    assert not list(tmp_path.glob("incoming/*/content"))
+    assert not growing_in(tmp_path)
 
 
 async def test_while_the_publisher_lives_nobody_writes_to_its_file(tmp_path: Path) -> None:
     async with streamed(tmp_path, DATA, indexed_stream()) as setup:
         await setup.content.read(WHOLE)
-        with trio.fail_after(10):
-            while not list(tmp_path.glob("layers/*")):  # noqa: ASYNC110 - a file
-                await trio.sleep(0.01)
+        await wait_kept(tmp_path)
         cache = open_cache_file(tmp_path, DIGEST, TAG, len(DATA), 112)
         assert not cache.persistent
         cache.close()
@@ -171,22 +173,20 @@ async def test_of_two_passes_at_once_one_is_kept(tmp_path: Path) -> None:
             nursery.start_soon(whole_run, tmp_path, blob, stream_index())
         for gate in gates:
             await trio.to_thread.run_sync(gate.wait_entered)
-        assert len(list(tmp_path.glob("incoming/*/content"))) == 2
+        assert len(growing_in(tmp_path)) == 2
         for gate in gates:
             gate.open()
-    assert len(list(tmp_path.glob("layers/*"))) == 1
-    assert not list(tmp_path.glob("incoming/*/content"))
+    assert len(kept_in(tmp_path)) == 1
+    assert not growing_in(tmp_path)
     assert (await whole_run(tmp_path, DATA, stream_index())).bytes_fetched == 0
 
 
 async def test_condemning_forgets_what_was_published(tmp_path: Path) -> None:
     for _ in range(2):  # by the daemon that published it, and by one that found it
         async with streamed(tmp_path, DATA) as setup:
-            with trio.fail_after(10):
-                while not list(tmp_path.glob("layers/*")):  # noqa: ASYNC110 - a file
-                    await trio.sleep(0.01)
+            await wait_kept(tmp_path)
             setup.content.condemn(LookupError("a test"))  # type: ignore[arg-type]
-            assert not list(tmp_path.glob("layers/*"))
+            assert not kept_in(tmp_path)
         await whole_run(tmp_path, DATA, stream_index())
 
 
