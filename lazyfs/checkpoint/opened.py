@@ -10,6 +10,7 @@ from itertools import groupby
 import trio
 
 from lazyfs.checkpoint import image as images
+from lazyfs.checkpoint.criu import is_pages
 from lazyfs.checkpoint.desk import Desk, OpenConfig
 from lazyfs.checkpoint.engines import origin_of
 from lazyfs.checkpoint.image import ResolvedImage
@@ -62,6 +63,7 @@ class OpenedCheckpoint:
         self.grafts: dict[Node, Node] = {}
         """Directories to be shown in place of `parent` links."""
         self.images: ImagesDirectory | None = None
+        self._pages: dict[Node, ByteRange] = {}
         self.poison: LazyfsError | None = None
         self.condemned = trio.Event()
         """Set when there is a `poison`: nothing is served any more."""
@@ -91,7 +93,29 @@ class OpenedCheckpoint:
 
     def reader(self, node: Node) -> Reader:
         """Return a reader of a file of the tree."""
-        return self.layers[node.layer].reader(node.content_start, node.size_bytes)
+        family = self._pages_around(node)
+        return self.layers[node.layer].reader(node.content_start, node.size_bytes, family)
+
+    def _pages_around(self, node: Node) -> ByteRange | None:
+        """Return where the pages files lie that an eager restore reads along with a pages file.
+
+        Tasks are restored side by side, each from its own (CRIU, `criu/pagemap.c`).
+        """
+        if node.parent is None or node.exact or not is_pages(node.name):
+            return None
+        known = self._pages.get(node.parent)
+        if known is None or not node.parent.is_complete:
+            pages = [
+                each.file
+                for each in node.parent.children.values()
+                if is_pages(each.name) and each.size_bytes and each.layer == node.layer
+            ]
+            known = ByteRange(
+                min((each.content_start for each in pages), default=0),
+                max((each.content_start + each.size_bytes for each in pages), default=0),
+            )
+            self._pages[node.parent] = known
+        return known
 
     async def find(self, path: str) -> Node | None:
         """Return the node at `path`, once it can be told whether there is one.

@@ -7,7 +7,10 @@ within a factor of what was read, and the window opens exponentially all the sam
 read is no page fault but the head of a giant one: its window opens at once.
 
 Where faults out of the blue do not stop, each would cost a round trip until everything is here
-at last: the whole file is then *swept* beside them, from its start, at full speed.
+at last: the whole file is then *swept* beside them, from its start, at full speed. So is its whole
+*family*, the pages files of a checkpoint, once several of them are read at a time: then all of it
+will be read, by tasks that are restored side by side, and in pieces that many readers choose the
+link is never full. Long reads wait for such a sweep, as long as it moves.
 
 No lock: `_streams` is changed on the trio thread between checkpoints only. Failures are not
 told here: the reader that gets so far asks for itself and hears of it.
@@ -42,6 +45,9 @@ _FIRST_WINDOW_BYTES = 16 << 20
 _SCATTER_FAULTS = 32
 _SCATTER_S = 2.0
 """So many lone faults within so long: the file is read all over."""
+_FAMILY_FILES = 3
+"""Long reads in so many files of a family within `_SCATTER_S`: they are all being read."""
+_SWEEP_STALL_S = 1.0
 _LEAST_REQUEST_BYTES = 1 << 20
 
 
@@ -68,6 +74,8 @@ class Readahead:
         self._fill = ByteRange(0, 0)
         self._fill_eagerly = False
         self._sweep = ByteRange(0, 0)
+        self._swept_family = ByteRange(0, 0)
+        self._long_reads: deque[tuple[float, ByteRange]] = deque(maxlen=_STREAMS_MOST)
         self._lone_faults_at_s: deque[float] = deque(maxlen=_SCATTER_FAULTS)
         self._fill_error: LazyfsError | None = None
         self._wanted = trio.Event()
@@ -104,6 +112,36 @@ class Readahead:
             self._sweep = file
             self._wanted.set()
 
+    def note_long_read(self, file: ByteRange, family: ByteRange) -> None:
+        """Take note that a long read of a file of a family has to wait."""
+        if self._swept_family == family or family.size_bytes <= file.size_bytes:
+            return
+        if not self._content.holdings.keeps_all:
+            return
+        now_s = trio.current_time()
+        self._long_reads.append((now_s, file))
+        files = {each for at_s, each in self._long_reads if now_s - at_s <= _SCATTER_S}
+        files = {each for each in files if family.start <= each.start < family.stop}
+        if len(files) >= _FAMILY_FILES:
+            log.debug("files read side by side: sweeping %s", family)
+            self._sweep = self._swept_family = family
+            self._wanted.set()
+
+    async def wait_swept(self, content: ByteRange) -> None:
+        """Let a sweep of the family bring the head of a long read, if one is on its way there.
+
+        Comes back when it has begun to, or when nothing moves.
+        """
+        while self._swept_family.start < self._swept_family.stop and self._is_ahead(content):
+            landed_bytes = self._content.landed_bytes
+            with trio.move_on_after(_SWEEP_STALL_S) as patience:
+                await self._content.wait_change(content)
+            if patience.cancelled_caught and self._content.landed_bytes == landed_bytes:
+                return
+
+    def _is_ahead(self, content: ByteRange) -> bool:
+        return self._sweep.start <= content.start < self._sweep.stop
+
     def fill(self, content: ByteRange, *, eager: bool) -> None:
         """Fetch a stretch that nobody reads, when no stream wants anything.
 
@@ -137,6 +175,9 @@ class Readahead:
         if self._content.poison is not None:
             return None
         keeps_all = self._content.holdings.keeps_all
+        has_stopped = self._content.lanes.idle_for_s >= settings.idle_s  # who was reading
+        if self._swept_family.size_bytes and (has_stopped or not keeps_all):
+            self._sweep = self._swept_family = ByteRange(0, 0)
         sweeping = keeps_all and self._sweep.start < self._sweep.stop
         if self._content.lanes.yielding and not sweeping:
             self._width.idle()
@@ -149,7 +190,8 @@ class Readahead:
         most_bytes = settings.readahead_window_bytes
         if not keeps_all:  # what is fetched too far ahead has to go before it is read
             most_bytes = min(most_bytes, settings.memory_cache_bytes // 4)
-        for stream in list(reversed(self._streams))[: None if keeps_all else 1]:
+        streams = list(reversed(self._streams))[: None if keeps_all else 1]
+        for stream in streams if not (sweeping and self._swept_family.size_bytes) else ():
             window_bytes = min(stream.window_bytes, most_bytes)
             ahead = ByteRange(stream.position, min(stream.position + window_bytes, stream.limit))
             share_bytes = max(_LEAST_REQUEST_BYTES, window_bytes // connections)
@@ -159,8 +201,10 @@ class Readahead:
         if sweeping:
             run = self._content.next_run(self._sweep, settings.readahead_request_bytes)
             if run is not None:
+                start = self._content.chunks.content_start(run[1])
+                self._sweep = ByteRange(min(start, self._sweep.stop), self._sweep.stop)
                 return self._content.take_off(run, Lane.READAHEAD)
-            self._sweep = ByteRange(0, 0)
+            self._sweep = self._swept_family = ByteRange(0, 0)
         if keeps_all and (self._fill_eagerly or self._active < settings.completion_connections):
             run = self._content.next_run(self._fill, settings.readahead_request_bytes)
             if run is not None:
@@ -184,7 +228,7 @@ class Readahead:
     def _give_up(self, flight: Flight, error: LazyfsError) -> None:
         """Forget what was wanted, or it would be asked for again at once."""
         self._streams.clear()
-        self._sweep = ByteRange(0, 0)
+        self._sweep = self._swept_family = ByteRange(0, 0)
         self._lone_faults_at_s.clear()
         self._fill = ByteRange(0, 0)
         if flight.lane is Lane.COMPLETION:
@@ -203,12 +247,24 @@ class Readahead:
 class FileReader:
     """One open file: a stretch of a layer's content, read by offset."""
 
-    def __init__(self, content: LayerContent, readahead: Readahead, start: int, size: int) -> None:
-        """The file's bytes are the content from `start` on, `size` of them."""
+    def __init__(
+        self,
+        content: LayerContent,
+        readahead: Readahead,
+        start: int,
+        size: int,
+        family: ByteRange | None = None,
+    ) -> None:
+        """The file's bytes are the content from `start` on, `size` of them.
+
+        `family`: a stretch of content around it that is read whole if several of its files are.
+        """
         self._content = content
         self._readahead = readahead
         self._start = start
         self._stop = start + size
+        self._file = ByteRange(start, start + size)
+        self._family = family or self._file
 
     async def read(self, offset: int, size_bytes: int) -> Data:
         """Return the bytes from `offset` on: `size_bytes` of them, or all up to the file's end.
@@ -226,5 +282,8 @@ class FileReader:
             return view
         lone = not foreseen and wanted.size_bytes < _GIANT_READ_BYTES
         if lone:
-            self._readahead.note_lone_fault(ByteRange(self._start, self._stop))
+            self._readahead.note_lone_fault(self._file)
+        elif self._family is not self._file:
+            self._readahead.note_long_read(self._file, self._family)
+            await self._readahead.wait_swept(wanted)
         return await self._content.read(wanted, out_of_the_blue=lone)

@@ -3,7 +3,7 @@
 import errno
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -327,4 +327,78 @@ async def test_faults_all_over_have_the_file_swept(tmp_path: Path) -> None:
                 await setup.content.wait_change(whole)
         nursery.cancel_scope.cancel()
     assert setup.counters.bytes_fetched <= len(data)
+    setup.content.close()
+
+
+def family_of(tmp_path: Path, settings: ContentSettings) -> tuple[Setup, list[FileReader], bytes]:
+    """Eight files side by side, of 4 MiB each, and readers of them."""
+    data = random.Random(11).randbytes(32 * MIB)
+    cache = open_cache_file(tmp_path, None, TAG, len(data), len(FixedChunks(len(data))))
+    setup = Setup(MemoryBlob(data), cache, settings)
+    whole = ByteRange(0, len(data))
+    files = [
+        FileReader(setup.content, setup.readahead, start, 4 * MIB, whole)
+        for start in range(0, len(data), 4 * MIB)
+    ]
+    return setup, files, data
+
+
+async def test_files_read_side_by_side_are_swept_together(tmp_path: Path) -> None:
+    setup, files, data = family_of(tmp_path, ContentSettings())
+    whole = ByteRange(0, len(data))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.readahead.run)
+        for number in (6, 3, 5):
+            start = number * 4 * MIB
+            assert bytes(await files[number].read(0, MIB)) == data[start : start + MIB]
+        with trio.fail_after(20):
+            while setup.content.peek(whole) is None:
+                await setup.content.wait_change(whole)
+        nursery.cancel_scope.cancel()
+    assert setup.counters.bytes_fetched <= len(data)
+    setup.content.close()
+
+
+async def test_two_files_are_no_restore(tmp_path: Path) -> None:
+    setup, files, data = family_of(tmp_path, ContentSettings())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.readahead.run)
+        for number in (6, 3):
+            start = number * 4 * MIB
+            assert bytes(await files[number].read(0, MIB)) == data[start : start + MIB]
+        await trio.sleep(0.3)
+        nursery.cancel_scope.cancel()
+    assert setup.counters.bytes_fetched <= 8 * MIB
+    setup.content.close()
+
+
+def failing(times: int) -> Callable[[ByteRange], None]:
+    """Return what fails so many attempts, and lets all later ones be."""
+    left = [FetchError("gone", transient=False)] * times
+
+    def before(_: ByteRange) -> None:
+        if left:
+            raise left.pop()
+
+    return before
+
+
+async def test_a_sweep_that_fails_holds_nobody_up(tmp_path: Path) -> None:
+    setup, files, data = family_of(tmp_path, ContentSettings())
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.readahead.run)
+        for number in (1, 2):
+            await files[number].read(0, MIB)
+        setup.blob.before = failing(3)
+        with trio.fail_after(20):
+            for number in (5, 6, 7, 0):
+                start = number * 4 * MIB
+                while True:
+                    try:
+                        got = bytes(await files[number].read(0, 4 * MIB))
+                    except FetchError:
+                        continue
+                    assert got == data[start : start + 4 * MIB]
+                    break
+        nursery.cancel_scope.cancel()
     setup.content.close()
