@@ -3,8 +3,8 @@
 It adapts and decides nothing: names and attributes are the view's, bytes are the readers'. Every
 operation stands behind a guard, since an exception that escapes a pyfuse3 handler ends the whole
 mount. What has been told does not change during a mount, so everything may be cached by the kernel
-for good: attributes, names, names that are not there (CRIU probes dozens), and pages. Only how
-many names a directory has may still grow.
+for good: attributes, names, names that are not there (CRIU probes dozens), and pages. Only the
+attributes of a directory to which names are still coming may change.
 """
 
 import errno
@@ -34,6 +34,7 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
+from lazyfs.checkpoint.overlay import OPAQUE_XATTRS
 from lazyfs.checkpoint.tree import Node
 from lazyfs.checkpoint.view import View
 from lazyfs.content.model import Reader
@@ -220,22 +221,25 @@ class CheckpointOperations(pyfuse3.Operations):
             if name == PID_XATTR.encode():
                 return str(os.getpid()).encode()
         wanted = decode_name(name)
-        for key, value in self._view.node(inode).xattrs:
-            if key == wanted:
-                return value
-        raise FUSEError(pyfuse3.ENOATTR)
+        of_overlay = any(wanted == key for key, _ in OPAQUE_XATTRS)
+        value = (await self._view.xattrs(inode, of_overlay=of_overlay)).get(wanted)
+        if value is None:
+            raise FUSEError(pyfuse3.ENOATTR)
+        return value
 
     @_guarded
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[XAttrNameT]:
         """A container's files' own; the root has none that a copy should take along."""
-        return [XAttrNameT(encode_name(key)) for key, _ in self._view.node(inode).xattrs]
+        xattrs = await self._view.xattrs(inode, of_overlay=True)
+        return [XAttrNameT(encode_name(key)) for key in xattrs]
 
     def _attributes(self, inode: int) -> EntryAttributes:
         node = self._view.node(inode)
         attributes = EntryAttributes()
         attributes.st_ino = InodeT(inode)
         attributes.generation = 0
-        attributes.entry_timeout = attributes.attr_timeout = _FOREVER_S
+        attributes.entry_timeout = _FOREVER_S
+        attributes.attr_timeout = _FOREVER_S if node.is_complete else 0.0
         bits = node.mode
         if not (node.exact and self._is_root):
             bits |= _SEARCHABLE if node.type is EntryType.DIRECTORY else _READABLE

@@ -33,6 +33,8 @@ from lazyfs.layers.model import EntryType
 log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0005
+_LISTED_LAYERS_MOST = 64
+"""In the status: an extended attribute holds 64 KiB."""
 _SMALL_FILE_BYTES = MIB
 _SMALL_FILES_BYTES = 32 * MIB
 _READAHEAD_KIB = 1024
@@ -256,7 +258,7 @@ async def _root(checkpoint: OpenedCheckpoint, view: Literal["criu", "image"]) ->
 
 def status(config: MountConfig, checkpoint: OpenedCheckpoint) -> Mapping[str, Any]:
     """What a mount tells of itself; keys are kept, new ones may come."""
-    layers = [_layer_status(layer) for layer in checkpoint.layers]
+    layers = [_layer_status(layer) for layer in checkpoint.image_layers]
     main = layers[checkpoint.images.layer if checkpoint.images is not None else 0]
     poison = checkpoint.poison
     return {
@@ -272,7 +274,7 @@ def status(config: MountConfig, checkpoint: OpenedCheckpoint) -> Mapping[str, An
         "chunks_proven": all(layer["proof"] == "chunk" for layer in layers),
         "blob_proven": all(layer["blob_proven"] for layer in layers),
         "failed": str(poison) if poison is not None else None,
-        "layers": layers,
+        "layers": layers[:_LISTED_LAYERS_MOST],
         **checkpoint.counters.snapshot(),
     }
 

@@ -1,6 +1,7 @@
 """From a reference to a tree whose files can be read: all floors below, put together once."""
 
 import logging
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -67,7 +68,7 @@ class OpenedCheckpoint:
         self.poison: LazyfsError | None = None
         self.condemned = trio.Event()
         """Set when there is a `poison`: nothing is served any more."""
-        self._jobs, self._jobs_to_do = trio.open_memory_channel[Job](1000)
+        self._jobs, self._jobs_to_do = trio.open_memory_channel[Job](math.inf)
 
     @property
     def reference(self) -> str:
@@ -133,13 +134,14 @@ class OpenedCheckpoint:
         return node
 
     async def complete(self) -> None:
-        """Come back when all names are there.
+        """Come back when all names are there; of a stream, when all of it is.
 
         Raises:
             LazyfsError: they could not be had.
         """
         if self.tree.root.filling is not None:
             await self.tree.root.filling.wait_end()
+            await self.layers[0].wait_end()
 
     async def read_file(self, path: str, limit_bytes: int) -> bytes:
         """Return a small file whole.
@@ -195,7 +197,7 @@ class OpenedCheckpoint:
             self.poison = error
             self.condemned.set()
         for layer in self.layers:
-            layer.content.condemn(error)
+            layer.content.condemn(error, guilty=False)
 
     def raise_if_condemned(self) -> None:
         """Raise the error of a verification that has failed, if any has."""
@@ -204,10 +206,7 @@ class OpenedCheckpoint:
 
     def do(self, job: Job) -> None:
         """Have something done beside the readers, for as long as the checkpoint is open."""
-        try:
-            self._jobs.send_nowait(job)
-        except trio.WouldBlock:
-            log.warning("too much is asked for at once")
+        self._jobs.send_nowait(job)
 
     def add_layer(self, layer: OpenedLayer, *, of_image: bool = True) -> int:
         """Take a layer in, and run what it needs; return its number, for `Node.layer`.
@@ -221,7 +220,7 @@ class OpenedCheckpoint:
             self.image_layers.append(layer)
             self.do(partial(self._watch, layer))
         if self.poison is not None:
-            layer.content.condemn(self.poison)
+            layer.content.condemn(self.poison, guilty=False)
         return len(self.layers) - 1
 
     async def run_jobs(self) -> None:
@@ -329,7 +328,7 @@ async def _open_at_random(checkpoint: OpenedCheckpoint, attach: Callable[[], Non
         if number == 0:
             checkpoint.tree = tree
             if len(layers) > 1:
-                drop_whiteouts(tree)
+                drop_whiteouts(tree.root)
         else:
             checkpoint.kept |= lay_over(checkpoint.tree, tree)
     _find_images(checkpoint)
@@ -351,14 +350,17 @@ async def _open_stream(
         try:
             await fill_tree(layer.walker, lambda batch: tree.add(map(move, batch)), filling)
             _find_images(checkpoint)
+            if attach is not None:
+                attach()
         except LazyfsError as error:
             error = _with_name(checkpoint.reference, error)
             if checkpoint.images is not None:  # else there is no mount yet that could serve it
                 checkpoint.condemn(error)
             filling.end(error)
             return
-        if attach is not None:
-            attach()
+        except Exception:
+            filling.end(LazyfsError(f"{checkpoint.reference}: its names cannot be read"))
+            raise
         filling.end()
 
     checkpoint.do(fill)

@@ -53,7 +53,7 @@ class OpenedLayer:
         config = desk.config
         if isinstance(index, StreamIndex):
             entries: list[Entry] = []
-            self.walker = Walker(walk_tar_stream(entries), entries, self._look_all)
+            self.walker = Walker(walk_tar_stream(entries), entries, self.look)
             self.content = StreamedContent(
                 blob,
                 index,
@@ -65,7 +65,7 @@ class OpenedLayer:
                 config.transport,
             )
             return
-        self.walker = Walker(index.walk, index.entries, self._look_all)
+        self.walker = Walker(index.walk, index.entries, self.look)
         self.content = LayerContent(
             blob,
             index.chunks,
@@ -113,13 +113,15 @@ class OpenedLayer:
             return self.content.proven
         return self.content.holdings.sealed
 
-    def reader(self, content_start: int, size_bytes: int) -> Reader:
-        """Return a reader of the file that lies there."""
+    def reader(
+        self, content_start: int, size_bytes: int, family: ByteRange | None = None
+    ) -> Reader:
+        """Return a reader of the file that lies there; `family`: as for `FileReader`."""
         if isinstance(self.content, StreamedContent):
             return StreamReader(self.content, content_start, size_bytes)
         if self._readahead is None:
             raise AssertionError("a layer that is read at random has a readahead")
-        return FileReader(self.content, self._readahead, content_start, size_bytes)
+        return FileReader(self.content, self._readahead, content_start, size_bytes, family)
 
     async def run(self) -> None:
         """Read ahead, or decode the stream; for ever, or to its end."""
@@ -127,6 +129,11 @@ class OpenedLayer:
             await self.content.run()
         elif self._readahead is not None:
             await self._readahead.run()
+
+    async def wait_end(self) -> None:
+        """Come back when a stream is all here, and proven if it can be; raises as its reads do."""
+        if isinstance(self.content, StreamedContent):
+            await self.content.wait_end()
 
     async def prefetch(self, ranges: Iterable[ByteRange]) -> None:
         """Fetch ranges at once, neighbours in one request. A stream brings them by itself."""
@@ -147,7 +154,11 @@ class OpenedLayer:
         if self.descriptor.digest is None:
             log.warning("the archive has no digest that it could be verified by")
 
-    async def _look_all(self, wanted: Sequence[ByteRange]) -> list[bytes]:
+    async def look(self, wanted: Sequence[ByteRange]) -> list[bytes]:
+        """Return the bytes of content ranges, fetched at once, and nothing ahead of them.
+
+        Of a stream there may be more than was wanted, or less where it ends.
+        """
         if isinstance(self.content, StreamedContent):
             return [await self._look(self.content, item) for item in wanted]
         await self._ensure(wanted, Lane.DEMAND)
@@ -159,7 +170,8 @@ class OpenedLayer:
         try:
             await content.ensure(wanted, Lane.DEMAND)
         except MalformedError:
-            if content.content_size_bytes is None:
+            size_bytes = content.content_size_bytes
+            if size_bytes is None or size_bytes < wanted.start:
                 raise
         stop = max(wanted.stop, min(content.here_bytes(), wanted.start + _STREAM_LOOK_BYTES))
         if content.content_size_bytes is not None:

@@ -126,6 +126,9 @@ async def _is_sound(layer: OpenedLayer) -> bool:
         log.warning("an index published for %s is not used: %s", layer.descriptor.digest, error)
         layer.content.close()
         return False
+    except BaseException:
+        layer.content.close()
+        raise
     return True
 
 
@@ -222,6 +225,9 @@ def _reopen_kept(layer: LayerDescriptor, cache_dir: Path) -> LayerIndex | Stream
         return None
     try:
         return stream.reopen(kept)
+    except UnsupportedLayer as error:  # nothing is wrong with the index
+        log.info("the index that an earlier mount made is not used: %s", error)
+        return None
     except MalformedError as error:
         log.warning("the index that an earlier mount made is not used: %s", error)
         forget(home_of(cache_dir, layer.digest, stream.cache_tag))

@@ -32,9 +32,9 @@ def lay_over(lower: Tree, upper: Tree) -> dict[Node, Node]:
     return kept
 
 
-def drop_whiteouts(tree: Tree) -> None:
-    """Remove the whiteouts of a layer that lies over nothing."""
-    for directory in list(_directories(tree.root)):
+def drop_whiteouts(root: Node) -> None:
+    """Remove the whiteouts of what lies over nothing."""
+    for directory in list(_directories(root)):
         for name in [name for name in directory.children if name.startswith(WHITEOUT_PREFIX)]:
             del directory.children[name]
 
@@ -43,7 +43,7 @@ def as_overlay(directory: Node, name: str) -> None:
     """Put into a directory of a container's files what the whiteout `name` means to overlayfs."""
     if name == OPAQUE:
         _make_opaque(directory)
-    elif len(name) > len(WHITEOUT_PREFIX):
+    elif name.removeprefix(WHITEOUT_PREFIX) not in ("", ".", ".."):
         put_whiteout(directory, name.removeprefix(WHITEOUT_PREFIX))
 
 
@@ -66,35 +66,43 @@ def _make_opaque(directory: Node) -> None:
 
 
 def _merge(lower: Node, upper: Node, kept: dict[Node, Node]) -> None:
-    hidden = {name for name in upper.children if name.startswith(WHITEOUT_PREFIX)}
-    if OPAQUE in hidden:
-        lower.children.clear()
-    for name in hidden:
-        lower.children.pop(name.removeprefix(WHITEOUT_PREFIX), None)
-    builds_on = _builds_on(lower, upper)
-    if builds_on is not None:
-        below = Node(lower.name, EntryType.DIRECTORY, lower.mode, lower.uid, lower.gid)
-        below.children = dict(lower.children)
-        for child in below.children.values():
-            child.parent = below
-        below.parent = lower.parent
-        kept[builds_on] = below
-        lower.children.clear()
-    for name, node in upper.children.items():
-        if name in hidden:
-            continue
-        existing = lower.children.get(name)
-        if (
-            existing is not None
-            and existing.type is EntryType.DIRECTORY
-            and node.type is EntryType.DIRECTORY
-        ):
-            _merge(existing, node, kept)
-        else:
-            node.parent = lower
-            lower.children[name] = node
-    lower.mode, lower.uid, lower.gid = upper.mode, upper.uid, upper.gid
-    lower.mtime_ns, lower.xattrs = upper.mtime_ns, upper.xattrs
+    pairs = [(lower, upper)]
+    while pairs:
+        below, above = pairs.pop()
+        hidden = {name for name in above.children if name.startswith(WHITEOUT_PREFIX)}
+        if OPAQUE in hidden:
+            below.children.clear()
+        for name in hidden:
+            below.children.pop(name.removeprefix(WHITEOUT_PREFIX), None)
+        link = _builds_on(below, above)
+        if link is not None:
+            kept[link] = _moved_aside(below)
+        for name in above.children.keys() - hidden:
+            node, existing = above.children[name], below.children.get(name)
+            if node.type is not EntryType.DIRECTORY:
+                _put(below, node)
+            elif existing is not None and existing.type is EntryType.DIRECTORY:
+                pairs.append((existing, node))
+            else:
+                _put(below, node)
+                drop_whiteouts(node)
+        below.mode, below.uid, below.gid = above.mode, above.uid, above.gid
+        below.mtime_ns, below.xattrs = above.mtime_ns, above.xattrs
+
+
+def _put(parent: Node, node: Node) -> None:
+    node.parent = parent
+    parent.children[node.name] = node
+
+
+def _moved_aside(directory: Node) -> Node:
+    """Empty a directory, and return one that has what it had."""
+    aside = Node(directory.name, EntryType.DIRECTORY, directory.mode, directory.uid, directory.gid)
+    aside.parent = directory.parent
+    for child in directory.children.values():
+        _put(aside, child)
+    directory.children = {}
+    return aside
 
 
 def _builds_on(lower: Node, upper: Node) -> Node | None:
@@ -104,8 +112,11 @@ def _builds_on(lower: Node, upper: Node) -> Node | None:
         return None
     if INVENTORY not in upper.children or INVENTORY not in lower.children:
         return None
-    found = resolve_directory(upper, link.symlink_target)
-    return link if found is None or found is upper else None
+    for own in (upper, lower):  # it may name a directory that either of them has
+        found = resolve_directory(own, link.symlink_target)
+        if found is not None and found is not own:
+            return None
+    return link
 
 
 def resolve_directory(start: Node, target: str) -> Node | None:

@@ -22,6 +22,9 @@ from lazyfs.layers.names import entry_path
 CHECKPOINT = "checkpoint"
 ROOTFS_DIFF = "rootfs-diff"
 
+_LAYERS_MOST = 2000
+"""Each takes two descriptors and some memory; the files of a checkpoint pushed one by one are
+some hundred."""
 _TITLE = "org.opencontainers.image.title"
 _UNPACK = "io.deis.oras.content.unpack"
 _TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ".tzst")
@@ -57,6 +60,10 @@ def place_layers(layers: Sequence[LayerDescriptor], reference: str) -> tuple[Pla
         MalformedError: the title of one is no path.
     """
     contents = [layer for layer in layers if layer.media_type not in EMPTY_TYPES]
+    if len(contents) > _LAYERS_MOST:
+        raise UnsupportedLayer(
+            f"{reference} has {len(contents)} layers; more than {_LAYERS_MOST} are not read"
+        )
     if not contents:
         raise UnsupportedLayer(f"{reference} has no layers, so there is nothing in it to be shown")
     for layer in contents:

@@ -95,7 +95,7 @@ class Unpacker:
         )
 
     def _directory(self, parent: Node, name: str, fill: _Fill) -> None:
-        if not name or name in parent.children:
+        if name in ("", ".", "..") or name in parent.children:
             return
         node = Node(name, EntryType.DIRECTORY, parent=parent, exact=True)
         filling = Filling(lambda: self._checkpoint.do(partial(_told, fill, node, filling)))
@@ -123,14 +123,17 @@ class Unpacker:
         """Fill a directory from an archive; one that is compressed is decoded as a layer is."""
         checkpoint = self._checkpoint
         gone = await at_last(partial(self._deleted, deleted), filling)
-        reader = checkpoint.reader(archive)
-        head = bytes(await at_last(partial(reader.read, 0, HEAD_BYTES), filling))
+        look = partial(self._look, archive)
+        wanted = [ByteRange(0, min(HEAD_BYTES, archive.size_bytes))]
+        (head,) = await at_last(partial(look, wanted), filling)
         is_layer = archive.name == ROOTFS_DIFF
         place = _Place(node, archive.layer, filling, archive.content_start, is_layer=is_layer)
         if looks_like_tar(head):
-            await fill_tree(self._walker(archive, reader, head), place.add, filling)
+            entries: list[Entry] = []
+            walk = walk_tar(archive.size_bytes, entries, head=head)
+            await fill_tree(Walker(walk, entries, look), place.add, filling)
         elif head:
-            blob = _FileBlob(archive, reader)
+            blob = _FileBlob(archive, checkpoint.reader(archive))
             described = LayerDescriptor(_UNTYPED, None, archive.size_bytes, {})
             # What it fetches is counted where it is fetched.
             desk = replace(checkpoint.desk, counters=Counters())
@@ -140,18 +143,12 @@ class Unpacker:
             await fill_tree(layer.walker, place.add, filling)
         place.hide(gone)
 
-    def _walker(self, archive: Node, reader: Reader, head: bytes) -> Walker:
-        """Walk a tar that lies in a layer; what it wants to see is fetched at once."""
-        entries: list[Entry] = []
-        layer = self._checkpoint.layers[archive.layer]
-
-        async def look(wanted: Sequence[ByteRange]) -> list[bytes]:
-            start = archive.content_start
-            moved = [ByteRange(start + item.start, start + item.stop) for item in wanted]
-            await layer.prefetch(moved)
-            return [bytes(await reader.read(item.start, item.size_bytes)) for item in wanted]
-
-        return Walker(walk_tar(archive.size_bytes, entries, head=head), entries, look)
+    async def _look(self, archive: Node, wanted: Sequence[ByteRange]) -> list[bytes]:
+        """Return ranges of an archive that lies in a layer."""
+        start = archive.content_start
+        moved = [ByteRange(start + item.start, start + item.stop) for item in wanted]
+        found = await self._checkpoint.layers[archive.layer].look(moved)
+        return [data[: item.size_bytes] for data, item in zip(found, wanted, strict=True)]
 
     async def _deleted(self, node: Node | None) -> list[str]:
         if node is None:

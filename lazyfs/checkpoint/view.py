@@ -111,6 +111,7 @@ class View:
             return None
         known = self._numbers.get(node.file)
         if known is not None:
+            node.seen = True
             return known
         if node.type is EntryType.SYMLINK and not node.exact and self._paths.leaves(node):
             log.warning("not shown: the link %r -> %r leaves it", node.name, node.symlink_target)
@@ -155,6 +156,8 @@ class _Paths:
                 links_left -= 1
                 ahead += child.symlink_target.split("/")[::-1]
                 absolute = child.symlink_target.startswith("/")
+            elif child is not None and child.exact:
+                return True  # a container's own links lead anywhere, and may not have come yet
             elif child is not None:
                 way.append(child)
             elif name not in ("", "."):

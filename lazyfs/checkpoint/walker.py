@@ -13,7 +13,7 @@ from lazyfs.layers.model import Entry, Walk
 
 log = logging.getLogger(__name__)
 
-_ASK_AGAIN_S = 1.0
+_ASK_AGAIN_S = 5.0
 _T = TypeVar("_T")
 
 
@@ -65,11 +65,14 @@ async def at_last(ask: Callable[[], Awaitable[_T]], filling: Filling) -> _T:
     Raises:
         whatever `ask` raises, but for SourceError.
     """
+    said = ""
     while True:
         try:
             return await ask()
         except SourceError as error:
-            log.warning("not all names are known yet: %s", error)
+            level = logging.DEBUG if str(error) == said else logging.WARNING
+            said = str(error)
+            log.log(level, "not all names are known yet: %s", said)
             filling.fail(error)
             await trio.sleep(_ASK_AGAIN_S)
 

@@ -48,7 +48,7 @@ class BlobProof(ABC):
         """Prove the blob at leisure, and again whenever its proof is lost; for ever."""
         while True:
             if self._content.holdings.sealed or self._content.poison is not None:
-                await self._content.wait_change(ByteRange(0, 1))
+                await self._content.wait_news()
             else:
                 try:
                     await self.prove(eager=False)

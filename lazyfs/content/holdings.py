@@ -57,6 +57,8 @@ class Holdings:
         self._holes_left = False
         self._lock = threading.Lock()
         self._claimed = bytearray(len(chunks))
+        self._served = bytearray(len(chunks))
+        """Whether readers have been let in at a chunk, ever."""
         marks = cache.marks(len(chunks)) if cache is not None else bytes(8 * len(chunks))
         self._marks = little_endian(array("Q", marks))
         self.sealed = cache is not None and cache.is_sealed(marks)
@@ -109,6 +111,7 @@ class Holdings:
             if self._marks[index] not in (0, mark):
                 return False
             self._marks[index] = mark
+            self._served[index] = 1
             if memory is None:
                 self.state[index] = READY
             else:
@@ -124,10 +127,11 @@ class Holdings:
         """
         for index, mark in enumerate(marks, first):
             if self._marks[index] not in (0, mark):
-                if self.state[index] != UNCHECKED:
+                if self._served[index]:
                     return False
-                self.refuse(index)
-            self._marks[index] = mark
+                if self.state[index] == UNCHECKED:
+                    self.refuse(index)
+            self._marks[index] = mark  # whoever is checking the chunk compares it with this now
         return True
 
     def contradiction(self, first: int, last: int) -> IntegrityError:
@@ -148,6 +152,7 @@ class Holdings:
     def accept(self, index: int) -> None:
         """Believe a chunk of an earlier mount: `verify` found it as it was."""
         self._claimed[index] = 1
+        self._served[index] = 1
         self.state[index] = READY
         self._counters.chunks_from_cache += 1
 

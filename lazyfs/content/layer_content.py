@@ -139,6 +139,10 @@ class LayerContent(Content):
         else:
             await flight.wait_landed(min(last, flight.last) - 1)
 
+    async def wait_news(self) -> None:
+        """Come back when the state of any chunk may have changed, or its trust."""
+        await self._changed.park()
+
     def next_run(self, content: ByteRange, most_bytes: int) -> tuple[int, int] | None:
         """Return the first chunks within `content` that nobody fetches yet, for `take_off`.
 
@@ -182,14 +186,19 @@ class LayerContent(Content):
         """Why nothing is served any more, if that is so."""
         return self._poison
 
-    def condemn(self, error: LazyfsError) -> None:
-        """Serve nothing more of this layer, say why, and forget what the cache holds of it."""
+    def condemn(self, error: LazyfsError, *, guilty: bool = True) -> None:
+        """Serve nothing more of this layer, say why, and forget what the cache holds of it.
+
+        One that is not `guilty` shares the fate of another layer. What it has proven is kept.
+        """
         if self._poison is not None:
             return
         self._poison = error.with_traceback(None)  # which would hold on to buffers
         self.condemned.set()
-        log.critical("%s; every read fails from now on", error)
-        self.holdings.purge()
+        if guilty:
+            log.critical("%s; every read fails from now on", error)
+        if guilty or not self.proven:
+            self.holdings.purge()
         for flight in self._flights:
             flight.let_go_all()
         self._changed.unpark_all()

@@ -47,8 +47,11 @@ class Content(Protocol):
     async def ensure(self, content: ByteRange, lane: Lane) -> None:
         """Come back when the bytes are here; raises as `read`."""
 
-    def condemn(self, error: LazyfsError) -> None:
-        """Serve nothing more of this layer, say why, and forget what the cache holds of it."""
+    def condemn(self, error: LazyfsError, *, guilty: bool = True) -> None:
+        """Serve nothing more of this layer, say why, and forget what the cache holds of it.
+
+        One that is not `guilty` shares the fate of another layer. What it has proven is kept.
+        """
 
     def raise_if_condemned(self) -> None:
         """Raise the error of a verification that has failed, if any has."""

@@ -209,15 +209,20 @@ class StreamedContent(Content):
         """Why nothing is served any more, if that is so."""
         return self._poison
 
-    def condemn(self, error: LazyfsError) -> None:
-        """Serve nothing more of this layer, say why, and forget what the cache holds of it."""
+    def condemn(self, error: LazyfsError, *, guilty: bool = True) -> None:
+        """Serve nothing more of this layer, say why, and forget what the cache holds of it.
+
+        One that is not `guilty` shares the fate of another layer. What it has proven is kept.
+        """
         if self._poison is not None:
             return
         self._poison = error.with_traceback(None)  # which would hold on to buffers
-        self._proven = False
+        if guilty:
+            log.critical("%s; every read fails from now on", error)
+        if guilty or not self._proven:
+            self._proven = False
+            self._purge()
         self.condemned.set()
-        log.critical("%s; every read fails from now on", error)
-        self._purge()
         self._pass_scope.cancel()
         self._waiters.wake(NEVER)
 
@@ -303,10 +308,13 @@ class StreamedContent(Content):
         if self._digest is None or self._growing is None:
             return
         home = home_of(self._cache_dir, self._digest, self._stream.cache_tag)
-        try:
-            await trio.to_thread.run_sync(self._publish, decoder, self._growing, home)
-        except OSError as problem:
-            log.warning("later mounts will not find %s: %s", self._blob.name, problem)
+        with trio.CancelScope(shield=True):  # all the work is done: it is kept, whoever leaves now
+            try:
+                await trio.to_thread.run_sync(self._publish, decoder, self._growing, home)
+            except OSError as problem:
+                log.warning("later mounts will not find %s: %s", self._blob.name, problem)
+            except LazyfsError as error:
+                log.info("later mounts will not find %s: %s", self._blob.name, error)
 
     def _trouble(self, error: LazyfsError) -> None:
         """Tell all who wait that the pass cannot go on now."""
@@ -368,7 +376,7 @@ class StreamedContent(Content):
                 index = data, reopen(data).chunks
             except LazyfsError as error:
                 log.warning("%s cannot be read at random: %s", self._blob.name, error)
-        publish(growing, home, index, trio.from_thread.check_cancelled)
+        publish(growing, home, index, self.raise_if_condemned)
 
 
 class _Writer:

@@ -30,6 +30,7 @@ class Waiters:
         """
         news = trio.Event()
         errors: list[LazyfsError] = []
+        stop = min(stop, NEVER)  # or nobody would come by there
         self._waiters[news] = stop, errors
         self.least = min(self.least, stop)
         try:

@@ -18,7 +18,7 @@ import xxhash
 import zstandard
 
 from lazyfs.ground.data import Data
-from lazyfs.ground.errors import IntegrityError, MalformedError
+from lazyfs.ground.errors import IntegrityError, MalformedError, UnsupportedLayer
 from lazyfs.layers.chunks import DIGEST_BYTES
 from lazyfs.layers.model import Entry, LayerIndex
 from lazyfs.layers.restart import WINDOW_BYTES, RestartPoint
@@ -110,16 +110,18 @@ def open_restart_index(data: Data, blob_bytes: int) -> LayerIndex:
     `data` must stay as it is for as long as the layer is used: windows are read out of it.
 
     Raises:
-        MalformedError: it is not that, torn, of another version, or of another blob.
-        UnsupportedLayer: nothing here can restart.
+        MalformedError: it is not that, torn, or of another version.
+        UnsupportedLayer: it is of another blob, or nothing here can restart.
     """
     view = memoryview(data).cast("B")
     sealed, seal = view[:-_SEAL_BYTES], view[-_SEAL_BYTES:]
     if len(sealed) < _HEAD.size or xxhash.xxh3_128_digest(sealed) != seal:
         raise MalformedError("the restart index is torn")
     magic, count, whole, blob_stop, content_bytes = _HEAD.unpack_from(sealed)
-    if magic != _MAGIC or whole != blob_bytes or blob_stop > blob_bytes:
-        raise MalformedError("the restart index is of another version, or of another blob")
+    if magic != _MAGIC or blob_stop > whole:
+        raise MalformedError("the restart index is of another version")
+    if whole != blob_bytes:
+        raise UnsupportedLayer(f"the restart index is of a blob of {whole} bytes, not {blob_bytes}")
     if count > (len(sealed) - _HEAD.size) // _ROW_BYTES:
         raise MalformedError(f"the restart index is too short for {count} points")
     at = _HEAD.size

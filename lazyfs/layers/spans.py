@@ -152,31 +152,43 @@ class GzipSpans:
         with Source(data) as source:
             inflater.restart(bits, source.view[0] if bits else 0, self._window(index))
             source.position = bool(bits)
+            members = _Members(inflater, source)
             while left:
                 room = min(left, PIECE_BYTES)
-                if _fill(inflater, source, buffer, room) < room:
+                if members.fill(buffer, room) < room:
                     raise MalformedError(f"it holds less than {size_bytes} bytes")
                 left -= room
                 yield buffer.view[:room]
-            if _fill(inflater, source, Buffer(1), 1):
+            if members.fill(Buffer(1), 1):
                 raise MalformedError(f"it holds more than {size_bytes} bytes")
         inflater.close()
 
 
-def _fill(inflater: RestartInflater, source: Source, out: Buffer, room: int) -> int:
-    """Decode `room` bytes, or as many as there are, over the borders of members."""
-    filled = 0
-    while filled < room:
-        step = inflater.inflate(source, out, filled, room)
-        filled += step.produced
-        if step.ended:
-            if inflater.window_bits == RAW:
-                source.position = min(source.position + TRAILER_BYTES, len(source.view))
-            inflater.reset(GZIP)
-        # Behind the last member there may be zeros.
-        if not source.left or (step.ended and not source.view[source.position]):
-            break
-    return filled
+class _Members:
+    """Decodes over the borders of members."""
+
+    def __init__(self, inflater: RestartInflater, source: Source) -> None:
+        self._inflater = inflater
+        self._source = source
+        self._at_border = False
+
+    def fill(self, out: Buffer, room: int) -> int:
+        """Decode `room` bytes, or as many as there are."""
+        source, filled = self._source, 0
+        while filled < room:
+            # Behind the last member there may be zeros.
+            if self._at_border and source.left and not source.view[source.position]:
+                break
+            step = self._inflater.inflate(source, out, filled, room)
+            filled += step.produced
+            self._at_border = step.ended
+            if step.ended:
+                if self._inflater.window_bits == RAW:
+                    source.position = min(source.position + TRAILER_BYTES, len(source.view))
+                self._inflater.reset(GZIP)
+            if not source.left:
+                break
+        return filled
 
 
 def _check_points(blob: Sequence[int], bits: Sequence[int], content: Sequence[int]) -> None:

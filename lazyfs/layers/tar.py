@@ -36,6 +36,8 @@ from lazyfs.layers.tar_header import (
 HEADERS_MOST = 4 * ENTRIES_MOST
 """Headers of all kinds; an entry has up to three in front of it."""
 EXTENSION_MOST_BYTES = MIB
+FILE_MOST_BYTES = 16 * 2**40
+"""No memory is larger, and no address of content."""
 
 _BLOCK_LEAST = FIXED_CHUNK_BYTES
 _BLOCK_MOST = 2 * MIB
@@ -236,6 +238,8 @@ class _TarWalk:
             is_directory = header.type == b"\0" and header.name.endswith(b"/")
             kind = EntryType.DIRECTORY if is_directory else EntryType.FILE
         data_bytes = 0 if header.type in _DATALESS_TYPES else header.size_bytes
+        if data_bytes > FILE_MOST_BYTES:
+            raise MalformedError(f"{path[:200]!r} of {data_bytes} bytes is not believed")
         if not path and kind is not EntryType.DIRECTORY:
             raise MalformedError(f"the layer's root is no directory in the tar: {header.name!r}")
         if header.type == b"1":

@@ -84,6 +84,7 @@ class FakeCheckpoint:
             media_type=MANIFEST_TYPE,
             layers=(self.layer,),
             describe=lambda: "something else",
+            dumps=dict,
         )
         self.tree = Tree(
             [

@@ -18,7 +18,7 @@ Grafts = dict[Node, Node]
 def laid(*layers: list[Entry]) -> tuple[Tree, Grafts]:
     first, *later = (Tree(entries, layer=number) for number, entries in enumerate(layers))
     kept: Grafts = {}
-    drop_whiteouts(first)
+    drop_whiteouts(first.root)
     for tree in later:
         kept |= lay_over(first, tree)
     return first, kept
@@ -131,6 +131,40 @@ async def test_a_layer_for_each_pre_dump_in_directories_of_their_own() -> None:
     assert head is tree.find("3")
     assert head is not None
     assert [path_of(node) for node in chain(head, kept).parents] == ["2", "1"]
+
+
+async def test_a_parent_in_a_lower_layer_is_what_it_says() -> None:
+    """A layer may bring a new checkpoint only, and build on what an earlier layer has beside it."""
+    tree, kept = laid(
+        [*images("checkpoint"), file("checkpoint/core-1.img"), *images("pre-checkpoint")],
+        images("checkpoint", "../pre-checkpoint"),
+    )
+    assert not kept
+    head = find_images(tree, kept)
+    assert head is not None
+    found = chain(head, kept)
+    assert [path_of(node) for node in found.parents] == ["pre-checkpoint"]
+    assert "core-1.img" in head.children
+
+
+def test_deep_directories_are_laid_over_each_other() -> None:
+    deep = "/".join("d" for _ in range(1500))
+    tree, _ = laid([file(f"{deep}/a")], [file(f"{deep}/b")])
+    node = tree.find(deep)
+    assert node is not None
+    assert sorted(node.children) == ["a", "b"]
+
+
+def test_whiteouts_in_new_directories_are_not_shown() -> None:
+    tree, _ = laid([file("a")], [file("new/.wh..wh..opq"), file("new/sub/.wh.x"), file("new/y")])
+    assert paths(tree) == ["a", "new", "new/sub", "new/y"]
+
+
+@pytest.mark.parametrize("name", [".wh.", ".wh..", ".wh..."])
+def test_whiteouts_of_nothing_hide_nothing(name: str) -> None:
+    tree = Tree([file("a/b")], exact=True)
+    as_overlay(tree.directory("a"), name)
+    assert paths(tree) == ["a", "a/b"]
 
 
 def test_a_layer_without_a_parent_replaces() -> None:

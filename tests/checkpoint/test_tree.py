@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from lazyfs.checkpoint.tree import Filling, Tree
+from lazyfs.checkpoint.tree import Filling, Node, Tree
 from lazyfs.checkpoint.view import View
 from lazyfs.ground.errors import FetchError, MalformedError
 from lazyfs.layers.model import Entry, EntryType
@@ -322,6 +322,24 @@ async def test_a_name_that_was_shown_stays_what_it_is() -> None:
     tree.add([file("b", 9)])
     with pytest.raises(MalformedError, match="two entries called 'a'"):
         tree.add([file("a", 9)])
+
+
+async def test_every_name_of_a_file_that_was_shown_stays() -> None:
+    entries = [file("a", 3, 10), file("b", 3, 10, link_of="a")]
+    tree = Tree(entries, filling=Filling())
+    view = View(tree.root)
+    assert await view.lookup(1, "a") == await view.lookup(1, "b")
+    with pytest.raises(MalformedError, match="two entries called 'b'"):
+        tree.add([file("b", 9)])
+
+
+async def test_no_link_leads_through_a_containers_files() -> None:
+    tree = Tree([link("l", "rootfs-diff/evil/passwd"), file("f")])
+    root = Node("rootfs-diff", EntryType.DIRECTORY, parent=tree.root, exact=True)
+    tree.root.children["rootfs-diff"] = root
+    view = View(tree.root)
+    assert await view.lookup(1, "l") is None
+    assert await view.lookup(1, "rootfs-diff")
 
 
 async def test_a_link_is_shown_when_it_is_known_where_it_leads(

@@ -121,6 +121,8 @@ async def test_past_the_end_is_an_error(tmp_path: Path) -> None:
         for _ in range(2):
             with pytest.raises(MalformedError, match="ends at"):
                 await setup.content.read(ByteRange(len(DATA) - 5, len(DATA) + 1))
+        with trio.fail_after(5), pytest.raises(MalformedError):  # who waits for that waits no more
+            await setup.content.read(ByteRange(2**62 + 5, 2**62 + 6))
         assert bytes(await setup.content.read(ByteRange(5, 5))) == b""
         assert setup.content.poison is None
 

@@ -131,6 +131,13 @@ def test_spans_of_many_members(spacing: int) -> None:
     check(b"".join(members) + bytes(777), spacing)
 
 
+@pytest.mark.parametrize("zeros", [1, 3, 512, 10_240])
+@pytest.mark.parametrize("members", [1, 3])
+def test_zeros_behind_the_last_member(zeros: int, members: int) -> None:
+    blob = b"".join(gzip_member(mixed(200_000, seed)) for seed in range(members))
+    check(blob + bytes(zeros), 50_000)
+
+
 def test_spans_with_flushes() -> None:
     packer = zlib.compressobj(6, zlib.DEFLATED, 31)
     parts = []

@@ -420,3 +420,11 @@ def test_a_hostile_stream_gives_entries_or_the_error(data: bytes, seed: int) -> 
     start = tar_bytes([Member("a", b"1")])[:1024]
     with contextlib.suppress(MalformedError, UnsupportedLayer):
         walked_as_stream(start + data, random.Random(seed))
+
+
+@pytest.mark.parametrize("size", [2**44 + 1, 2**62, 2**70])
+def test_sizes_beyond_all_memory_are_refused(size: int) -> None:
+    data = header(put(124, b"\x80" + size.to_bytes(11, "big"))) + bytes(1024)
+    for walk in (walked, lambda data: walked_as_stream(data, random.Random(1))):
+        with pytest.raises(MalformedError):
+            walk(data)
