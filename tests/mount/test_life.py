@@ -204,8 +204,9 @@ def test_a_signal_while_a_reader_waits(
 ) -> None:
     mount = mounts.mount(remote)
     server.always("/blobs/", stall())
+    asked = server.count("/blobs/")
     reader = Reader(mount / "pages-1.img", 8 * MIB, 4096)
-    server.wait_count("/blobs/", server.count("/blobs/") + 1)
+    server.wait_count("/blobs/", asked + 1)
     assert reader.is_waiting()
     began = time.monotonic()
     mount.signal(number)
