@@ -4,7 +4,7 @@ It adapts and decides nothing: names and attributes are the view's, bytes are th
 operation stands behind a guard, since an exception that escapes a pyfuse3 handler ends the whole
 mount. What has been told does not change during a mount, so everything may be cached by the kernel
 for good: attributes, names, names that are not there (CRIU probes dozens), and pages. Only the
-attributes of a directory to which names are still coming may change.
+number of links may change, of a directory and of a container's files, while names are coming.
 """
 
 import errno
@@ -239,7 +239,7 @@ class CheckpointOperations(pyfuse3.Operations):
         attributes.st_ino = InodeT(inode)
         attributes.generation = 0
         attributes.entry_timeout = _FOREVER_S
-        attributes.attr_timeout = _FOREVER_S if node.is_complete else 0.0
+        attributes.attr_timeout = _FOREVER_S if self._view.is_settled(inode) else 0.0
         bits = node.mode
         if not (node.exact and self._is_root):
             bits |= _SEARCHABLE if node.type is EntryType.DIRECTORY else _READABLE

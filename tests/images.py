@@ -53,6 +53,8 @@ class Layer:
     blob: bytes
     annotations: dict[str, str]
     media_type: str
+    ztoc: bytes = b""
+    """A SOCI index of it, which is a blob of its own."""
 
     @property
     def digest(self) -> str:
@@ -171,7 +173,7 @@ def _entries(
         "mode": member.mode,
         "uid": member.uid,
         "gid": member.gid,
-        "modtime": _go_time(int(seconds), fraction),
+        "modtime": go_time(int(seconds), fraction),
         "xattrs": {"user.test": base64.b64encode(b"x").decode()},
     }
     if member.link:
@@ -203,7 +205,8 @@ def _digest(data: bytes) -> str:
     return f"sha256:{hashlib.sha256(data).hexdigest()}"
 
 
-def _go_time(seconds: int, fraction: float) -> str:
+def go_time(seconds: int, fraction: float) -> str:
+    """Write a time as Go's RFC3339Nano."""
     from datetime import UTC, datetime
 
     text = datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")

@@ -355,6 +355,8 @@ async def _open_stream(
         except LazyfsError as error:
             error = _with_name(checkpoint.reference, error)
             if checkpoint.images is not None:  # else there is no mount yet that could serve it
+                if layer.content.poison is None:  # else that has been said
+                    log.critical("%s; every read fails from now on", error)
                 checkpoint.condemn(error)
             filling.end(error)
             return

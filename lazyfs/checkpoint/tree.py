@@ -42,6 +42,7 @@ class Filling:
         self.error: LazyfsError | None = None
         self._begin = begin
         self._news = trio.lowlevel.ParkingLot()
+        self._asked = trio.Event()
 
     async def wait(self) -> None:
         """Come back when there may be new names, or there will be no more.
@@ -52,6 +53,7 @@ class Filling:
         if self._begin is not None:
             begin, self._begin = self._begin, None
             begin()
+        self._asked.set()
         if not self.ended:
             await self._news.park()
         if self.error is not None:
@@ -61,6 +63,12 @@ class Filling:
         """Say that nothing comes for now: who waits hears why, who comes later waits again."""
         self.error = error
         self._news.unpark_all()
+
+    async def rest(self, longest_s: float) -> None:
+        """After `fail`: come back when somebody waits again, or after so long."""
+        self._asked = trio.Event()
+        with trio.move_on_after(longest_s):
+            await self._asked.wait()
 
     async def wait_end(self) -> None:
         """Come back when all names are there; raises as `wait`."""

@@ -97,6 +97,16 @@ class View:
             return 1
         return 2 + sum(child.type is EntryType.DIRECTORY for child in node.children.values())
 
+    def is_settled(self, inode: int) -> bool:
+        """Whether what is told of something will not change: names may come, and hard links.
+
+        CRIU's own files are taken to have none: else each read of them would have the kernel ask
+        whether they are as they were.
+        """
+        node = self.node(inode)
+        may_be_linked = node.exact and node.parent is not None and not node.parent.is_complete
+        return node.is_complete and not may_be_linked
+
     @property
     def size_bytes(self) -> int:
         """Of the files that have been asked for."""

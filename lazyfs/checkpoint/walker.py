@@ -74,7 +74,7 @@ async def at_last(ask: Callable[[], Awaitable[_T]], filling: Filling) -> _T:
             said = str(error)
             log.log(level, "not all names are known yet: %s", said)
             filling.fail(error)
-            await trio.sleep(_ASK_AGAIN_S)
+            await filling.rest(_ASK_AGAIN_S)
 
 
 async def fill_tree(

@@ -4,16 +4,33 @@ import hashlib
 import json
 import random
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.faults import OCI_INDEX, OCI_MANIFEST, FaultServer, digest_of
+from lazyfs.checkpoint.soci_index import INDEX_DIGEST_KEY, INDEX_V1, INDEX_V2, LAYER_DIGEST_KEY
+from tests.faults import OCI_INDEX, OCI_MANIFEST, FaultServer, Resource, digest_of
 from tests.images import Files, Layer, tar_layer, zstd_chunked
+from tests.layers.stargz_writer import estargz, stargz_zstd
+from tests.mount.writers import gzip_layer, seekable_layer, soci_layer, zstd_layer
 
 KIB = 1024
 MIB = 1024 * KIB
-LAYERS = {"tar": tar_layer, "zstd:chunked": zstd_chunked}
+Writer = Callable[[Files], Layer]
+STREAMS: dict[str, Writer] = {"gzip": gzip_layer, "zstd": zstd_layer}
+"""What can only be decoded from its start, for as long as no mount has done so."""
+AT_RANDOM: dict[str, Writer] = {
+    "tar": tar_layer,
+    "zstd:chunked": zstd_chunked,
+    "estargz": estargz,
+    "stargz-zstd": stargz_zstd,
+    "zstd:seekable": seekable_layer,
+    "soci": soci_layer,
+}
+LAYERS = {**AT_RANDOM, **STREAMS}
+FEW = ["tar", "zstd:chunked", "gzip"]
+"""One of each kind: chunks that nothing proves, that prove themselves, and a stream."""
 EMPTY = {
     "mediaType": "application/vnd.oci.empty.v1+json",
     "digest": digest_of(b"{}"),
@@ -61,10 +78,51 @@ def manifest_of(
 
 
 def publish(server: FaultServer, layer: Layer, tag: str = "1") -> str:
-    """Put an image into the registry; return its reference."""
+    """Put an image into the registry, its zTOC too; return its reference."""
     server.add_blob(b"{}")
     server.add_blob(layer.blob)
-    server.add_manifest(manifest_of(layer), tag)
+    annotations = {}
+    if layer.ztoc:
+        annotations[INDEX_DIGEST_KEY] = server.add_manifest(soci_index(server, layer, INDEX_V2))
+    server.add_manifest(manifest_of(layer, annotations), tag)
+    return f"{server.host}/{server.repository}:{tag}"
+
+
+def soci_index(server: FaultServer, layer: Layer, kind: str) -> dict[str, Any]:
+    """Serve a layer's zTOC, and return the manifest of the index that holds it."""
+    ztoc = {
+        "mediaType": "application/octet-stream",
+        "digest": server.add_blob(layer.ztoc),
+        "size": len(layer.ztoc),
+        "annotations": {LAYER_DIGEST_KEY: layer.digest},
+    }
+    index = {"schemaVersion": 2, "mediaType": OCI_MANIFEST, "artifactType": kind}
+    return {**index, "config": {**EMPTY, "mediaType": kind}, "layers": [ztoc]}
+
+
+def publish_referring(server: FaultServer, layer: Layer, tag: str = "1") -> str:
+    """Put an image into the registry, and its zTOC beside it, as anybody may; return its name."""
+    reference = publish(server, replace(layer, ztoc=b""), tag)
+    index = soci_index(server, layer, INDEX_V1)
+    data = json.dumps(index).encode()
+    listed = {"mediaType": OCI_MANIFEST, "size": len(data), "artifactType": INDEX_V1}
+    listed["digest"] = server.add_manifest(data)
+    referrers = {"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": [listed]}
+    image = digest_of(json.dumps(manifest_of(layer)).encode())
+    path = f"/v2/{server.repository}/referrers/{image}"
+    server.resources[path] = Resource(json.dumps(referrers).encode(), OCI_INDEX)
+    return reference
+
+
+def publish_many(
+    server: FaultServer, layers: Sequence[Layer], tag: str = "many", **more: Any
+) -> str:
+    """Put an image of several layers into the registry; return its reference."""
+    server.add_blob(b"{}")
+    for layer in layers:
+        server.add_blob(layer.blob)
+    rows = [manifest_of(layer)["layers"][0] for layer in layers]
+    server.add_manifest({**manifest_of(layers[0]), "layers": rows, **more}, tag)
     return f"{server.host}/{server.repository}:{tag}"
 
 

@@ -23,14 +23,14 @@ from tests.faults import (
 )
 from tests.images import zstd_chunked
 from tests.mount.mounting import Mount, Mounts, Reader, read_at, wait_until
-from tests.mount.published import KIB, LAYERS, MIB, checkpoint_files, publish, publish_files
+from tests.mount.published import FEW, KIB, MIB, checkpoint_files, publish, publish_files
 
 PAGES = "checkpoint/pages-1.img"
 FILES = checkpoint_files(24 * MIB)
 DATA = FILES[PAGES]
 
 
-@pytest.fixture(params=LAYERS)
+@pytest.fixture(params=FEW)
 def reference(request: pytest.FixtureRequest, server: FaultServer) -> str:
     return publish_files(server, FILES, request.param)
 

@@ -4,6 +4,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,13 +12,13 @@ import pytest
 from tests.faults import FaultServer
 from tests.images import Member, tar_layer, zstd_chunked
 from tests.mount.mounting import Mounts, error_of
-from tests.mount.published import LAYERS, MIB, checkpoint_files, publish, publish_files
+from tests.mount.published import FEW, MIB, checkpoint_files, publish, publish_files
 
 INVENTORY = Member("checkpoint/inventory.img", b"inventory")
 SYMLINK, HARDLINK = tarfile.SYMTYPE, tarfile.LNKTYPE
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", ["tar", "zstd:chunked", "zstd"])
 @pytest.mark.parametrize(
     ("member", "said"),
     [
@@ -40,7 +41,7 @@ def test_names_that_cannot_be(
     assert server.host in done.err, "of which image it is"
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", FEW)
 def test_nothing_lies_below_a_link(server: FaultServer, mounts: Mounts, kind: str) -> None:
     members = [INVENTORY, Member("l", type=SYMLINK, link="checkpoint"), Member("l/x", b"x")]
     done = mounts.refuse(publish_files(server, members, kind))
@@ -48,7 +49,7 @@ def test_nothing_lies_below_a_link(server: FaultServer, mounts: Mounts, kind: st
     assert "lies below 'l', which is no directory" in done.err
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", FEW)
 def test_absolute_names_are_names_of_the_layer(
     server: FaultServer, mounts: Mounts, kind: str
 ) -> None:
@@ -59,7 +60,7 @@ def test_absolute_names_are_names_of_the_layer(
     assert (mount / "etc/passwd").read_bytes() == b"x"
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", FEW)
 def test_what_could_act_on_the_host_is_not_shown(
     server: FaultServer, mounts: Mounts, kind: str
 ) -> None:
@@ -91,7 +92,7 @@ def test_what_could_act_on_the_host_is_not_shown(
     assert sorted(os.listdir(mount.directory)) == ["inventory.img", "long", "sub"]
     assert sorted(os.listdir(mount / "sub")) == ["fine", "up"]
     for name in ("climbing", "out of the view", "sub/by another", "round", "device"):
-        assert error_of(lambda name=name: os.lstat(mount / name)) == "ENOENT"
+        assert error_of(partial(os.lstat, mount / name)) == "ENOENT"
     assert os.path.realpath(mount / "sub/fine/up/sub") == str(mount / "sub")
     assert mount.umount().code == 0
     mount = mounts.mount(reference, "--view=image")
@@ -100,7 +101,7 @@ def test_what_could_act_on_the_host_is_not_shown(
     assert os.readlink(mount / "checkpoint/sub/by many") == "fine/up/../x"
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", FEW)
 def test_the_last_of_a_name_holds(server: FaultServer, mounts: Mounts, kind: str) -> None:
     """As when the layer is unpacked."""
     members = [

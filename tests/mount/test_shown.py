@@ -14,7 +14,14 @@ from lazyfs import mountpoint
 from tests.faults import FaultServer
 from tests.images import Member, tar_layer, zstd_chunked
 from tests.mount.mounting import Mounts, error_of, run
-from tests.mount.published import LAYERS, checkpoint_files, publish, publish_files, write_layout
+from tests.mount.published import (
+    FEW,
+    LAYERS,
+    checkpoint_files,
+    publish,
+    publish_files,
+    write_layout,
+)
 
 
 @pytest.mark.parametrize("inside", ["checkpoint/", "", "a/b/c/"])
@@ -46,10 +53,12 @@ def test_attributes_are_those_archived(server: FaultServer, mounts: Mounts, kind
     ]
     mount = mounts.mount(publish_files(server, members, kind))
     root, inventory = os.stat(mount.directory), os.stat(mount / "inventory.img")
-    assert (root.st_mode, root.st_mtime_ns) == (stat.S_IFDIR | 0o755, 1_600_000_000_500_000_000)
+    part = not kind.startswith(("estargz", "stargz"))  # of a second: those keep none
+    assert root.st_mode == stat.S_IFDIR | 0o755
+    assert root.st_mtime_ns == 1_600_000_000_000_000_000 + part * 500_000_000
     assert inventory.st_mode == stat.S_IFREG | 0o644, "readable by all"
     assert (inventory.st_uid, inventory.st_gid, inventory.st_size) == (7, 8, 5000)
-    assert inventory.st_mtime_ns == 12_345_250_000_000
+    assert inventory.st_mtime_ns == 12_345_000_000_000 + part * 250_000_000
     assert inventory.st_blocks == 10
     assert os.stat(mount / "suid").st_mode == stat.S_IFREG | 0o755, "no suid"
     assert os.stat(mount / "none").st_mode == stat.S_IFREG | 0o444
@@ -64,7 +73,7 @@ def test_attributes_are_those_archived(server: FaultServer, mounts: Mounts, kind
     )
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", [*FEW, "soci"])
 def test_hard_links_are_one_file(server: FaultServer, mounts: Mounts, kind: str) -> None:
     members = [
         Member("checkpoint/inventory.img", b"one"),
@@ -80,7 +89,7 @@ def test_hard_links_are_one_file(server: FaultServer, mounts: Mounts, kind: str)
     assert os.stat(mount / "inside").st_nlink == 2, "one of its names is outside"
 
 
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("kind", FEW)
 def test_symlinks_lead_where_they_did(server: FaultServer, mounts: Mounts, kind: str) -> None:
     members = [
         Member("checkpoint/inventory.img", b"here"),

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.images import zstd_chunked
+from tests.images import Member, tar_bytes, zstd_chunked
 from tests.mount.mounting import Done, Mounts, command, run
 from tests.mount.published import checkpoint_files, write_layout
+from tests.mount.writers import gzip_layer
 
 NOBODY = 65534
 FILES = checkpoint_files(300_000)
@@ -45,6 +46,9 @@ def home() -> Iterator[Path]:
         os.chown(path, NOBODY, NOBODY)
     os.chmod(home, 0o755)
     write_layout(home / "layout", zstd_chunked(FILES))
+    write_layout(home / "stream", gzip_layer(FILES))
+    changes = tar_bytes([Member("etc/secret", b"s", mode=0o600, uid=1000)])
+    write_layout(home / "changed", zstd_chunked({**FILES, "rootfs-diff.tar": changes}))
     mounts = Mounts(home)
     name = str(home / "mnt").strip("/").replace("/", "-")
     mounts.log_files = [home / "xdg/lazyfs/log" / f"{name}.log"]
@@ -56,7 +60,7 @@ def home() -> Iterator[Path]:
 def as_nobody(home: Path, script: str, mode: str = "666") -> Done:
     """Run a script as nobody; in it, `lazyfs` is the program."""
     program = " ".join(f"'{word}'" for word in command())
-    prepared = ["sh", "-c", SETUP, "sh", home, mode]
+    prepared: list[str | Path] = ["sh", "-c", SETUP, "sh", home, mode]
     words = [*prepared, "sh", "-c", f'lazyfs() {{ {program} "$@"; }}; {script}']
     environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": f"{home}/xdg"}
     environment["PYTHON"] = sys.executable
@@ -71,10 +75,18 @@ def test_a_user_mounts(home: Path) -> None:
         grep " $PWD/mnt " /proc/self/mountinfo
         lazyfs umount mnt || exit 2
         ls mnt
+        lazyfs mount oci:stream mnt > /dev/null || exit 3
+        sha256sum < mnt/pages-1.img
+        lazyfs umount mnt || exit 4
+        lazyfs mount --view=image oci:changed mnt > /dev/null || exit 5
+        cat mnt/rootfs-diff/etc/secret
+        lazyfs umount mnt || exit 6
     """
     done = as_nobody(home, script)
     assert (done.code, done.err) == (0, "")
-    said, digest, mounted = done.out.splitlines()
+    said, digest, mounted, of_stream, secret = done.out.splitlines()
+    assert of_stream == digest
+    assert secret == "s", "who is not root may read what they have mounted"
     assert said.endswith(f" on {home}/mnt")
     assert digest.split()[0] == hashlib.sha256(FILES["checkpoint/pages-1.img"]).hexdigest()
     assert " fuse.lazyfs " in mounted

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def everything_fails(mount: Mount) -> bool:
     """Whether nothing can be read any more, not even what the kernel had a copy of."""
     names = {name: os.stat(mount / name).st_size for name in os.listdir(mount.directory)}
     return all(
-        error_of(lambda path=mount / name, at=at: read_at(path, at, 4096)) == "EIO"
+        error_of(partial(read_at, mount / name, at, 4096)) == "EIO"
         for name, size in names.items()
         for at in range(0, size, 3 * MIB)
     )
