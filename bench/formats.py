@@ -107,7 +107,8 @@ def push_formats(session: Session, near: Registry, tar: Path, formats: list[str]
             push_soci_enabled(at, "bench/soci-v1", "enabled", "1", index)
         if "estargz" in formats:
             source, target = f"{at}/bench/soci-v1:1", f"{at}/bench/estargz:1"
-            session.run(["ctr-remote", "image", "convert", "--estargz", "--oci", source, target])
+            convert_words = ["ctr-remote", "image", "convert", "--estargz", "--oci"]
+            session.run([*convert_words, source, target], timeout_s=1200)  # it packs tightly
             containerd.ctr("image", "push", "--plain-http", target)
     return index
 

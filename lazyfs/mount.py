@@ -178,6 +178,7 @@ async def _announce(
     checkpoint.raise_if_condemned()  # it may have been found wrong already
     log.info("mounted %s on %s", checkpoint.reference, config.directory)
     await doubts.look_at_annotations(checkpoint)
+    checkpoint.raise_if_condemned()
     directory = checkpoint.images_directory or ""
     on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages)))
     await doubts.look_inside(checkpoint)

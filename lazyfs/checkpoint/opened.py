@@ -203,6 +203,8 @@ class OpenedCheckpoint:
         """Raise the error of a verification that has failed, if any has."""
         if self.poison is not None:
             raise self.poison
+        for layer in self.image_layers:
+            layer.content.raise_if_condemned()
 
     def do(self, job: Job) -> None:
         """Have something done beside the readers, for as long as the checkpoint is open."""

@@ -169,10 +169,15 @@ class OpenedLayer:
         """Return what a stream has at `wanted`: more if it is there, less where it ends."""
         try:
             await content.ensure(wanted, Lane.DEMAND)
-        except MalformedError:
+        except MalformedError as error:
             size_bytes = content.content_size_bytes
-            if size_bytes is None or size_bytes < wanted.start:
+            if size_bytes is None:
                 raise
+            if size_bytes < wanted.start:
+                raise MalformedError(
+                    f"the tar is truncated: it should go on to byte {wanted.start}, but ends at "
+                    f"{size_bytes}"
+                ) from error
         stop = max(wanted.stop, min(content.here_bytes(), wanted.start + _STREAM_LOOK_BYTES))
         if content.content_size_bytes is not None:
             stop = min(stop, content.content_size_bytes)

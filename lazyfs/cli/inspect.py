@@ -108,10 +108,12 @@ def facts(report: "Report") -> Iterator[tuple[str, str]]:
         yield "Memory", memory
     if report.parents:
         yield "Builds on", ", ".join(path or "the top of the checkpoint" for path in report.parents)
-    yield (
-        "A mount fetches",
-        f"{human_bytes(sizes.metadata_bytes)} and the index at once, memory as it is read",
-    )
+    streams = sum(layer.size_bytes for layer in report.layers if layer.streamed)
+    if streams:
+        yield "A mount fetches", f"all {human_bytes(streams)}, in order, from when it comes up"
+    else:
+        what = f"{human_bytes(sizes.metadata_bytes)} and the index at once, memory as it is read"
+        yield "A mount fetches", what
     yield (
         "This fetched",
         f"{human_bytes(report.inspection_fetched_bytes)} in "
@@ -126,21 +128,27 @@ def _layers(report: "Report") -> Iterator[tuple[str, str]]:
     several = len(report.layers) > 1
     for number, layer in enumerate(report.layers, 1):
         label = f"Layer {number}" if several else "Layer"
-        yield label, f"{human_bytes(layer.size_bytes)} as {layer.format} ({layer.media_type})"
+        yield label, _layer(layer)
         for note in _about_layer(layer):
             yield label, note
     proofs = {layer.proof: None for layer in report.layers}
     for proof in proofs:
         numbers = [str(at) for at, layer in enumerate(report.layers, 1) if layer.proof == proof]
-        of = f" of layer {', '.join(numbers)}" if len(proofs) > 1 else ""
+        layers = "layer" if len(numbers) == 1 else "layers"
+        of = f" of {layers} {', '.join(numbers)}" if len(proofs) > 1 else ""
         yield f"Proof{of}", _PROOFS[proof]
+
+
+def _layer(layer: "LayerReport") -> str:
+    words = (f"{human_bytes(layer.size_bytes)} as {layer.format}", _in_brackets(layer.media_type))
+    return " ".join(word for word in words if word)
 
 
 def _about_layer(layer: "LayerReport") -> Iterator[str]:
     if layer.mislabelled:
         yield f"its media type says otherwise, but its bytes are {layer.format}: they decide"
     if layer.streamed:
-        yield "decoded from its start: what lies ahead of that waits for it"
+        yield "read in order: a file is there once decoding has come by it"
 
 
 def _memory(report: "Report") -> Iterator[str]:

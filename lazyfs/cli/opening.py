@@ -1,5 +1,6 @@
 """What the commands that read a checkpoint share: open it, and find a path in it."""
 
+import logging
 import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,6 +34,9 @@ def with_checkpoint(
     config = OpenConfig(
         source.cache_dir, source.transport, source.content, source.referrers, proof_bar()
     )
+
+    # What is found wrong with a layer is this command's error, said once.
+    logging.getLogger("lazyfs.content").setLevel(logging.CRITICAL + 1)
 
     async def main() -> _T:
         async with open_checkpoint(reference, config) as checkpoint:

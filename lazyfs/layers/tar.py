@@ -131,6 +131,7 @@ class _TarWalk:
         self._size_bytes = size_bytes  # None: not known before the end
         self._sequential = sequential
         self._position = 0
+        self._data_stop = 0  # of the last entry; what follows is padding
         self._headers = 0
         self._entries = entries
         self._by_path: dict[str, Entry] = {}
@@ -154,6 +155,7 @@ class _TarWalk:
             header = yield from self._member()
             entry, data_bytes = self._entry(header)
             data = ByteRange(self._position, self._position + data_bytes)
+            self._data_stop = data.stop
             if self._is_past(data.stop - 1):
                 raise MalformedError(
                     f"the tar is truncated: {entry.path[:200]!r} should lie at {data}, "
@@ -174,7 +176,8 @@ class _TarWalk:
     def _at_end(self) -> Generator[Sequence[ByteRange], Sequence[bytes], bool]:
         """Whether the two zero blocks that end an archive are here, or a stream has ended."""
         if self._size_bytes is None:
-            yield from self._ask([ByteRange(self._position, self._position + BLOCK_BYTES)])
+            # From where the data should end: whether it does is found out by that.
+            yield from self._ask([ByteRange(self._data_stop, self._position + BLOCK_BYTES)])
             if self._is_past(self._position):
                 return True
         if not is_zero_block((yield from self._see(self._position, BLOCK_BYTES))):

@@ -129,10 +129,13 @@ class DirectorySource:
             ) from error
 
     def _read(self, name: str) -> bytes:
-        with os.fdopen(self._open(name), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise SourceError(f"{self._path / name} is not a regular file")
-            data = file.read(MANIFEST_LIMIT_BYTES + 1)
+        try:
+            with os.fdopen(self._open(name), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise SourceError(f"{self._path / name} is not a regular file")
+                data = file.read(MANIFEST_LIMIT_BYTES + 1)
+        except OSError as error:
+            raise SourceError(f"{self._path / name} cannot be read: {error.strerror}") from error
         if len(data) > MANIFEST_LIMIT_BYTES:
             raise MalformedError(f"{self._path / name} is too large to be read")
         self._counters.requests += 1
