@@ -13,22 +13,23 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import trio
 
 from lazyfs import fuse
 from lazyfs.checkpoint.desk import OpenConfig
-from lazyfs.checkpoint.findings import Finding
-from lazyfs.checkpoint.host import Host, collect_host
 from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
 from lazyfs.checkpoint.opened_layer import OpenedLayer
-from lazyfs.checkpoint.preflight import check_annotations, quick_check
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.ground.errors import LazyfsError, NotACheckpoint, raise_sole_error
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.model import EntryType
+
+if TYPE_CHECKING:
+    from lazyfs.checkpoint.findings import Finding
+    from lazyfs.checkpoint.host import Host
 
 log = logging.getLogger(__name__)
 
@@ -107,9 +108,12 @@ class _Doubts:
         self._host_known = trio.Event()
 
     async def look_at_host(self) -> None:
-        """Find out what this machine is, while the checkpoint is being opened."""
+        """Find out what this machine is, while the checkpoint is being opened.
+
+        What all this needs is imported there too, while the source is being waited for.
+        """
         try:
-            self._host = await trio.to_thread.run_sync(collect_host, abandon_on_cancel=True)
+            self._host = await trio.to_thread.run_sync(_host, abandon_on_cancel=True)
         except Exception:  # a bug must not end the mount
             log.exception("this machine cannot be looked at: please report this")
         self._host_known.set()
@@ -118,10 +122,14 @@ class _Doubts:
         """Note what the image's annotations let fear; fetches nothing."""
         await self._host_known.wait()
         if self._host is not None:
+            from lazyfs.checkpoint.preflight import check_annotations
+
             self._note(check_annotations(checkpoint, self._host))
 
     async def look_inside(self, checkpoint: OpenedCheckpoint) -> None:
         """Note what CRIU's small files let fear; they are fetched anyway."""
+        from lazyfs.checkpoint.preflight import quick_check
+
         try:
             self._note(await quick_check(checkpoint))
         except LazyfsError as error:
@@ -129,11 +137,18 @@ class _Doubts:
         except Exception:  # a bug must not end the mount
             log.exception("whether it can be restored here is not known: please report this")
 
-    def _note(self, findings: Iterable[Finding]) -> None:
+    def _note(self, findings: "Iterable[Finding]") -> None:
         for finding in findings:
             if finding.message not in self.messages:
                 self.messages.append(finding.message)
                 log.warning("it may not restore here: %r", finding.message)
+
+
+def _host() -> "Host":
+    from lazyfs.checkpoint import preflight  # noqa: F401 - wanted soon
+    from lazyfs.checkpoint.host import collect_host
+
+    return collect_host()
 
 
 async def _mounted(
