@@ -30,6 +30,7 @@ from lazyfs.content.model import Reader
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import (
+    CONDEMNED,
     LazyfsError,
     MalformedError,
     NotACheckpoint,
@@ -358,7 +359,7 @@ async def _open_stream(
             error = _with_name(checkpoint.reference, error)
             if checkpoint.images is not None:  # else there is no mount yet that could serve it
                 if layer.content.poison is None:  # else that has been said
-                    log.critical("%s; every read fails from now on", error)
+                    log.critical("%s" + CONDEMNED, error)
                 checkpoint.condemn(error)
             filling.end(error)
             return

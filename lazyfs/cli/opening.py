@@ -9,7 +9,7 @@ import click
 
 from lazyfs.cli.options import SourceOptions
 from lazyfs.cli.text import human_bytes
-from lazyfs.ground.errors import LazyfsError
+from lazyfs.ground.errors import CONDEMNED, LazyfsError
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.opened import OpenedCheckpoint
@@ -35,14 +35,23 @@ def with_checkpoint(
         source.cache_dir, source.transport, source.content, source.referrers, proof_bar()
     )
 
-    # What is found wrong with a layer is this command's error, said once.
-    logging.getLogger("lazyfs.content").setLevel(logging.CRITICAL + 1)
-
     async def main() -> _T:
         async with open_checkpoint(reference, config) as checkpoint:
             return await job(checkpoint)
 
-    return trio.run(main)
+    handlers = logging.getLogger("lazyfs").handlers[:]
+    for handler in handlers:
+        handler.addFilter(_is_not_the_error)
+    try:
+        return trio.run(main)
+    finally:
+        for handler in handlers:
+            handler.removeFilter(_is_not_the_error)
+
+
+def _is_not_the_error(record: logging.LogRecord) -> bool:
+    """Whether a record is other than what this command will end with: a layer found wrong."""
+    return not str(record.msg).endswith(CONDEMNED)
 
 
 def proof_bar() -> Callable[[int, int], None] | None:

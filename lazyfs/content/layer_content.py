@@ -27,7 +27,7 @@ from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.model import Content
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
-from lazyfs.ground.errors import IntegrityError, LazyfsError, raise_sole_error
+from lazyfs.ground.errors import CONDEMNED, IntegrityError, LazyfsError, raise_sole_error
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import ContentSettings, TransportSettings
 from lazyfs.layers.model import ChunkMap
@@ -196,7 +196,7 @@ class LayerContent(Content):
         self._poison = error.with_traceback(None)  # which would hold on to buffers
         self.condemned.set()
         if guilty:
-            log.critical("%s; every read fails from now on", error)
+            log.critical("%s" + CONDEMNED, error)
         if guilty or not self.proven:
             self.holdings.purge()
         for flight in self._flights:

@@ -32,6 +32,7 @@ from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import (
+    CONDEMNED,
     FetchError,
     IntegrityError,
     LazyfsError,
@@ -218,7 +219,7 @@ class StreamedContent(Content):
             return
         self._poison = error.with_traceback(None)  # which would hold on to buffers
         if guilty:
-            log.critical("%s; every read fails from now on", error)
+            log.critical("%s" + CONDEMNED, error)
         if guilty or not self._proven:
             self._proven = False
             self._purge()

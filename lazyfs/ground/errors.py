@@ -14,6 +14,9 @@ Exit codes are a promise to scripts (README, "Exit codes"):
 import errno as _errno
 from typing import NoReturn
 
+CONDEMNED = "; every read fails from now on"
+"""How a log line ends that tells of a failed proof."""
+
 
 class LazyfsError(Exception):
     """Base of everything that lazyfs raises on purpose."""

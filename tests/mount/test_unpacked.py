@@ -99,6 +99,7 @@ def test_a_containers_files_are_as_they_were(
     files = CHECKPOINT | containers.podmans()
     mount = mounts.mount(publish_files(server, files, kind), "--view=image")
     diff = mount / "rootfs-diff"
+    assert os.listdir(diff), "all names have come, and so all links are counted"
     assert sorted(os.listdir(mount.directory)) == sorted(
         ["checkpoint", "config.dump", "deleted.files", "rootfs-diff", "rootfs-diff.tar"]
     )
