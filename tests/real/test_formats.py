@@ -134,10 +134,10 @@ def test_a_lost_cache_is_refilled_at_random(forms: Corpus, work: Path) -> None:
 def test_later_layers_hide_what_earlier_ones_have(store: Store, forms: Corpus, work: Path) -> None:
     """A whiteout of a file, and an opaque directory (OCI image-spec, layer.md)."""
     below, above = work / "below.tar", work / "above.tar"
-    old = {"checkpoint/stats-dump": b"old", "checkpoint/work/left": b"old", "spec.dump": b"{}"}
+    old = {"checkpoint/stats-dump": b"old", "checkpoint/logs/left": b"old", "spec.dump": b"{}"}
     _write_tar(below, old)
-    hidden = {"checkpoint/.wh.stats-dump": b"", "checkpoint/work/.wh..wh..opq": b""}
-    _write_tar(above, hidden | {"checkpoint/work/new": b"new", ".wh.spec.dump": b""})
+    hidden = {"checkpoint/.wh.stats-dump": b"", "checkpoint/logs/.wh..wh..opq": b""}
+    _write_tar(above, hidden | {"checkpoint/logs/new": b"new", ".wh.spec.dump": b""})
     layers = [Layer(below), Layer(forms.checkpoint.layer), Layer(above)]
     push_oci_image(store.address, "layers", "1", layers)
     expected = contents(forms.images) | {
