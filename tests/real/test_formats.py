@@ -141,8 +141,8 @@ def test_later_layers_hide_what_earlier_ones_have(store: Store, forms: Corpus, w
     layers = [Layer(below), Layer(forms.checkpoint.layer), Layer(above)]
     push_oci_image(store.address, "layers", "1", layers)
     expected = contents(forms.images) | {
-        "work": "directory",
-        "work/new": hashlib.sha256(b"new").hexdigest(),
+        "logs": "directory",
+        "logs/new": hashlib.sha256(b"new").hexdigest(),
     }
     with (
         mounted(f"{store.address}/layers:1", work) as mount,
