@@ -131,8 +131,8 @@ def measure(bench: Bench, ways: dict[str, Way], runs: int) -> dict[str, list[dic
         for name, way in ways.items():
             row = way(bench)
             rows[name].append(row)
-            fetched = row["fetched_bytes"] / 1e6
-            console.print(f"run {run + 1} {name}: {row['first_loop_s']:.2f} s, {fetched:.1f} MB")
+            fetched = f", {row['fetched_bytes'] / 1e6:.1f} MB" if "fetched_bytes" in row else ""
+            console.print(f"run {run + 1} {name}: {row['first_loop_s']:.2f} s{fetched}")
     return rows
 
 
@@ -148,7 +148,8 @@ def report(rows: dict[str, list[dict[str, Any]]], layer_bytes: int, link_s: floa
         table.add_column(column, justify="right")
     for name, measured in rows.items():
         loop = spread([row["first_loop_s"] for row in measured])
-        fetched = spread([row["fetched_bytes"] for row in measured])["median"]
+        sizes = [row["fetched_bytes"] for row in measured if "fetched_bytes" in row]
+        fetched = spread(sizes)["median"] if sizes else None
         reads = [row["criu_read_bytes"] for row in measured if row.get("criu_read_bytes")]
         ratio = f"{fetched / spread(reads)['median']:.2f}" if reads and fetched else ""
         table.add_row(
@@ -156,7 +157,7 @@ def report(rows: dict[str, list[dict[str, Any]]], layer_bytes: int, link_s: floa
             f"{loop['median']:.2f}",
             f"{loop['min']:.2f} - {loop['max']:.2f}",
             f"{loop['median'] / link_s:.2f}",
-            f"{fetched / 1e6:,.1f}",
+            f"{fetched / 1e6:,.1f}" if fetched is not None else "",
             ratio,
         )
     return table
