@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 
+from lazyfs.content.cache import Cache
 from lazyfs.content.lanes import Lanes
 from lazyfs.content.streamed import StreamedContent
 from lazyfs.ground.counters import Counters
@@ -18,6 +19,7 @@ from lazyfs.ground.settings import MIB, ContentSettings, TransportSettings
 from lazyfs.layers.chunks import FixedChunks
 from lazyfs.layers.model import LayerIndex, StreamDecoder, StreamIndex
 from lazyfs.layers.tar import walk_tar
+from lazyfs.transport.retry import Fetcher
 from tests.blobs import MemoryBlob
 
 FAST = TransportSettings(backoff_first_s=0.001, backoff_most_s=0.01, deadline_s=0.3)
@@ -110,7 +112,13 @@ class Setup:
         self.counters = Counters()
         self.ended = False
         self.content = StreamedContent(
-            blob, stream, digest, cache_dir, Lanes(SETTINGS), self.counters, SETTINGS, transport
+            blob,
+            stream,
+            digest,
+            Cache(cache_dir),
+            Lanes(SETTINGS),
+            Fetcher(transport, self.counters),
+            SETTINGS,
         )
 
     async def run(self) -> None:

@@ -40,6 +40,7 @@ from lazyfs.ground.errors import (
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.model import Entry, EntryType
+from lazyfs.transport.retry import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +282,8 @@ async def open_checkpoint(
     trusts_referrers = config.referrers == "always" or (
         config.referrers == "auto" and getattr(parsed, "digest", None) is None
     )
-    desk = Desk(config, counters, Lanes(config.content), name, trusts_referrers)
+    fetcher = Fetcher(config.transport, counters)
+    desk = Desk(config, fetcher, Lanes(config.content), name, trusts_referrers)
     checkpoint = OpenedCheckpoint(image, desk)
     try:
         async with trio.open_nursery() as nursery:

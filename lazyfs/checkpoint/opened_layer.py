@@ -58,11 +58,10 @@ class OpenedLayer:
                 blob,
                 index,
                 descriptor.digest,
-                config.cache_dir,
+                config.cache,
                 desk.lanes,
-                desk.counters,
+                desk.fetcher,
                 config.content,
-                config.transport,
             )
             return
         self.walker = Walker(index.walk, index.entries, self.look)
@@ -71,9 +70,8 @@ class OpenedLayer:
             index.chunks,
             _open_cache(desk, descriptor, index),
             desk.lanes,
-            desk.counters,
+            desk.fetcher,
             config.content,
-            config.transport,
         )
         self._readahead = Readahead(self.content)
         if descriptor.digest is None or index.chunks.proven:
@@ -199,9 +197,9 @@ def _open_cache(desk: Desk, descriptor: LayerDescriptor, index: LayerIndex) -> C
         tag += "-" + Digest.of(desk.source_name.encode()).hex[:16]
     try:
         return open_cache_file(
-            desk.config.cache_dir, descriptor.digest, tag, chunks.content_size_bytes, len(chunks)
+            desk.config.cache, descriptor.digest, tag, chunks.content_size_bytes, len(chunks)
         )
     except OSError as error:
-        where = desk.config.cache_dir
+        where = desk.config.cache
         log.warning("no cache in %s (%s): what is read is kept in memory", where, error)
         return None

@@ -10,16 +10,15 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import trio
 
-from lazyfs.checkpoint.desk import Desk, keep_in_file, read_ranges
+from lazyfs.checkpoint.desk import Desk, read_ranges
 from lazyfs.checkpoint.image import ResolvedImage
 from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.soci_index import ZtocRef, find_ztocs
-from lazyfs.content.cache_file import home_of
+from lazyfs.content.cache import Cache
 from lazyfs.content.kept import find_restart_index, forget
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
@@ -97,7 +96,7 @@ async def open_layer(
         item = await _as_it_is(item, blob, desk)
     if item.kind == "file":
         return OpenedLayer(item, raw.open_file(item.place, layer.size_bytes), blob, desk)
-    kept = await trio.to_thread.run_sync(_reopen_kept, layer, desk.config.cache_dir)
+    kept = await trio.to_thread.run_sync(_reopen_kept, layer, desk.config.cache)
     if kept is not None:
         return OpenedLayer(item, kept, blob, desk)
     head = b""
@@ -210,17 +209,17 @@ def _check_size(index: LayerIndex | StreamIndex, desk: Desk) -> None:
         return
     if len(index.chunks) > _LARGE_TABLE_CHUNKS:
         with suppress(OSError):
-            index.chunks.relocate(partial(keep_in_file, desk.config.cache_dir))
+            index.chunks.relocate(desk.config.cache.keep)
     if index.chunks.content_size_bytes > _CONTENT_LIMIT_BYTES:
         raise MalformedError(f"a layer of {index.chunks.content_size_bytes} bytes is not believed")
 
 
-def _reopen_kept(layer: LayerDescriptor, cache_dir: Path) -> LayerIndex | StreamIndex | None:
+def _reopen_kept(layer: LayerDescriptor, cache: Cache) -> LayerIndex | StreamIndex | None:
     """Open a gzip layer at random, if an earlier mount has decoded it to its end. Blocks."""
     stream, _ = _send(Gzip().open(layer, b""), None)
     if not isinstance(stream, StreamIndex) or stream.reopen is None or layer.digest is None:
         return None
-    kept = find_restart_index(cache_dir, layer.digest, stream.cache_tag)
+    kept = find_restart_index(cache, layer.digest, stream.cache_tag)
     if kept is None:
         return None
     try:
@@ -230,7 +229,9 @@ def _reopen_kept(layer: LayerDescriptor, cache_dir: Path) -> LayerIndex | Stream
         return None
     except MalformedError as error:
         log.warning("the index that an earlier mount made is not used: %s", error)
-        forget(home_of(cache_dir, layer.digest, stream.cache_tag))
+        home = cache.home(layer.digest, stream.cache_tag)
+        if home is not None:
+            forget(home)
         return None
 
 
@@ -272,7 +273,7 @@ async def _open_ztoc(
     await trio.to_thread.run_sync(descriptor.digest.check, ztoc, f"the zTOC of {layer.digest}")
     if len(ztoc) > _LARGE_ZTOC_BYTES:  # it is kept, for the windows in it
         with suppress(OSError):
-            ztoc = keep_in_file(desk.config.cache_dir, ztoc)
+            ztoc = desk.config.cache.keep(ztoc)
     return await trio.to_thread.run_sync(
         partial(open_soci, layer, ztoc, pinned=found.pinned, head=head)
     )

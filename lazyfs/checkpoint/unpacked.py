@@ -37,6 +37,7 @@ from lazyfs.layers.model import HEAD_BYTES, Entry, EntryType, LayerDescriptor
 from lazyfs.layers.names import entry_path
 from lazyfs.layers.tar import looks_like_tar, walk_tar
 from lazyfs.transport.blob import Sink
+from lazyfs.transport.retry import Fetcher
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.opened import OpenedCheckpoint
@@ -136,7 +137,8 @@ class Unpacker:
             blob = _FileBlob(archive, checkpoint.reader(archive))
             described = LayerDescriptor(_UNTYPED, None, archive.size_bytes, {})
             # What it fetches is counted where it is fetched.
-            desk = replace(checkpoint.desk, counters=Counters())
+            settings = checkpoint.desk.config.transport
+            desk = replace(checkpoint.desk, fetcher=Fetcher(settings, Counters()))
             index = await at_last(partial(find_index, blob, described, head, desk), filling)
             layer = OpenedLayer(PlacedLayer(described, "", "diff"), index, blob, desk)
             place = _Place(node, checkpoint.add_layer(layer, of_image=False), filling)

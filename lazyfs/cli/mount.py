@@ -108,10 +108,12 @@ def _serve(
 
     from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.cli.main import report
+    from lazyfs.content.cache import Cache
     from lazyfs.mount import MountConfig, serve_mount
 
     cache_dir = source.cache_dir.absolute()
-    opening = OpenConfig(cache_dir, source.transport, source.content, source.referrers, proof_bar())
+    cache = Cache(cache_dir)
+    opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
     config = MountConfig(reference, directory, opening, view)
 
     is_ready = False

@@ -30,9 +30,10 @@ def with_checkpoint(
 
     from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.checkpoint.opened import open_checkpoint
+    from lazyfs.content.cache import Cache
 
     config = OpenConfig(
-        source.cache_dir, source.transport, source.content, source.referrers, proof_bar()
+        Cache(source.cache_dir), source.transport, source.content, source.referrers, proof_bar()
     )
 
     async def main() -> _T:

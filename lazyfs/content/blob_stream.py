@@ -17,17 +17,15 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 
 import trio
 
 from lazyfs.content.width import Width
-from lazyfs.ground.counters import Counters
 from lazyfs.ground.errors import SourceError
 from lazyfs.ground.ranges import ByteRange
-from lazyfs.ground.settings import MIB, ContentSettings, TransportSettings
-from lazyfs.transport import retry
+from lazyfs.ground.settings import MIB, ContentSettings
 from lazyfs.transport.blob import Blob
+from lazyfs.transport.retry import Fetcher
 
 RING_BYTES = 16 * MIB
 _PIECE_MOST_BYTES = 2 * MIB
@@ -72,9 +70,8 @@ class BlobStream:
     def __init__(
         self,
         blob: Blob,
-        counters: Counters,
+        fetcher: Fetcher,
         settings: ContentSettings,
-        transport_settings: TransportSettings,
         *,
         readers: int = 1,
         on_trouble: Callable[[SourceError], None],
@@ -88,9 +85,7 @@ class BlobStream:
         None: as many as fill the link.
         """
         self._blob = blob
-        self._counters = counters
-        self._transport_settings = transport_settings
-        self._one_attempt = replace(transport_settings, deadline_s=0.0)
+        self._fetcher = fetcher
         self._source_answers = True
         """As of `LayerContent`: once a fetch has given up, later ones ask just once."""
         self._on_trouble = on_trouble
@@ -199,15 +194,12 @@ class BlobStream:
             piece.gave_up = False
             began_s, size_bytes = trio.current_time(), piece.stop - piece.filled
             try:
-                await retry.fetch(
+                await self._fetcher.fetch(
                     self._blob,
                     ByteRange(piece.filled, piece.stop),
                     piece,
-                    settings=(
-                        self._transport_settings if self._source_answers else self._one_attempt
-                    ),
                     limiter=self._limiter,
-                    counters=self._counters,
+                    patient=self._source_answers,
                 )
                 self._source_answers = True
                 self._slow = trio.current_time() - began_s > size_bytes / _SLOW_BYTES_PER_S

@@ -31,6 +31,7 @@ from pathlib import Path
 
 import xxhash
 
+from lazyfs.content.cache import Cache
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 
@@ -41,11 +42,6 @@ _IOV_MAX = 1024
 def mark_of(data: Data) -> int:
     """Return the mark of a chunk's bytes: their 64-bit xxh3, never 0 (which means "absent")."""
     return xxhash.xxh3_64_intdigest(data) or 1
-
-
-def home_of(cache_dir: Path, digest: Digest, tag: str) -> Path:
-    """Return the directory of a layer whose content later mounts find."""
-    return cache_dir / "layers" / f"{digest.algorithm}-{digest.hex}.{tag}"
 
 
 def is_sealed(home: Path, marks: Data) -> bool:
@@ -145,7 +141,7 @@ class CacheFile:
 
 
 def open_cache_file(
-    cache_dir: Path, digest: Digest | None, tag: str, size_bytes: int, count: int
+    cache: Cache, digest: Digest | None, tag: str, size_bytes: int, count: int
 ) -> CacheFile:
     """Open or create the cache of one layer.
 
@@ -154,11 +150,15 @@ def open_cache_file(
     Raises:
         OSError: there is no place for it (no directory, read-only, no rights).
     """
-    layers = cache_dir / "layers"
+    if cache.directory is None:
+        fd = os.memfd_create("lazyfs", os.MFD_CLOEXEC)
+        os.ftruncate(fd, size_bytes)
+        return CacheFile(fd, size_bytes)
+    layers = cache.directory / "layers"
     layers.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if digest is None:
+    home = cache.home(digest, tag) if digest is not None else None
+    if home is None:
         return _open_private(layers, size_bytes)
-    home = home_of(cache_dir, digest, tag)
     home.mkdir(mode=0o700, exist_ok=True)
     with ExitStack() as on_error:
         content_fd = os.open(home / "content", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -176,9 +176,9 @@ def open_cache_file(
                 os.ftruncate(fd, wanted_bytes)
         if os.fstat(marks_fd).st_size != count * MARK_BYTES:
             os.ftruncate(marks_fd, count * MARK_BYTES)
-        cache = CacheFile(content_fd, size_bytes, home, marks_fd)
+        opened = CacheFile(content_fd, size_bytes, home, marks_fd)
         on_error.pop_all()
-        return cache
+        return opened
 
 
 def _open_private(directory: Path, size_bytes: int) -> CacheFile:

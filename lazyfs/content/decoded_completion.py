@@ -56,9 +56,8 @@ class DecodedCompletion(BlobProof):
         chunks = _Chunks(content)
         stream = BlobStream(
             content.blob,
-            content.counters,
+            content.fetcher,
             content.settings,
-            content.transport_settings,
             readers=READERS,
             on_trouble=_give_up if eager else self._complain,
             may_use=(lambda: None) if eager else self._connections,

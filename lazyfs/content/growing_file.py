@@ -26,6 +26,7 @@ from pathlib import Path
 
 import xxhash
 
+from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import write_all
 from lazyfs.ground.data import Data
 from lazyfs.ground.ranges import ByteRange
@@ -70,9 +71,11 @@ class Strides:
 class GrowingFile:
     """One content that grows. Every method but `peek` and `close` may raise OSError."""
 
-    def __init__(self, cache_dir: Path) -> None:
+    def __init__(self, cache: Cache) -> None:
         """Make the directory, and clean up after the dead."""
-        incoming = cache_dir / "incoming"
+        if cache.directory is None:
+            raise OSError(errno.ENOSPC, "a stream cannot be kept in memory yet")
+        incoming = cache.directory / "incoming"
         incoming.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _exclusive(incoming):
             remove_abandoned(incoming)

@@ -28,7 +28,8 @@ from pathlib import Path
 import trio
 import xxhash
 
-from lazyfs.content.cache_file import MARK_BYTES, home_of, is_sealed, little_endian, seal
+from lazyfs.content.cache import Cache
+from lazyfs.content.cache_file import MARK_BYTES, is_sealed, little_endian, seal
 from lazyfs.content.growing_file import STRETCH_BYTES, GrowingFile, Strides
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
@@ -81,15 +82,16 @@ def publish(
     return True
 
 
-def find_restart_index(cache_dir: Path, digest: Digest | None, tag: str) -> memoryview | None:
+def find_restart_index(cache: Cache, digest: Digest | None, tag: str) -> memoryview | None:
     """Return what an earlier mount noted of a stream, mapped; for `StreamIndex.reopen`.
 
     If that refuses it, `forget` it.
     """
-    if digest is None:
+    home = cache.home(digest, tag) if digest is not None else None
+    if home is None:
         return None
     with contextlib.suppress(OSError, ValueError):
-        fd = os.open(home_of(cache_dir, digest, tag) / "index", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(home / "index", os.O_RDONLY | os.O_CLOEXEC)
         try:
             size_bytes = os.fstat(fd).st_size
             if 0 < size_bytes <= _INDEX_MOST_BYTES:
@@ -184,11 +186,11 @@ class Kept:
         return (hasher.intdigest() or 1) == self._marks[stretch]
 
 
-def open_kept(cache_dir: Path, digest: Digest | None, tag: str) -> Kept | None:
+def open_kept(cache: Cache, digest: Digest | None, tag: str) -> Kept | None:
     """Open the whole content of a stream without a restart index, if an earlier mount left it."""
-    if digest is None:
+    home = cache.home(digest, tag) if digest is not None else None
+    if home is None:
         return None
-    home = home_of(cache_dir, digest, tag)
     with contextlib.ExitStack() as on_error, contextlib.suppress(OSError):
         fd = os.open(home / "content", os.O_RDONLY | os.O_CLOEXEC)
         on_error.callback(os.close, fd)

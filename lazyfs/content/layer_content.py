@@ -14,7 +14,6 @@ kept, the other is dropped unseen, so there is never more than one truth about a
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 import trio
@@ -25,14 +24,13 @@ from lazyfs.content.holdings import ABSENT, FLYING, IN_MEMORY, READY, UNCHECKED,
 from lazyfs.content.landing import Landing
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.model import Content
-from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import CONDEMNED, IntegrityError, LazyfsError, raise_sole_error
 from lazyfs.ground.ranges import ByteRange
-from lazyfs.ground.settings import ContentSettings, TransportSettings
+from lazyfs.ground.settings import ContentSettings
 from lazyfs.layers.model import ChunkMap
-from lazyfs.transport import retry
 from lazyfs.transport.blob import Blob
+from lazyfs.transport.retry import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -54,20 +52,18 @@ class LayerContent(Content):
         chunks: ChunkMap,
         cache: CacheFile | None,
         lanes: Lanes,
-        counters: Counters,
+        fetcher: Fetcher,
         settings: ContentSettings,
-        transport_settings: TransportSettings,
     ) -> None:
         """Without a `cache` chunks live in memory, within `settings.memory_cache_bytes`."""
         self.chunks = chunks
-        self.counters = counters
+        self.fetcher = fetcher
+        self.counters = counters = fetcher.counters
         self.settings = settings
         self.lanes = lanes
         self.holdings = Holdings(chunks, cache, counters, settings.memory_cache_bytes, blob.name)
         self._state = self.holdings.state
         self.blob = blob
-        self.transport_settings = transport_settings
-        self._one_attempt = replace(transport_settings, deadline_s=0.0)
         self._source_answers = True
         """Once a fetch has given up, later ones ask just once, until one succeeds: a reader asks
         again after an error, page by page, and must not wait out a whole deadline each time."""
@@ -330,13 +326,12 @@ class LayerContent(Content):
     async def _fetch(self, flight: Flight) -> None:
         landing = Landing(self.chunks, flight, self.raise_if_condemned)
         try:
-            await retry.fetch(
+            await self.fetcher.fetch(
                 self.blob,
                 landing.byte_range,
                 landing,
-                settings=self.transport_settings if self._source_answers else self._one_attempt,
                 limiter=self.lanes.limiter(flight.lane),
-                counters=self.counters,
+                patient=self._source_answers,
             )
             self._source_answers = True
         except LazyfsError as error:

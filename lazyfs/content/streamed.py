@@ -21,14 +21,13 @@ from pathlib import Path
 import trio
 
 from lazyfs.content.blob_stream import REST_S, BlobStream
-from lazyfs.content.cache_file import home_of
+from lazyfs.content.cache import Cache
 from lazyfs.content.decoding import READERS, decode_blob
 from lazyfs.content.growing_file import GrowingFile
 from lazyfs.content.kept import Kept, forget, open_kept, publish
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.model import Content
 from lazyfs.content.waiters import NEVER, Waiters
-from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import (
@@ -39,9 +38,10 @@ from lazyfs.ground.errors import (
     MalformedError,
 )
 from lazyfs.ground.ranges import ByteRange
-from lazyfs.ground.settings import ContentSettings, TransportSettings
+from lazyfs.ground.settings import ContentSettings
 from lazyfs.layers.model import StreamDecoder, StreamIndex
 from lazyfs.transport.blob import Blob
+from lazyfs.transport.retry import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -57,26 +57,25 @@ class StreamedContent(Content):
         blob: Blob,
         stream: StreamIndex,
         digest: Digest | None,
-        cache_dir: Path,
+        cache: Cache,
         lanes: Lanes,
-        counters: Counters,
+        fetcher: Fetcher,
         settings: ContentSettings,
-        transport_settings: TransportSettings,
     ) -> None:
         """Without a `digest` nothing is proven, and nothing left for later mounts.
 
-        `cache_dir` must have room for the whole content.
+        `cache` must have room for the whole content.
         """
-        self.counters = counters
+        self.counters = fetcher.counters
+        self._fetcher = fetcher
         self.condemned = trio.Event()
         self._blob = blob
         self._stream = stream
         self._digest = digest
-        self._cache_dir = cache_dir
+        self._cache = cache
         self._lanes = lanes
         self._settings = settings
-        self._transport_settings = transport_settings
-        self._kept = open_kept(cache_dir, digest, stream.cache_tag)
+        self._kept = open_kept(cache, digest, stream.cache_tag)
         self._kept_lost = trio.Event()
         self._lost: Kept | None = None
         self._growing: GrowingFile | None = None
@@ -275,9 +274,8 @@ class StreamedContent(Content):
         hasher = self._digest.hasher() if self._digest is not None else None
         stream = self._pass = BlobStream(
             self._blob,
-            self.counters,
+            self._fetcher,
             self._settings,
-            self._transport_settings,
             readers=1 if hasher is None else READERS,
             on_trouble=self._trouble,
         )
@@ -300,7 +298,7 @@ class StreamedContent(Content):
     async def _make_file(self) -> GrowingFile:
         while True:
             try:
-                return await trio.to_thread.run_sync(GrowingFile, self._cache_dir)
+                return await trio.to_thread.run_sync(GrowingFile, self._cache)
             except OSError as problem:
                 await self._rest(self._no_room(problem))
 
@@ -308,7 +306,9 @@ class StreamedContent(Content):
         """Leave what has been proven for later mounts, as far as the disk will have it."""
         if self._digest is None or self._growing is None:
             return
-        home = home_of(self._cache_dir, self._digest, self._stream.cache_tag)
+        home = self._cache.home(self._digest, self._stream.cache_tag)
+        if home is None:
+            return
         with trio.CancelScope(shield=True):  # all the work is done: it is kept, whoever leaves now
             try:
                 await trio.to_thread.run_sync(self._publish, decoder, self._growing, home)
@@ -334,7 +334,7 @@ class StreamedContent(Content):
     def _no_room(self, problem: OSError) -> LazyfsError:
         return FetchError(
             f"{self._blob.name} can only be decoded from its start, into a file, and the cache in "
-            f"{self._cache_dir} takes no more after {self._position()} bytes of it ({problem}); "
+            f"{self._cache} takes no more after {self._position()} bytes of it ({problem}); "
             "make room there, or choose another directory",
             transient=False,
         )

@@ -19,6 +19,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TypeVar
 
 import trio
@@ -161,57 +162,69 @@ class _Lease:
         self._lock.release()
 
 
-async def fetch(
-    blob: Blob,
-    byte_range: ByteRange,
-    sink: Sink,
-    *,
-    settings: TransportSettings,
-    limiter: trio.CapacityLimiter,
-    counters: Counters,
-) -> None:
-    """Deliver exactly the bytes of `byte_range` into `sink`, in order.
+class Fetcher:
+    """The one policy by which a mount's ranges are fetched."""
 
-    One token of `limiter` is held per attempt, none in the pauses between. `sink` is called in
-    worker threads, one at a time; once `fetch` has ended, however it did, no more.
+    def __init__(self, settings: TransportSettings, counters: Counters) -> None:
+        """Ask for nothing yet."""
+        self.settings = settings
+        self.counters = counters
+        self._one_attempt = replace(settings, deadline_s=0.0)
 
-    Raises:
-        FetchError: nothing came for `settings.deadline_s`, or asking again cannot help.
-        SourceError: asking again cannot help.
-        IntegrityError: the blob is not what it was.
+    async def fetch(
+        self,
+        blob: Blob,
+        byte_range: ByteRange,
+        sink: Sink,
+        *,
+        limiter: trio.CapacityLimiter,
+        patient: bool = True,
+    ) -> None:
+        """Deliver exactly the bytes of `byte_range` into `sink`, in order.
 
-    Always a checkpoint.
-    """
-    patience = Patience(f"{blob.name}, {byte_range}", settings)
-    start = byte_range.start
-    if start == byte_range.stop:
-        await trio.lowlevel.checkpoint()
-        return
-    while True:
-        lease = _Lease(sink, byte_range.stop - start)
-        error = FetchError(f"{blob.name}: the reply ended early", transient=True)
-        try:
-            await trio.to_thread.run_sync(
-                lease.run,
-                blob,
-                ByteRange(start, byte_range.stop),
-                abandon_on_cancel=True,
-                limiter=limiter,
-            )
-        except FetchError as failure:
-            error = failure
-        finally:
-            await lease.take_back()
-            counters.requests += lease.began
-            counters.bytes_fetched += lease.delivered_bytes
-        start += lease.delivered_bytes
-        if start == byte_range.stop and error.transient:
+        One token of `limiter` is held per attempt, none in the pauses between. `sink` is called
+        in worker threads, one at a time; once this has ended, however it did, no more. Not
+        `patient`: one attempt has to do.
+
+        Raises:
+            FetchError: nothing came for `settings.deadline_s`, or asking again cannot help.
+            SourceError: asking again cannot help.
+            IntegrityError: the blob is not what it was.
+
+        Always a checkpoint.
+        """
+        counters = self.counters
+        settings = self.settings if patient else self._one_attempt
+        patience = Patience(f"{blob.name}, {byte_range}", settings)
+        start = byte_range.start
+        if start == byte_range.stop:
+            await trio.lowlevel.checkpoint()
             return
-        pause_s = patience.pause_after(
-            error, silent_s=lease.silent_s, progressed=lease.delivered_bytes > 0
-        )
-        await trio.sleep(pause_s)
-        counters.retries += 1
+        while True:
+            lease = _Lease(sink, byte_range.stop - start)
+            error = FetchError(f"{blob.name}: the reply ended early", transient=True)
+            try:
+                await trio.to_thread.run_sync(
+                    lease.run,
+                    blob,
+                    ByteRange(start, byte_range.stop),
+                    abandon_on_cancel=True,
+                    limiter=limiter,
+                )
+            except FetchError as failure:
+                error = failure
+            finally:
+                await lease.take_back()
+                counters.requests += lease.began
+                counters.bytes_fetched += lease.delivered_bytes
+            start += lease.delivered_bytes
+            if start == byte_range.stop and error.transient:
+                return
+            pause_s = patience.pause_after(
+                error, silent_s=lease.silent_s, progressed=lease.delivered_bytes > 0
+            )
+            await trio.sleep(pause_s)
+            counters.retries += 1
 
 
 def attempts(

@@ -16,6 +16,7 @@ from lazyfs.ground.counters import Counters
 from lazyfs.ground.errors import FetchError, IntegrityError, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB
+from lazyfs.transport.retry import Fetcher
 from tests.blobs import Gate, MemoryBlob
 from tests.streams import FAST, SETTINGS
 
@@ -39,9 +40,8 @@ class Reading:
         self.stopped = [False] * readers
         self.stream = BlobStream(
             blob,
-            self.counters,
+            Fetcher(FAST, self.counters),
             SETTINGS,
-            FAST,
             readers=readers,
             on_trouble=on_trouble,
             may_use=may_use,

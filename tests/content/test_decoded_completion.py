@@ -10,6 +10,7 @@ import pytest
 import trio
 import trio.testing
 
+from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import open_cache_file
 from lazyfs.content.decoded_completion import DecodedCompletion
 from lazyfs.content.lanes import Lanes
@@ -23,6 +24,7 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.chunks import FixedChunks
 from lazyfs.layers.model import ChunkMap
+from lazyfs.transport.retry import Fetcher
 from tests.blobs import MemoryBlob
 from tests.streams import FAST, SETTINGS, TAG, Zlib, stream_index
 
@@ -74,8 +76,12 @@ def content_of(
     digest = digest or Digest.of(blob.data)
     cache = None
     if directory is not None:
-        cache = open_cache_file(directory, digest, TAG, chunks.content_size_bytes, len(chunks))
-    content = LayerContent(blob, chunks, cache, Lanes(SETTINGS), Counters(), SETTINGS, FAST)
+        cache = open_cache_file(
+            Cache(directory), digest, TAG, chunks.content_size_bytes, len(chunks)
+        )
+    content = LayerContent(
+        blob, chunks, cache, Lanes(SETTINGS), Fetcher(FAST, Counters()), SETTINGS
+    )
     try:
         yield content, DecodedCompletion(content, stream_index(First), digest, "the blob")
     finally:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from lazyfs.content.cache_file import home_of, open_cache_file
+from lazyfs.content.cache import Cache
+from lazyfs.content.cache_file import open_cache_file
 from lazyfs.content.growing_file import STRETCH_BYTES, GrowingFile
 from lazyfs.content.kept import find_restart_index, forget, open_kept
 from lazyfs.content.lanes import Lanes
@@ -18,6 +19,7 @@ from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB
+from lazyfs.transport.retry import Fetcher
 from tests.blobs import Gate, MemoryBlob
 from tests.streams import (
     FAST,
@@ -36,6 +38,12 @@ from tests.streams import (
 DATA = random.Random(1).randbytes(11 * MIB + 12345)
 DIGEST = Digest.of(DATA)
 WHOLE = ByteRange(0, len(DATA))
+
+
+def home_of(directory: Path) -> Path:
+    home = Cache(directory).home(DIGEST, TAG)
+    assert home is not None
+    return home
 
 
 def damage(path: Path, offset: int, data: bytes = b"\0damage\0") -> None:
@@ -75,7 +83,7 @@ async def test_two_mounts_may_share_what_is_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("offset", [0, 5 * MIB, len(DATA) - 8])
 async def test_damage_costs_a_pass_and_no_wrong_byte(tmp_path: Path, offset: int) -> None:
     await whole_run(tmp_path, DATA, stream_index())
-    home = home_of(tmp_path, DIGEST, TAG)
+    home = home_of(tmp_path)
     damage(home / "content", offset)
     async with streamed(tmp_path, DATA) as setup, trio.open_nursery() as nursery:
 
@@ -97,7 +105,7 @@ async def test_damage_costs_a_pass_and_no_wrong_byte(tmp_path: Path, offset: int
 
 async def test_verification_finds_damage_and_makes_the_pass(tmp_path: Path) -> None:
     await whole_run(tmp_path, DATA, stream_index())
-    damage(home_of(tmp_path, DIGEST, TAG) / "content", 9 * MIB)
+    damage(home_of(tmp_path) / "content", 9 * MIB)
     async with streamed(tmp_path, DATA) as setup:
         assert bytes(await setup.content.read(ByteRange(0, MIB))) == DATA[:MIB]
         assert setup.blob.asked == [], "nobody looked"
@@ -111,7 +119,7 @@ async def test_verification_finds_damage_and_makes_the_pass(tmp_path: Path) -> N
 @pytest.mark.parametrize("how", ["missing", "empty", "changed"])
 async def test_torn_files_cost_a_pass(tmp_path: Path, name: str, how: str) -> None:
     await whole_run(tmp_path, DATA, stream_index())
-    path = home_of(tmp_path, DIGEST, TAG) / name
+    path = home_of(tmp_path) / name
     if how == "missing":
         path.unlink()
     elif how == "empty":
@@ -125,16 +133,16 @@ async def test_torn_files_cost_a_pass(tmp_path: Path, name: str, how: str) -> No
 
 
 async def test_a_restart_index_is_found_and_the_content_with_it(tmp_path: Path) -> None:
-    assert find_restart_index(tmp_path, DIGEST, TAG) is None
+    assert find_restart_index(Cache(tmp_path), DIGEST, TAG) is None
     await whole_run(tmp_path, DATA, indexed_stream())
-    found = find_restart_index(tmp_path, DIGEST, TAG)
+    found = find_restart_index(Cache(tmp_path), DIGEST, TAG)
     assert found is not None
-    assert open_kept(tmp_path, DIGEST, TAG) is None, "it is for a CacheFile"
+    assert open_kept(Cache(tmp_path), DIGEST, TAG) is None, "it is for a CacheFile"
     chunks = reopen(found).chunks
-    cache = open_cache_file(tmp_path, DIGEST, TAG, chunks.content_size_bytes, len(chunks))
+    cache = open_cache_file(Cache(tmp_path), DIGEST, TAG, chunks.content_size_bytes, len(chunks))
     assert cache.persistent
     counters, blob = Counters(), MemoryBlob(DATA)
-    content = LayerContent(blob, chunks, cache, Lanes(SETTINGS), counters, SETTINGS, FAST)
+    content = LayerContent(blob, chunks, cache, Lanes(SETTINGS), Fetcher(FAST, counters), SETTINGS)
     assert content.holdings.sealed
     assert content.proven
     assert bytes(await content.read(WHOLE)) == DATA
@@ -147,9 +155,9 @@ async def test_an_index_that_is_not_understood_is_left_alone(tmp_path: Path) -> 
     await whole_run(tmp_path, DATA, indexed_stream())
     counters = await whole_run(tmp_path, DATA, stream_index())
     assert counters.bytes_fetched == len(DATA)
-    assert find_restart_index(tmp_path, DIGEST, TAG) is not None
-    forget(home_of(tmp_path, DIGEST, TAG))
-    assert find_restart_index(tmp_path, DIGEST, TAG) is None
+    assert find_restart_index(Cache(tmp_path), DIGEST, TAG) is not None
+    forget(home_of(tmp_path))
+    assert find_restart_index(Cache(tmp_path), DIGEST, TAG) is None
     assert not growing_in(tmp_path)
 
 
@@ -157,7 +165,7 @@ async def test_while_the_publisher_lives_nobody_writes_to_its_file(tmp_path: Pat
     async with streamed(tmp_path, DATA, indexed_stream()) as setup:
         await setup.content.read(WHOLE)
         await wait_kept(tmp_path)
-        cache = open_cache_file(tmp_path, DIGEST, TAG, len(DATA), 112)
+        cache = open_cache_file(Cache(tmp_path), DIGEST, TAG, len(DATA), 112)
         assert not cache.persistent
         cache.close()
 
@@ -193,14 +201,15 @@ async def test_condemning_forgets_what_was_published(tmp_path: Path) -> None:
 def test_leftovers_are_cleaned_and_the_living_spared(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path\n"
+        "from lazyfs.content.cache import Cache\n"
         "from lazyfs.content.growing_file import GrowingFile\n"
-        "file = GrowingFile(Path(sys.argv[1])); file.append(bytes(5000)); os._exit(0)"
+        "file = GrowingFile(Cache(Path(sys.argv[1]))); file.append(bytes(5000)); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     (tmp_path / "incoming" / "half-made").mkdir()
     assert len(list(tmp_path.glob("incoming/*/"))) == 2
-    living = GrowingFile(tmp_path)
-    other = GrowingFile(tmp_path)
+    living = GrowingFile(Cache(tmp_path))
+    other = GrowingFile(Cache(tmp_path))
     assert set(tmp_path.glob("incoming/*/")) == {living.directory, other.directory}
     other.close()
     living.close()
@@ -208,7 +217,7 @@ def test_leftovers_are_cleaned_and_the_living_spared(tmp_path: Path) -> None:
 
 
 def test_a_growing_file_keeps_slices_of_all_its_mappings(tmp_path: Path) -> None:
-    file = GrowingFile(tmp_path)
+    file = GrowingFile(Cache(tmp_path))
     piece = random.Random(4).randbytes(MIB)
     slices = []
     for count in range(1, 131):

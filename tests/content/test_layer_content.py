@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import CacheFile, open_cache_file
 from lazyfs.content.completion import Completion
 from lazyfs.content.lanes import Lane, Lanes
@@ -23,6 +24,7 @@ from lazyfs.ground.errors import FetchError, IntegrityError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import KIB, MIB, ContentSettings, TransportSettings
 from lazyfs.layers.chunks import FixedChunks
+from lazyfs.transport.retry import Fetcher
 from tests.blobs import Gate, MemoryBlob
 
 TAG = "test"
@@ -48,9 +50,8 @@ class Setup:
             FixedChunks(len(blob.data)),
             cache,
             Lanes(settings),
-            self.counters,
+            Fetcher(transport, self.counters),
             settings,
-            transport,
         )
         self.readahead = Readahead(self.content)
 
@@ -66,7 +67,7 @@ def cached(
     directory: Path, data: bytes = DATA, settings: ContentSettings = SETTINGS
 ) -> Iterator[Setup]:
     chunks = FixedChunks(len(data))
-    cache = open_cache_file(directory, Digest.of(DATA), TAG, len(data), len(chunks))
+    cache = open_cache_file(Cache(directory), Digest.of(DATA), TAG, len(data), len(chunks))
     setup = Setup(MemoryBlob(data), cache, settings)
     try:
         yield setup
@@ -313,7 +314,7 @@ async def test_after_giving_up_a_source_is_asked_just_once_a_read(tmp_path: Path
 async def test_faults_all_over_have_the_file_swept(tmp_path: Path) -> None:
     data = random.Random(9).randbytes(64 * MIB)
     chunks = FixedChunks(len(data))
-    cache = open_cache_file(tmp_path, None, TAG, len(data), len(chunks))
+    cache = open_cache_file(Cache(tmp_path), None, TAG, len(data), len(chunks))
     setup = Setup(MemoryBlob(data), cache)
     file = setup.file()
     offsets = random.Random(10).sample(range(0, len(data), MIB), 40)
@@ -333,7 +334,7 @@ async def test_faults_all_over_have_the_file_swept(tmp_path: Path) -> None:
 def family_of(tmp_path: Path, settings: ContentSettings) -> tuple[Setup, list[FileReader], bytes]:
     """Eight files side by side, of 4 MiB each, and readers of them."""
     data = random.Random(11).randbytes(32 * MIB)
-    cache = open_cache_file(tmp_path, None, TAG, len(data), len(FixedChunks(len(data))))
+    cache = open_cache_file(Cache(tmp_path), None, TAG, len(data), len(FixedChunks(len(data))))
     setup = Setup(MemoryBlob(data), cache, settings)
     whole = ByteRange(0, len(data))
     files = [

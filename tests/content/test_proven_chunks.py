@@ -9,6 +9,7 @@ import pytest
 import trio
 import trio.testing
 
+from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import CacheFile, open_cache_file
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.layer_content import LayerContent
@@ -19,6 +20,7 @@ from lazyfs.ground.errors import FetchError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB, ContentSettings, TransportSettings
 from lazyfs.layers.model import LayerIndex
+from lazyfs.transport.retry import Fetcher
 from tests.blobs import MemoryBlob
 from tests.images import zstd_chunked
 from tests.layers.driving import open_layer
@@ -37,7 +39,9 @@ def content_of(
     index = open_layer(layer)
     blob = MemoryBlob(layer.blob)
     settings = settings or ContentSettings()
-    content = LayerContent(blob, index.chunks, cache, Lanes(settings), Counters(), settings, FAST)
+    content = LayerContent(
+        blob, index.chunks, cache, Lanes(settings), Fetcher(FAST, Counters()), settings
+    )
     try:
         yield content, blob, index
     finally:
@@ -48,7 +52,7 @@ def cache_for(directory: Path, files: dict[str, bytes]) -> CacheFile:
     layer = zstd_chunked(files)
     index = open_layer(layer)
     return open_cache_file(
-        directory,
+        Cache(directory),
         Digest.parse(layer.digest),
         index.cache_tag,
         index.chunks.content_size_bytes,

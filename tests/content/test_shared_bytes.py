@@ -8,6 +8,7 @@ import trio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import CacheFile, open_cache_file
 from lazyfs.content.landing import Landing
 from lazyfs.content.lanes import Lanes
@@ -18,6 +19,7 @@ from lazyfs.ground.data import Data
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.chunks import FixedChunks
+from lazyfs.transport.retry import Fetcher
 from tests.blobs import MemoryBlob
 from tests.streams import FAST, SETTINGS, TAG
 
@@ -58,7 +60,7 @@ def sharing(sizes: Sequence[tuple[int, bool]]) -> tuple[MemoryBlob, Sharing]:
 
 
 def content_of(blob: MemoryBlob, chunks: Sharing, cache: CacheFile | None) -> LayerContent:
-    return LayerContent(blob, chunks, cache, Lanes(SETTINGS), Counters(), SETTINGS, FAST)
+    return LayerContent(blob, chunks, cache, Lanes(SETTINGS), Fetcher(FAST, Counters()), SETTINGS)
 
 
 def alternating(count: int) -> tuple[MemoryBlob, Sharing]:
@@ -78,7 +80,7 @@ async def test_neighbours_come_in_one_request() -> None:
 
 async def test_what_is_here_between_them_is_passed_over(tmp_path: Path) -> None:
     blob, chunks = alternating(300)
-    cache = open_cache_file(tmp_path, None, TAG, len(chunks.content), 300)
+    cache = open_cache_file(Cache(tmp_path), None, TAG, len(chunks.content), 300)
     content = content_of(blob, chunks, cache)
     content.settings = type(SETTINGS)(demand_least_bytes=1)
     for index in range(0, 300, 7):
@@ -92,7 +94,7 @@ async def test_what_is_here_between_them_is_passed_over(tmp_path: Path) -> None:
 
 async def test_readahead_goes_through_them(tmp_path: Path) -> None:
     blob, chunks = alternating(5000)
-    cache = open_cache_file(tmp_path, None, TAG, len(chunks.content), 5000)
+    cache = open_cache_file(Cache(tmp_path), None, TAG, len(chunks.content), 5000)
     content = content_of(blob, chunks, cache)
     readahead = Readahead(content)
     file = FileReader(content, readahead, 0, len(chunks.content))

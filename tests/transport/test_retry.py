@@ -18,7 +18,7 @@ from lazyfs.transport.answers import Question
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.client import HttpClient
 from lazyfs.transport.httpblob import HttpBlob
-from lazyfs.transport.retry import Patience, attempts, fetch
+from lazyfs.transport.retry import Fetcher, Patience, attempts
 from tests import faults
 from tests.blobs import Gate, MemoryBlob
 from tests.faults import FaultServer
@@ -41,6 +41,18 @@ def blob(server: FaultServer) -> Iterator[HttpBlob]:
     question = Question("the blob", "the host", "log in")
     yield HttpBlob(client, f"{server.url}/f", question=question, size_bytes=len(DATA))
     client.close()
+
+
+async def fetch(
+    blob: Blob,
+    byte_range: ByteRange,
+    sink: Sink,
+    *,
+    settings: TransportSettings,
+    limiter: trio.CapacityLimiter,
+    counters: Counters,
+) -> None:
+    await Fetcher(settings, counters).fetch(blob, byte_range, sink, limiter=limiter)
 
 
 async def fetch_all(
