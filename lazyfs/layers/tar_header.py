@@ -52,6 +52,8 @@ def parse_header(block: bytes, at: int) -> Header:
     Raises:
         MalformedError: its checksum or a number in it is wrong.
     """
+    if not block[_CHECKSUM].strip(b"\0 "):  # else zeros would be right for signed bytes that add up
+        raise MalformedError(f"no tar header at byte {at}: it has no checksum")
     promised = _number(block[_CHECKSUM], at, "checksum")
     unsigned = sum(block) - sum(block[_CHECKSUM]) + 8 * 0x20
     if promised != unsigned and promised != _signed_sum(block):

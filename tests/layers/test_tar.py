@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lazyfs.ground.errors import LazyfsError, MalformedError, UnsupportedLayer
 from lazyfs.layers.model import Entry, EntryType
-from lazyfs.layers.tar import walk_tar, walk_tar_stream
+from lazyfs.layers.tar import looks_like_tar, walk_tar, walk_tar_stream
 from lazyfs.layers.tar_header import parse_pax
 from tests.images import Files, Member, tar_bytes, tar_layer
 from tests.layers.driving import drive, files_of, reader_of
@@ -195,6 +195,19 @@ def test_base_256_numbers_and_signed_checksums() -> None:
     block[148:156] = b"%06o\0 " % signed
     (entry,) = walked(bytes(block))
     assert entry.path.encode("utf-8", "surrogateescape") == b"\xe9t\xe9e"
+
+
+def test_a_gzip_file_is_no_tar_by_the_luck_of_its_date() -> None:
+    """Mostly zeros, and its signed bytes add up to what no checksum at all would be."""
+    head = bytes.fromhex("1f8b0800ffffff7f0203").ljust(512, b"\0")
+    for filler in range(256):
+        block = head[:20] + bytes([0x80, filler]) + head[22:]
+        block = block[:22] + bytes([(-sum(_signed(block)) - 256) % 256]) + block[23:]
+        assert not looks_like_tar(block)
+
+
+def _signed(block: bytes) -> list[int]:
+    return [byte - 256 if byte > 127 else byte for byte in block]
 
 
 def test_pax_records_override_and_globals_last() -> None:
