@@ -23,6 +23,7 @@ from lazyfs.checkpoint.report import (
     Report,
     SizesReport,
 )
+from lazyfs.checkpoint.trust import trust_of
 from lazyfs.ground.errors import MalformedError, NotACheckpoint
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ async def inspect(checkpoint: "OpenedCheckpoint", *, brief: bool = False) -> Rep
             wide_page_counts=reading.wide_counts,
         ),
         layers=_layers(checkpoint),
+        trust=tuple(trust_of(checkpoint)),
         sizes=_sizes(checkpoint, images),
         inspection_requests=checkpoint.counters.requests,
         inspection_fetched_bytes=checkpoint.counters.bytes_fetched,

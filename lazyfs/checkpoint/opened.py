@@ -22,6 +22,7 @@ from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.reference import parse_reference
 from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
+from lazyfs.checkpoint.trust import insist_on_digest, insist_on_proof
 from lazyfs.checkpoint.unpacked import Unpacker
 from lazyfs.checkpoint.walker import fill_tree
 from lazyfs.content.lanes import Lanes
@@ -52,9 +53,10 @@ Job = Callable[[], Awaitable[None]]
 class OpenedCheckpoint:
     """A checkpoint that is being read. From `open_checkpoint`."""
 
-    def __init__(self, image: ResolvedImage, desk: Desk) -> None:
-        """Begin without layers."""
+    def __init__(self, image: ResolvedImage, desk: Desk, *, by_digest: bool) -> None:
+        """Begin without layers. `by_digest`: the image was asked for by its digest."""
         self.image = image
+        self.by_digest = by_digest
         self.desk = desk
         self.counters = desk.counters
         self.layers: list[OpenedLayer] = []
@@ -279,18 +281,23 @@ async def open_checkpoint(
         images.resolve, parsed, config.transport, counters, abandon_on_cancel=True
     )
     name = image.reference.partition("@")[0]
+    by_digest = getattr(parsed, "digest", None) is not None
     trusts_referrers = config.referrers == "always" or (
-        config.referrers == "auto" and getattr(parsed, "digest", None) is None
+        config.referrers == "auto" and not by_digest
     )
     fetcher = Fetcher(config.transport, counters)
     desk = Desk(config, fetcher, Lanes(config.content), name, trusts_referrers)
-    checkpoint = OpenedCheckpoint(image, desk)
+    checkpoint = OpenedCheckpoint(image, desk, by_digest=by_digest)
     try:
+        if config.content.verify == "strict":
+            insist_on_digest(checkpoint)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checkpoint.run_jobs)
             with _named(image.reference):
                 await _open_layers(checkpoint, unpack=unpack)
-            if config.content.verify_full:
+            if config.content.verify == "strict":
+                insist_on_proof(checkpoint)
+            if config.content.proves_first:
                 await checkpoint.prove(config.on_proof)
             yield checkpoint
             nursery.cancel_scope.cancel()

@@ -6,6 +6,7 @@ from typing import Any
 from lazyfs.checkpoint.criu import Inventory, Mount
 from lazyfs.checkpoint.criu_cpu import DumpedCpu
 from lazyfs.checkpoint.engines import Origin
+from lazyfs.checkpoint.trust import Trust
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,8 @@ class Report:
     memory: MemoryReport
     needs: NeedsReport
     layers: tuple[LayerReport, ...]
+    trust: tuple[Trust, ...]
+    """What is proven by what, and when."""
     sizes: SizesReport
     inspection_requests: int
     """What this inspection cost."""

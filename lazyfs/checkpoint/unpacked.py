@@ -110,7 +110,7 @@ class Unpacker:
             partial(open_layer, checkpoint.image, item, ztocs, checkpoint.desk), filling
         )
         number = checkpoint.add_layer(layer)
-        if checkpoint.desk.config.content.verify_full:
+        if checkpoint.desk.config.content.proves_first:
             await at_last(layer.prove, filling)
         elif layer.completion is not None:
             checkpoint.do(layer.completion.run)

@@ -21,12 +21,6 @@ _BLOCKED = 4
 """Exit code of a check that something blocks: nothing here that can be restored."""
 _DEEPEST_INDENT = 20
 _STYLES = {"blocks": "bold red", "warns": "yellow", "unknown": "dim", "ok": "green"}
-_PROOFS = {
-    "chunk": "each chunk is proven by its digest before a byte of it is served",
-    "layer": "the whole is proven by the layer's digest, behind what a mount serves "
-    "(before it with --verify full)",
-    "none": "nothing promises a digest: nothing is proven",
-}
 
 
 @click.command("inspect", epilog=REFERENCE_HELP)
@@ -131,12 +125,9 @@ def _layers(report: "Report") -> Iterator[tuple[str, str]]:
         yield label, _layer(layer)
         for note in _about_layer(layer):
             yield label, note
-    proofs = {layer.proof: None for layer in report.layers}
-    for proof in proofs:
-        numbers = [str(at) for at, layer in enumerate(report.layers, 1) if layer.proof == proof]
-        layers = "layer" if len(numbers) == 1 else "layers"
-        of = f" of {layers} {', '.join(numbers)}" if len(proofs) > 1 else ""
-        yield f"Proof{of}", _PROOFS[proof]
+    for row in report.trust:
+        when = f"; {row.when}" if row.when != "never" else ""
+        yield f"Proof of {row.what}", f"{row.proven_by}{when}"
 
 
 def _layer(layer: "LayerReport") -> str:

@@ -61,12 +61,13 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
     )
     @click.option(
         "--verify",
-        type=click.Choice(["background", "full"]),
+        type=click.Choice(["background", "full", "strict"]),
         default="background",
         show_default=True,
         help="Compare a layer with its digest behind what is read, or in full before the first "
         "byte is given out. A layer with digests for its chunks (zstd:chunked, eStargz) needs "
-        "neither: there, each chunk is proven before it is given out.",
+        "neither: there, each chunk is proven before it is given out. strict: as full, and "
+        "nothing is taken that no digest proves: no tag, no archive.",
     )
     @click.option(
         "--referrers",
@@ -91,7 +92,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         *args: Any,
         cache_dir: Path | None,
         plain_http: bool,
-        verify: str,
+        verify: Literal["background", "full", "strict"],
         deadline: float,
         referrers: Literal["auto", "always", "never"],
         **kwargs: Any,
@@ -104,7 +105,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
                 stall_timeout_s=min(deadline, TransportSettings().stall_timeout_s),
                 connect_timeout_s=min(deadline, TransportSettings().connect_timeout_s),
             ),
-            content=ContentSettings(verify_full=verify == "full"),
+            content=ContentSettings(verify=verify),
             referrers=referrers,
         )
         return command(*args, source=source, **kwargs)

@@ -1,6 +1,7 @@
 """What may be tuned, as plain values; the door fills them in, everything below reads them."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -55,5 +56,11 @@ class ContentSettings:
     completion_connections: int = 2
     memory_cache_bytes: int = 32 * MIB
     """Chunks held in memory where there is no disk to hold them."""
-    verify_full: bool = False
-    """Prove the whole layer before the first byte of it is served."""
+    verify: Literal["background", "full", "strict"] = "background"
+    """When a layer without digests for its chunks is proven: behind what is read, or before the
+    first byte of it is served; strict: so, and what nothing proves is refused."""
+
+    @property
+    def proves_first(self) -> bool:
+        """Whether nothing is served before it is proven."""
+        return self.verify != "background"

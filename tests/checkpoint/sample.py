@@ -12,6 +12,7 @@ from lazyfs.checkpoint.tree import Node, Tree
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import MalformedError, NotACheckpoint
+from lazyfs.ground.settings import ContentSettings
 from lazyfs.layers.model import Entry, EntryType, LayerDescriptor
 
 LAYOUT = Path(__file__).parents[2] / "contrib/demo/sample"
@@ -82,10 +83,13 @@ class FakeCheckpoint:
             annotations=annotations or {},
             digest=Digest.parse(manifest_digest()),
             media_type=MANIFEST_TYPE,
+            config=None,
             layers=(self.layer,),
             describe=lambda: "something else",
             dumps=dict,
         )
+        self.by_digest = True
+        self.desk = SimpleNamespace(config=SimpleNamespace(content=ContentSettings()))
         self.tree = Tree(
             [
                 *(

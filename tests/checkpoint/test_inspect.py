@@ -38,6 +38,7 @@ class Inspected(FakeCheckpoint):
         descriptor = LayerDescriptor(TAR_TYPE, sample.Digest.of(b"layer"), 320512, {})
         self.layers: Any = layers or [opened_layer(descriptor)]
         self.image.layers = tuple(layer.descriptor for layer in self.layers)
+        self.image_layers = self.layers
         self.parents = parents
         self.completed = 0
 

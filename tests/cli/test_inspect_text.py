@@ -11,6 +11,7 @@ from lazyfs.checkpoint.criu import Inventory
 from lazyfs.checkpoint.findings import Finding, Level
 from lazyfs.checkpoint.inspect import inspect
 from lazyfs.checkpoint.report import ProcessReport, Report, ThreadReport
+from lazyfs.checkpoint.trust import Trust
 from lazyfs.cli.inspect import facts, print_rich, process_tree
 from tests.checkpoint import sample
 from tests.checkpoint.test_inspect import Inspected
@@ -44,7 +45,8 @@ async def test_the_facts_of_the_sample() -> None:
     assert told["Namespaces"] == "its own ipc, mnt, net, pid, uts"
     assert "Restoring needs" not in told
     assert told["Layer"] == "313 KiB as tar (application/vnd.oci.image.layer.v1.tar)"
-    assert told["Proof"].startswith("the whole is proven by the layer's digest")
+    assert told["Proof of manifest"] == "the digest asked for; before it is parsed"
+    assert told["Proof of layer"].startswith("its digest in the manifest; when all of it is here")
     assert "2 pages files" in told["CRIU images"]
     assert (
         told["Memory"]
@@ -94,7 +96,9 @@ async def test_several_layers() -> None:
     report = await sample_report()
     (layer,) = report.layers
     first = replace(layer, format="zstd", mislabelled=True, streamed=True)
-    report = replace(report, layers=(first, replace(layer, format="tar+x", proof="chunk")))
+    trust = (Trust("layer 1", "nothing: it has no digest", "never"), Trust("layer 2", "x", "soon"))
+    others = (first, replace(layer, format="tar+x", proof="chunk"))
+    report = replace(report, layers=others, trust=trust)
     told = list(facts(report))
     assert [label for label, _ in told if label.startswith(("Layer", "Proof"))] == [
         "Layer 1",
@@ -104,6 +108,8 @@ async def test_several_layers() -> None:
         "Proof of layer 1",
         "Proof of layer 2",
     ]
+    assert ("Proof of layer 1", "nothing: it has no digest") in told
+    assert ("Proof of layer 2", "x; soon") in told
     assert ("Layer 1", "its media type says otherwise, but its bytes are zstd: they decide") in told
 
 

@@ -43,7 +43,7 @@ def test_all_of_them() -> None:
         TransportSettings(
             plain_http=True, deadline_s=1.5, stall_timeout_s=1.5, connect_timeout_s=1.5
         ),
-        ContentSettings(verify_full=True),
+        ContentSettings(verify="full"),
         "never",
     )
 

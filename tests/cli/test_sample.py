@@ -112,13 +112,31 @@ def test_what_cannot_be_had(
     assert says in done.stderr.decode()
 
 
-def test_a_changed_byte_with_verify_full(tmp_path: Path) -> None:
+def test_strict_takes_no_tag_and_no_archive(tmp_path: Path) -> None:
+    """It says how the image is named by its digest now."""
+    done = lazyfs(tmp_path, "cat", "--verify=strict", f"oci:{sample.LAYOUT}", "pages-2.img")
+    assert (done.returncode, done.stdout) == (2, b"")
+    pinned = done.stderr.decode().split()[-1]
+    assert pinned == f"oci:{sample.LAYOUT}@{sample.manifest_digest()}"
+    done = lazyfs(tmp_path, "cat", "--verify=strict", pinned, "pages-2.img")
+    assert (done.returncode, done.stdout) == (0, sample.files()["checkpoint/pages-2.img"])
+
+    layer = sample.manifest()["layers"][0]["digest"].replace(":", "/")
+    (tmp_path / "c.tar").write_bytes((sample.LAYOUT / "blobs" / layer).read_bytes())
+    done = lazyfs(tmp_path, "cat", "--verify=strict", str(tmp_path / "c.tar"), "pages-2.img")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert "named by nothing that could prove it" in done.stderr.decode()
+
+
+@pytest.mark.parametrize("verify", ["full", "strict"])
+def test_a_changed_byte_that_is_looked_for_first(tmp_path: Path, verify: str) -> None:
     layout = tmp_path / "layout"
     shutil.copytree(sample.LAYOUT, layout)
     layer = layout / "blobs" / sample.manifest()["layers"][0]["digest"].replace(":", "/")
     data = bytearray(layer.read_bytes())
     data[200_000] ^= 1
     layer.write_bytes(data)
-    done = lazyfs(tmp_path, "cat", "--verify=full", f"oci:{layout}", "pages-2.img")
+    reference = f"oci:{layout}@{sample.manifest_digest()}"
+    done = lazyfs(tmp_path, "cat", f"--verify={verify}", reference, "pages-2.img")
     assert (done.returncode, done.stdout) == (5, b"")
     assert "does not match its digest" in done.stderr.decode()
