@@ -1,7 +1,7 @@
 # Everything a person does with a clone. `make demo` and `make test` need nothing installed
 # before them but make, git and a Debian 12/13 or Ubuntu machine; they install the rest.
 
-.PHONY: demo test check setup testbed bench format clean
+.PHONY: demo test check setup testbed fuzz bench format clean
 
 demo: setup testbed
 	@.venv/bin/python contrib/demo/demo.py
@@ -20,6 +20,13 @@ setup:
 
 testbed: setup
 	@contrib/testbed/build.sh || test "$$?" = 3
+
+# All parsers, each for FUZZ_SECONDS; what is new goes to tests/fuzz/corpus.
+FUZZ_SECONDS ?= 300
+fuzz: setup
+	@mkdir -p build
+	.venv/bin/python -m tests.fuzz all -max_total_time=$(FUZZ_SECONDS) -timeout=20 \
+		-rss_limit_mb=2048 -max_len=65536 -artifact_prefix=build/
 
 bench: setup testbed
 	.venv/bin/python bench/restore.py

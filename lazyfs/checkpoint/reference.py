@@ -287,7 +287,7 @@ def _parse_registry(text: str, whole: str) -> RegistryReference:
     if "@" in name:
         raise _refused(whole, "after '@' comes a digest, sha256:…; credentials are not taken")
     host, slash, repository = name.partition("/")
-    if not slash or not (set(host) & set(".:[") or host == "localhost" or host != host.lower()):
+    if not slash or not (_names_a_host(host) or host != host.lower()):
         host, repository = "docker.io", name
     repository, colon, tag = repository.partition(":")
     host = _checked_host(host, whole)
@@ -310,5 +310,12 @@ def _checked_host(host: str, whole: str) -> str:
     found = _HOST.fullmatch(host)
     if found is None or not 0 < int(found["port"] or 443) < 65536:
         raise _refused(whole, f"{host[:100]!r} is not a host")
-    host = host.lower()
-    return _DOCKER_ALIASES.get(host, host)
+    small = host.lower()
+    if not _names_a_host(small):
+        return host  # it is one by its capitals alone, and shall be when it is read again
+    return _DOCKER_ALIASES.get(small, small)
+
+
+def _names_a_host(text: str) -> bool:
+    """Whether the first part of a name is a host whatever its case: distribution's rule."""
+    return bool(set(text) & set(".:[")) or text.lower() == "localhost"

@@ -1,0 +1,82 @@
+"""Well-formed input for each target, from which fuzzing starts; made anew, not kept."""
+
+import gzip
+import json
+import tarfile
+
+import zstandard
+
+from lazyfs.layers.deflate import best_engine
+from lazyfs.layers.gzip import GzipDecoder
+from tests.checkpoint import sample
+from tests.fuzz.targets import FILES, decode
+from tests.images import tar_bytes, zstd_chunked
+from tests.layers.indexed import DATA
+from tests.layers.stargz_writer import estargz, stargz_zstd
+from tests.layers.ztoc_writer import Point, checkpoints
+
+_KINDS = ("inventory", "pstree", "core-", "ids-", "mountpoints-", "pagemap-", "mm-", "cpuinfo")
+"""In the order of `targets.criu_images`."""
+
+
+def seeds() -> dict[str, list[bytes]]:
+    """Return some bytes for each target that need them."""
+    tars = [tar_bytes(FILES, kind) for kind in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)]
+    stream = gzip.compress(tars[0], 6, mtime=0)
+    packed = zstandard.ZstdCompressor().compress(tars[0])
+    manifest = json.dumps(sample.manifest()).encode()
+    decoder = GzipDecoder(best_engine())
+    decode(decoder, stream)
+    index = decoder.restart_index() or b""
+    images = sample.files()
+    ztoc = (DATA / "soci/ztoc").read_bytes()
+    tocs: list[dict[str, object]] = []
+    zstd_chunked(FILES, edit=tocs.append)
+    estargz(FILES, chunk_bytes=4096, edit=tocs.append)
+    stargz_zstd(FILES, chunk_bytes=4096, edit=tocs.append)
+    texts = [json.dumps(toc).encode() for toc in tocs]
+    found: dict[str, list[bytes]] = {
+        "reference": [
+            b"quay.io/team/a:1",
+            b"oci:/dir:tag",
+            b"localhost:5000/a@sha256:" + b"1" * 64,
+        ],
+        "image_manifest": [b"\0" + manifest],
+        "tar": tars,
+        "tar_stream": tars,
+        "zstd_chunked_toc": texts[:1],
+        "estargz_toc": texts[1:2],
+        "stargz_zstd_toc": texts[2:],
+        "layer": [
+            b"\0" + tars[0],
+            b"\1" + stream,
+            b"\2" + packed,
+            b"\2" + zstd_chunked(FILES).blob,
+        ],
+        "gzip_stream": [stream, stream + stream],
+        "zstd_stream": [packed, packed + packed],
+        "ztoc": [ztoc],
+        "soci_checkpoints": [checkpoints([Point(10, 0), Point(900, 5000, 3, b"window")])],
+        "restart_index": [len(stream).to_bytes(4, "little") + index],
+        "criu_images": [
+            bytes([kind]) + data
+            for path, data in images.items()
+            for kind, name in enumerate(_KINDS)
+            if path.rpartition("/")[2].startswith(name)
+        ],
+        "dumps": [
+            b"d" + data for path, data in images.items() if path.endswith((".dump", ".json"))
+        ],
+        "archive": tars,
+        "headers": [
+            b"bytes 0-9/100",
+            b"120",
+            b"Sun, 22 Nov 2026 10:00:00 GMT",
+            b'Bearer realm="https://auth.example/token",service="r",scope="a:b:pull"',
+            b'</v2/a/referrers/x?n=1>; rel="next"',
+            b"https://other.example/blob?signature=1",
+        ],
+        "token": [b'{"token":"abc","expires_in":60}', b'{"access_token":"abc"}'],
+        "referrers_list": [(DATA / "soci/referrers.json").read_bytes(), manifest],
+    }
+    return found
