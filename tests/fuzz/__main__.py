@@ -40,7 +40,7 @@ def fuzz(name: str, options: list[str], *, quiet: bool) -> int:
             command, env=environment, capture_output=quiet, text=True, check=False
         )
     if quiet:
-        told = [line for line in done.stderr.splitlines() if line.startswith("#")]
+        told = [line for line in done.stderr.splitlines() if "\tDONE" in line or " DONE " in line]
         print(f"{name}: {told[-1] if told else 'nothing was run'}", flush=True)
         if done.returncode:
             print(done.stdout[-3000:], done.stderr[-5000:], sep="\n", flush=True)
