@@ -16,7 +16,8 @@ from typing import Protocol, Self
 
 from lazyfs.ground.errors import FetchError, SourceError
 from lazyfs.ground.settings import TransportSettings
-from lazyfs.transport.http import ClosedEarly, Connection, environment_proxies, trust_store
+from lazyfs.transport.http import ClosedEarly, Connection, context_for, environment_proxies
+from lazyfs.transport.tls import Endpoints, TlsConfig, plain_endpoint
 from lazyfs.transport.urls import Origin, origin_of, redirect_target, shown
 
 _REDIRECTS = {301, 302, 303, 307, 308}
@@ -141,13 +142,16 @@ class SmallReply:
 class HttpClient:
     """Connections, redirects and credentials for all the URLs of one source. Thread-safe."""
 
-    def __init__(self, settings: TransportSettings, *, trust: ssl.SSLContext | None = None) -> None:
-        """Connect to nobody yet. `trust`: for https; None: what this machine trusts."""
+    def __init__(
+        self, settings: TransportSettings, *, endpoints: Endpoints = plain_endpoint
+    ) -> None:
+        """Connect to nobody yet. `endpoints` says how each origin is spoken to."""
         self.settings = settings
+        self._endpoints = endpoints
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[Connection]] = {}
         self._proxies: dict[Origin, dict[str, str]] = {}
-        self._trust = trust
+        self._contexts: dict[TlsConfig, tuple[object, ssl.SSLContext]] = {}
         self._closed = False
 
     def open(
@@ -267,11 +271,20 @@ class HttpClient:
                     return connection
                 stale = [connection, *idle]  # the others have been idle for longer
                 idle.clear()
-            if origin.scheme == "https" and self._trust is None:
-                self._trust = trust_store()
         for each in stale:
             each.close()
-        return Connection(origin, self.settings, self._trust)
+        endpoint = self._endpoints(origin)
+        context = self._context(endpoint.tls) if origin.scheme == "https" else None
+        return Connection(origin, self.settings, context, endpoint.headers)
+
+    def _context(self, tls: TlsConfig) -> ssl.SSLContext:
+        """Return a context that is made once, and anew when one of its files is another."""
+        stamp = tls.stamp()
+        with self._lock:
+            kept = self._contexts.get(tls)
+            if kept is None or kept[0] != stamp:
+                kept = self._contexts[tls] = (stamp, context_for(tls))
+        return kept[1]
 
 
 def refuse_encoding(reply: Reply) -> None:

@@ -18,7 +18,7 @@ import socket
 import ssl
 from collections.abc import Mapping
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any
+from typing import Any, Literal
 
 import requests
 import urllib3
@@ -32,6 +32,7 @@ from lazyfs import __version__
 from lazyfs.ground.errors import FetchError, LazyfsError, SourceError, UnknownHost
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
+from lazyfs.transport.tls import TlsConfig
 from lazyfs.transport.urls import Origin, is_loopback, origin_of, shown
 
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
@@ -66,15 +67,20 @@ class _Pool(HTTPConnectionPool):
 class _TlsPool(HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
 
+    def _validate_conn(self, conn: Any) -> None:
+        """Connect, and do not warn where certificates are not checked: that was told once."""
+        if conn.is_closed:
+            conn.connect()
+
 
 _POOLS = {"http": _Pool, "https": _TlsPool}
 
 
 class _Adapter(HTTPAdapter):
-    """One connection; certificates checked against this machine's trust store, read once."""
+    """One connection; certificates checked as its context says."""
 
-    def __init__(self, trust: ssl.SSLContext | None) -> None:
-        self._trust = trust
+    def __init__(self, context: ssl.SSLContext | None) -> None:
+        self._context = context
         super().__init__(pool_connections=1, pool_maxsize=1)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -90,23 +96,33 @@ class _Adapter(HTTPAdapter):
         self, request: requests.PreparedRequest, verify: Any, cert: Any = None
     ) -> Any:
         host, tls = super().build_connection_pool_key_attributes(request, False, None)
-        tls["cert_reqs"] = "CERT_REQUIRED"
-        if self._trust is not None:
-            tls["ssl_context"] = self._trust
+        tls["cert_reqs"] = self._cert_reqs
+        if self._context is not None:
+            tls["ssl_context"] = self._context
         return host, tls
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        conn.cert_reqs = "CERT_REQUIRED"
+        conn.cert_reqs = self._cert_reqs
+
+    @property
+    def _cert_reqs(self) -> Literal["CERT_NONE", "CERT_REQUIRED"]:
+        unchecked = self._context is not None and self._context.verify_mode == ssl.CERT_NONE
+        return "CERT_NONE" if unchecked else "CERT_REQUIRED"
 
 
 class Connection:
     """One `requests.Session`, which holds one connection. Not thread-safe: lease it."""
 
     def __init__(
-        self, origin: Origin, settings: TransportSettings, trust: ssl.SSLContext | None
+        self,
+        origin: Origin,
+        settings: TransportSettings,
+        context: ssl.SSLContext | None,
+        headers: Mapping[str, str],
     ) -> None:
-        """Connect to nobody yet. `trust` is needed for https; see `trust_store`."""
+        """Connect to nobody yet. `context` is needed for https; `headers` go with each request."""
         self.origin = origin
+        self._headers = headers
         self.used = False
         """Whether it has answered before."""
         self.idle_since_s = 0.0
@@ -114,7 +130,7 @@ class Connection:
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._session.mount(f"{origin.scheme}://", _Adapter(trust))
+        self._session.mount(f"{origin.scheme}://", _Adapter(context))
         self._prepared: tuple[str, requests.PreparedRequest] | None = None
         self._response: requests.Response | None = None
 
@@ -132,7 +148,8 @@ class Connection:
             if self._prepared is None or self._prepared[0] != url:
                 self._prepared = (url, requests.Request("GET", url).prepare())
             request = self._prepared[1].copy()
-            request.headers = CaseInsensitiveDict(headers)
+            request.headers = CaseInsensitiveDict(self._headers)
+            request.headers.update(headers)
             request.headers["Accept-Encoding"] = "identity"
             request.headers["User-Agent"] = f"lazyfs/{__version__}"
             self._response = self._session.send(
@@ -173,12 +190,19 @@ def environment_proxies(origin: Origin, url: str) -> dict[str, str]:
     return {} if is_loopback(origin.host) else get_environ_proxies(url)
 
 
-def trust_store() -> ssl.SSLContext:
-    """Read the authorities that this machine trusts: some 10 ms, so once for all connections."""
+def context_for(tls: TlsConfig) -> ssl.SSLContext:
+    """Return a context that trusts what this machine trusts, and does what `tls` says.
+
+    Some 10 ms: once for many connections.
+
+    Raises:
+        SourceError: a file that `tls` names is of no use.
+    """
     context = ssl.create_default_context()
     paths = ssl.get_default_verify_paths()
     if paths.cafile is None and paths.capath is None:
         context.load_verify_locations(requests.certs.where())  # a machine without a trust store
+    tls.apply(context)
     return context
 
 
