@@ -105,7 +105,7 @@ class TokenServer:
         self.error: LazyfsError | None = None
         self.gate: threading.Event | None = None
 
-    def get(self, url: str, headers: Mapping[str, str]) -> SmallReply:
+    def get(self, url: str, headers: Mapping[str, str], form: bytes | None) -> SmallReply:
         self.asked.append((url, headers))
         if self.gate is not None:
             assert self.gate.wait(5)
@@ -123,7 +123,7 @@ class TokenServer:
 def test_token_is_for_the_registry_alone() -> None:
     authorizer = TokenServer().authorizer()
     assert authorizer.authorization(REGISTRY) is None
-    assert authorizer.renew(BEARER, None) == "Bearer t1"
+    assert authorizer.renew(REGISTRY, BEARER, None) == "Bearer t1"
     assert authorizer.authorization(REGISTRY) == "Bearer t1"
     for other in (
         Origin("http", "registry.example", 443),
@@ -136,11 +136,11 @@ def test_token_is_for_the_registry_alone() -> None:
 def test_token_is_renewed_before_it_expires_and_when_refused() -> None:
     server = TokenServer(life_s=1e-9)
     authorizer = server.authorizer()
-    authorizer.renew(BEARER, None)
+    authorizer.renew(REGISTRY, BEARER, None)
     assert authorizer.authorization(REGISTRY) == "Bearer t2", "the first has expired by now"
     server.life_s = 300
-    assert authorizer.renew(BEARER, "Bearer t2") == "Bearer t3"
-    assert authorizer.renew(BEARER, "Bearer t2") == "Bearer t3", "another thread was first"
+    assert authorizer.renew(REGISTRY, BEARER, "Bearer t2") == "Bearer t3"
+    assert authorizer.renew(REGISTRY, BEARER, "Bearer t2") == "Bearer t3", "another thread was first"
     assert len(server.asked) == 3
 
 
@@ -149,7 +149,7 @@ def test_threads_that_met_the_same_401_share_a_token_or_its_failure() -> None:
     authorizer = server.authorizer()
     server.gate = threading.Event()
     with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(authorizer.renew, BEARER, None) for _ in range(8)]
+        futures = [pool.submit(authorizer.renew, REGISTRY, BEARER, None) for _ in range(8)]
         server.gate.set()
         assert {future.result() for future in futures} == {"Bearer t1"}
     assert len(server.asked) == 1
@@ -161,7 +161,7 @@ def test_threads_share_a_failure_too() -> None:
     server.gate = threading.Event()
     authorizer = server.authorizer()
     with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(authorizer.renew, BEARER, None) for _ in range(8)]
+        futures = [pool.submit(authorizer.renew, REGISTRY, BEARER, None) for _ in range(8)]
         server.gate.set()
         assert all(isinstance(future.exception(), FetchError) for future in futures)
 
@@ -171,26 +171,26 @@ def test_token_that_cannot_be_had() -> None:
     server.error = FetchError("away", transient=True)
     authorizer = server.authorizer()
     with pytest.raises(FetchError, match="away"):
-        authorizer.renew(BEARER, None)
+        authorizer.renew(REGISTRY, BEARER, None)
     server.error = None
-    assert authorizer.renew(BEARER, None) == "Bearer t2", "a failure is not for ever"
+    assert authorizer.renew(REGISTRY, BEARER, None) == "Bearer t2", "a failure is not for ever"
 
 
 def test_schemes_that_are_not_known_are_left_alone() -> None:
     authorizer = TokenServer().authorizer()
-    assert authorizer.renew("Negotiate", None) is None
-    assert authorizer.renew('Basic realm="x"', None) is None, "there are no credentials"
+    assert authorizer.renew(REGISTRY, "Negotiate", None) is None
+    assert authorizer.renew(REGISTRY, 'Basic realm="x"', None) is None, "there are no credentials"
 
 
 def test_basic() -> None:
     credentials = Credentials("user", "pass", Path("auth.json"))
     server = TokenServer()
     authorizer = server.authorizer(credentials)
-    header = authorizer.renew('Basic realm="x"', None)
+    header = authorizer.renew(REGISTRY, 'Basic realm="x"', None)
     assert header == "Basic dXNlcjpwYXNz"
     assert authorizer.authorization(REGISTRY) == header
-    assert authorizer.renew('Basic realm="x"', header) is None, "it was refused already"
-    assert authorizer.renew(BEARER, header) == "Bearer t1"
+    assert authorizer.renew(REGISTRY, 'Basic realm="x"', header) is None, "it was refused already"
+    assert authorizer.renew(REGISTRY, BEARER, header) == "Bearer t1"
     assert server.asked[0][1] == {"Authorization": header}
     assert "pass" not in repr(credentials) + repr(authorizer)
 

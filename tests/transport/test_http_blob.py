@@ -416,7 +416,7 @@ def test_proxy_of_the_environment(server: FaultServer, excepted: str) -> None:
         "client.close()\n"
     )
     proxy = f"http://user:s3cr3t@{server.host}"
-    environment = {**os.environ, "http_proxy": proxy, "no_proxy": excepted}
+    environment = {**os.environ, "HTTP_PROXY": proxy, "NO_PROXY": excepted}
     done = subprocess.run(
         [sys.executable, "-c", script, "http://registry.invalid/f?sig=s3cr3t"],
         env=environment,
