@@ -98,7 +98,7 @@ class HttpBlob:
             with self._ask(byte_range) as reply:
                 skip_bytes = self._check(reply, byte_range)
                 self._copy(reply, skip_bytes, byte_range.size_bytes, sink)
-        except FetchError:
+        except LazyfsError:
             self._location = None
             raise
 

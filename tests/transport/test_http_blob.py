@@ -252,7 +252,7 @@ class Badge:
     def authorization(self, origin: Origin) -> str | None:
         return "Bearer badge" if origin == self._origin else None
 
-    def renew(self, challenge: str, rejected: str | None) -> str | None:
+    def renew(self, origin: Origin, challenge: str | None, rejected: str | None) -> str | None:
         return None
 
 
