@@ -250,6 +250,10 @@ class FaultServer:
         if self._tls is None:
             return connection
         connection.settimeout(10)
+        if connection.recv(1, socket.MSG_PEEK) not in (b"\x16", b""):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\nthis is TLS, as Go says it\n")
+            raise OSError("plain HTTP where there is TLS")
         return self._tls.wrap_socket(connection, server_side=True)
 
     def handle(self, handler: Any, connection: int) -> None:

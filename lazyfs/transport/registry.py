@@ -4,7 +4,8 @@ A digest is proven over the bytes as they were served. A tag's manifest is trust
 connection is: its digest is computed here, and everything below it is proven by that.
 
 Plain HTTP is spoken to this machine's own loopback and where the settings say so; to loopback
-HTTPS is tried when plain HTTP is refused (400) for being plain.
+HTTPS is tried when plain HTTP is refused (400) for being plain. A registry that need not prove who
+it is has HTTPS tried first, and plain HTTP when that is not what it speaks.
 
 Source: OCI distribution-spec, "Pull", "Listing Referrers".
 """
@@ -97,8 +98,12 @@ class RegistrySource:
             endpoints=endpoints,
         )
         loopback = is_loopback(host if host.endswith("]") else host.rpartition(":")[0] or host)
-        self._may_be_tls = loopback and not settings.plain_http
-        self._speak("http" if loopback or settings.plain_http else "https")
+        if settings.plain_http or (loopback and settings.tls_verify):
+            self._may_be_tls = loopback and not settings.plain_http
+            self._speak("http")
+        else:
+            self._may_be_tls = False
+            self._speak("https")
 
     @property
     def name(self) -> str:

@@ -161,6 +161,6 @@ def test_registry_on_loopback_may_redirect_on_loopback(client: HttpClient) -> No
         target = storage.add_file("/g", b"data")
         registry.always("/f", faults.redirect(target))
         assert client.get(f"{registry.url}/f", {}, limit_bytes=100).body == b"data"
-        registry.always("/m", faults.redirect("http://169.254.169.254/latest/meta-data"))
+        registry.always("/m", faults.redirect("http://169.254.0.1/latest/meta-data"))
         with pytest.raises(SourceError, match="address of this link"):
             client.get(f"{registry.url}/m", {}, limit_bytes=100)

@@ -6,6 +6,7 @@ Reads go through the policy that a mount has, so that what passes is waited for.
 import base64
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from lazyfs.transport.blob import Blob
 from lazyfs.transport.registry import RegistrySource
 from lazyfs.transport.retry import Fetcher
 from tests import faults
+from tests.certificates import Authority
 from tests.faults import FaultServer
 from tests.transport.gather import QUICK, Gather
 
@@ -211,7 +213,30 @@ async def test_signed_url_that_expires_in_mid_transfer_is_asked_for_anew(
 async def test_realm_on_this_machine_is_refused_to_a_registry_elsewhere(
     server: FaultServer, source: RegistrySource
 ) -> None:
-    server.realm = "http://169.254.169.254/token"
+    server.realm = "http://169.254.0.1/token"
     blob = source.blob(Digest.parse(server.add_blob(BLOB)), len(BLOB))
     with pytest.raises(SourceError, match="where clouds keep their metadata"):
         await fetch(blob)
+
+
+@pytest.mark.parametrize("speaks_tls", [True, False])
+def test_registry_that_need_not_prove_who_it_is(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, speaks_tls: bool
+) -> None:
+    """As with Podman's --tls-verify=false: HTTPS with any certificate, or plain HTTP."""
+    authority = Authority(tmp_path)
+    context = authority.context(authority.server("192.0.2.1"))
+    with FaultServer(tls=context if speaks_tls else None) as server:
+        server.add_manifest({"schemaVersion": 2}, "v1")
+        for verify in (False, True) if speaks_tls else (False,):
+            settings = replace(QUICK, tls_verify=verify)
+            source = RegistrySource(
+                server.host, server.repository, settings=settings, counters=Counters()
+            )
+            if verify:
+                with pytest.raises(SourceError, match="certificate is not trusted"):
+                    source.manifest("v1")
+            else:
+                source.manifest("v1")
+                assert "--tls-verify=false" in caplog.text
+            source.close()
