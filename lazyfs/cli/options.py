@@ -61,7 +61,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
     )
     @click.option(
         "--authfile",
-        type=click.Path(dir_okay=False, path_type=Path),
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
         metavar="FILE",
         help="Take credentials from FILE, read anew whenever they are needed.  [default: "
         "$REGISTRY_AUTH_FILE, otherwise where Podman and Docker keep them]",

@@ -102,7 +102,7 @@ def parse_token(body: bytes, host: str) -> TokenValue:
     """
     try:
         reply = msgspec.json.decode(body, type=_TokenReply)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise SourceError(f"{host} answered something else than a token") from None
     token = reply.token or reply.access_token
     if not _SAFE_TOKEN.fullmatch(token):

@@ -83,7 +83,7 @@ def ask_helper(
         )
     try:
         reply = msgspec.json.decode(output, type=_Reply)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise HelperError(f"{program} answered for {server} with something else") from None
     if not reply.secret:
         return None

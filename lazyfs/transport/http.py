@@ -332,7 +332,8 @@ def _tls_error(error: ssl.SSLError, who: str) -> LazyfsError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return SourceError(
             f"{who}: its TLS certificate is not trusted ({error.verify_message}); if it should "
-            "be, add its authority to this machine's trust store or name it in SSL_CERT_FILE"
+            f"be, put its authority into certs.d/{who}/ca.crt (containers-certs.d(5)) or this "
+            "machine's trust store, or name it in SSL_CERT_FILE"
         )
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError):
         return FetchError(f"{who} closed the connection while TLS was set up", transient=True)

@@ -7,6 +7,7 @@ from the same home directory.
 import base64
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -19,11 +20,17 @@ import pytest
 from testbed import Layer, Registry, Session, Wan, push_oci_image
 from testbed.registry import free_port
 
+from lazyfs.ground.counters import Counters
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import SourceError
+from lazyfs.ground.settings import TransportSettings
+from lazyfs.transport.registry import RegistrySource
 from tests.certificates import Authority
 from tests.exchange import Exchange
 from tests.faults import FaultServer, redirect
 from tests.images import tar_bytes
 from tests.real.conftest import Store
+from tests.transport.gather import read
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
@@ -79,17 +86,12 @@ class Home:
         assert PASSWORD not in done.stderr.decode()
         return done.returncode, done.stdout, done.stderr.decode()
 
-    def skopeo(self, store: Store, reference: str) -> bool:
-        """Whether skopeo reads the image with the same home."""
+    def skopeo(self, store: Store, reference: str) -> str:
+        """Return the image's manifest as skopeo reads it with the same home."""
         with Session(store.testbed, [self.path]) as session:
             command = ["env", f"HOME={self.path}", "skopeo", "inspect", "--raw"]
-            command += [f"--authfile={self.path}/auth.json", f"docker://{reference}"]
-            return (
-                subprocess.run(
-                    session.command(command), capture_output=True, timeout=60, check=False
-                ).returncode
-                == 0
-            )
+            authfile = f"--authfile={self.path}/auth.json"
+            return session.run([*command, authfile, f"docker://{reference}"])
 
 
 @pytest.fixture
@@ -135,7 +137,8 @@ def test_password_and_client_certificate(store: Store, image: str, home: Home, w
         assert (code, "are not good for it" in said) == (3, True), said
         home.log_in(registry.address, password(PASSWORD))
         assert home.lazyfs(*read) == (0, PAGES, "")
-        assert home.skopeo(store, reference), "what works for Podman's family is what works here"
+        layer = json.loads(home.skopeo(store, reference))["layers"][0]
+        assert layer["size"] == len(LAYER), "what is put down is what Podman's family takes"
 
 
 def password(text: str) -> dict[str, str]:
@@ -239,3 +242,45 @@ def test_registry_elsewhere_may_not_lead_to_loopback(store: Store, image: str, h
             code, _, said = home.lazyfs(*read)
             assert (code, "is refused" in said) == (3, True), said
             assert local.seen == []
+
+
+def test_name_that_is_rebound_is_not_followed_here(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signed URL that is remembered is judged anew with each connection."""
+    here = False
+    real = socket.getaddrinfo
+
+    def rebound(host: str, *rest: Any, **named: Any) -> Any:
+        if host == "storage.example":
+            host = "127.0.0.1" if here else wan.near_ip
+        return real(host, *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebound)
+    with (
+        Wan(store.testbed) as wan,
+        FaultServer(address=wan.near_ip) as registry,
+        FaultServer(address=wan.near_ip) as storage,
+    ):
+        local = FaultServer()
+        local.port = storage.port
+        with local:
+            for each in (storage, local):
+                each.add_file("/signed", PAGES)
+            digest = registry.add_blob(PAGES)
+            registry.always("/blobs/", redirect(f"http://storage.example:{storage.port}/signed"))
+            settings = TransportSettings(plain_http=True, deadline_s=5)
+            source = RegistrySource(
+                registry.host, registry.repository, settings=settings, counters=Counters()
+            )
+            blob = source.blob(Digest.parse(digest), len(PAGES))
+            assert read(blob, 0, 100) == PAGES[:100]
+            assert read(blob, 100, 200) == PAGES[100:200]
+            assert (registry.count("/blobs/"), storage.count("/signed")) == (1, 2)
+            storage.stop()
+            here = True
+            for _ in range(2):
+                with pytest.raises(SourceError, match="this machine's own address"):
+                    read(blob, 0, 100)
+            assert local.seen == []
+            source.close()

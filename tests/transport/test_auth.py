@@ -82,6 +82,8 @@ def test_token_reply() -> None:
     assert "abc" not in repr(token)
     with pytest.raises(SourceError):
         parse_token(b'{"token": "a\\r\\nb"}', "a")
+    with pytest.raises(SourceError):
+        parse_token(b'{"x":' + b"[" * 100_000, "a")
 
 
 def test_where_a_token_is_asked_for() -> None:

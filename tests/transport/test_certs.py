@@ -1,15 +1,18 @@
 """Certificates put down for a registry: who is trusted, what is shown, and to whom."""
 
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from lazyfs.ground.counters import Counters
 from lazyfs.ground.errors import SourceError
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.certs import certs_directories, certs_for, registry_endpoints
 from lazyfs.transport.client import HttpClient
+from lazyfs.transport.retry import attempts
 from lazyfs.transport.tls import ClientPair, Endpoint, TlsConfig
 from lazyfs.transport.urls import origin_of
 from tests import faults
@@ -49,10 +52,15 @@ def put(directory: Path, host: str, **files: Path) -> None:
 
 
 def get(url: str, name: str, certs: Path, own: Endpoint | None = None) -> bytes:
+    """Ask until the answer is clear: a server that refuses may reset before that is read."""
     endpoints = registry_endpoints(name, own=own, directories=[certs])
     client = HttpClient(QUICK, endpoints=endpoints)
-    try:
+
+    def ask() -> bytes:
         return client.get(url, {}, limit_bytes=10_000).body
+
+    try:
+        return attempts(url, ask, settings=QUICK, counters=Counters())
     finally:
         client.close()
 
@@ -120,6 +128,28 @@ def test_client_certificate_is_shown_to_who_wants_it(
     with pytest.raises(SourceError, match=r"me\.key cannot be used") as caught:
         get(f"{strict.url}/f", strict.host, tmp_path)
     assert "PRIVATE" not in str(caught.value)
+
+
+def test_key_with_a_password_is_refused_not_asked_for(
+    strict: FaultServer, authority: Authority, tmp_path: Path
+) -> None:
+    client = authority.client("locked")
+    command = ["openssl", "pkey", "-aes256", "-passout", "pass:x", "-in", client.key, "-out"]
+    subprocess.run([*command, tmp_path / "locked.key"], check=True, capture_output=True)
+    put(tmp_path, strict.host, ca_crt=authority.certificate)
+    put(tmp_path, strict.host, me_cert=client.certificate, me_key=tmp_path / "locked.key")
+    with pytest.raises(SourceError, match="it is encrypted"):
+        get(f"{strict.url}/f", strict.host, tmp_path)
+
+
+def test_first_of_several_client_certificates_is_shown(
+    strict: FaultServer, authority: Authority, tmp_path: Path
+) -> None:
+    good, other = authority.client("one"), Authority(tmp_path / "ca").client("two")
+    put(tmp_path, strict.host, ca_crt=authority.certificate)
+    put(tmp_path, strict.host, a_cert=good.certificate, a_key=good.key)
+    put(tmp_path, strict.host, b_cert=other.certificate, b_key=other.key)
+    assert get(f"{strict.url}/f", strict.host, tmp_path) == DATA
 
 
 def test_certificates_that_are_renewed_count_from_the_next_connection(
