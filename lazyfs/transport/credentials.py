@@ -117,7 +117,7 @@ def find_credentials(
             raise SourceError(
                 f"the auth file {path} cannot be read: {error.strerror or error}"
             ) from error
-        found = _in_file(path, data, host, repository, ask)
+        found = credentials_in(data, path, host, repository, ask)
         if found is not None:
             return found
     return None
@@ -127,9 +127,14 @@ def _asking_by(environ: Mapping[str, str]) -> AskHelper:
     return lambda name, server: ask_helper(name, server, environ=environ)
 
 
-def _in_file(
-    path: Path, data: bytes, host: str, repository: str, ask: AskHelper
+def credentials_in(
+    data: bytes, path: Path, host: str, repository: str, ask: AskHelper
 ) -> Credentials | None:
+    """Return what a file's bytes say about `host/repository`, and the helpers that they name.
+
+    Raises:
+        SourceError: they are no auth file's.
+    """
     parsed = _parse(path, data)
     helpers = parsed.helpers or {}
     servers = _servers(host)

@@ -81,13 +81,20 @@ def ask_helper(
             f"{program} failed for {server} (exit status {status}); "
             f"`echo {server} | {program} get` shows why"
         )
+    return parse_answer(output, program, server)
+
+
+def parse_answer(output: bytes, program: str, server: str) -> HelperAnswer | None:
+    """Read what a helper printed; None: nothing secret is in it.
+
+    Raises:
+        HelperError: it is something else than an answer.
+    """
     try:
         reply = msgspec.json.decode(output, type=_Reply)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise HelperError(f"{program} answered for {server} with something else") from None
-    if not reply.secret:
-        return None
-    return HelperAnswer(reply.username, reply.secret)
+    return HelperAnswer(reply.username, reply.secret) if reply.secret else None
 
 
 def _run(
