@@ -27,6 +27,8 @@ class Seen:
     headers: dict[str, str]
     connection: int
     """Which connection it came by, counted from 0."""
+    method: str = "GET"
+    body: bytes = b""
 
 
 @dataclass

@@ -74,14 +74,22 @@ def digest_of(data: bytes) -> str:
 class FaultServer:
     """See the module. All methods may be called from any thread while it serves."""
 
-    def __init__(self, repository: str = "team/checkpoint", tls: ssl.SSLContext | None = None):
+    def __init__(
+        self,
+        repository: str = "team/checkpoint",
+        tls: ssl.SSLContext | None = None,
+        address: str = "127.0.0.1",
+    ):
         self.repository = repository
+        self.address = address
         self.resources: dict[str, Resource] = {}
         self.seen: list[Seen] = []
         self.auth: str | None = None
         """None, "bearer" or "basic": what /v2/ asks for."""
         self.password: tuple[str, str] | None = None
         """What the token server, or Basic, wants; None: anybody gets a token."""
+        self.identity_token: str | None = None
+        """A refresh token that the token server takes by POST; None: it knows no POST."""
         self.token_life_s: float | None = 300
         self.realm: str | None = None
         self.tokens_issued = 0
@@ -111,7 +119,7 @@ class FaultServer:
 
     @property
     def host(self) -> str:
-        return f"127.0.0.1:{self.port}"
+        return f"{self.address}:{self.port}"
 
     @property
     def url(self) -> str:
@@ -138,7 +146,7 @@ class FaultServer:
                 owner.drop(request)
 
         self._stopping = False
-        self._server = Server(("127.0.0.1", self.port), _handler_of(self))
+        self._server = Server((self.address, self.port), _handler_of(self))
         self.port = self._server.server_address[1]
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,))
         self._thread.start()
@@ -242,11 +250,17 @@ class FaultServer:
         if self._tls is None:
             return connection
         connection.settimeout(10)
+        if connection.recv(1, socket.MSG_PEEK) not in (b"\x16", b""):
+            connection.recv(65536)
+            connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\nthis is TLS, as Go says it\n")
+            raise OSError("plain HTTP where there is TLS")
         return self._tls.wrap_socket(connection, server_side=True)
 
     def handle(self, handler: Any, connection: int) -> None:
         parts = urlsplit(handler.path)
-        seen = Seen(parts.path, parts.query, dict(handler.headers.items()), connection)
+        sent = dict(handler.headers.items())
+        body = handler.rfile.read(int(sent.get("Content-Length", 0)))
+        seen = Seen(parts.path, parts.query, sent, connection, handler.command, body)
         with self._moved:
             self.seen.append(seen)
             self._moved.notify_all()
@@ -286,10 +300,19 @@ class FaultServer:
 
     def _token(self, exchange: Exchange) -> None:
         sent = exchange.seen.headers.get("Authorization")
-        if self.password is not None and sent != self._basic():
+        query = parse_qs(exchange.seen.query)
+        if exchange.seen.method == "POST":
+            if self.identity_token is None:
+                exchange.answer(404, {}, b"{}")
+                return
+            query = parse_qs(exchange.seen.body.decode())
+            assert query["grant_type"] == ["refresh_token"], query
+            if query["refresh_token"] != [self.identity_token]:
+                exchange.answer(401, {}, b"{}")
+                return
+        elif self.password is not None and sent != self._basic():
             exchange.answer(401, {}, b"{}")
             return
-        query = parse_qs(exchange.seen.query)
         assert query["scope"] == [f"repository:{self.repository}:pull"], query
         assert query["service"] == ["test, with a comma"], query
         with self._lock:
@@ -315,6 +338,9 @@ def _handler_of(owner: FaultServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             owner.handle(self, self._number)
             self.wfile.flush()
+
+        def do_POST(self) -> None:
+            self.do_GET()
 
         def finish(self) -> None:
             with contextlib.suppress(OSError, ValueError):

@@ -279,9 +279,12 @@ def _resolve_archive(
     if reference.is_url:
         from lazyfs.transport.client import HttpClient
         from lazyfs.transport.httpblob import open_url
+        from lazyfs.transport.registry import endpoints_of
         from lazyfs.transport.retry import attempts
+        from lazyfs.transport.urls import origin_of
 
-        client = HttpClient(settings)
+        name = str(origin_of(reference.url))
+        client = HttpClient(settings, endpoints=endpoints_of(name, settings))
         try:
             blob = attempts(
                 str(reference),

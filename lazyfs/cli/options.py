@@ -60,6 +60,28 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         help="Speak HTTP, not HTTPS, to the registry. Loopback needs no such word.",
     )
     @click.option(
+        "--authfile",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Take credentials from FILE, read anew whenever they are needed.  [default: "
+        "$REGISTRY_AUTH_FILE, otherwise where Podman and Docker keep them]",
+    )
+    @click.option(
+        "--tls-verify",
+        type=click.BOOL,
+        default=True,
+        metavar="BOOL",
+        help="--tls-verify=false believes whoever answers in the registry's place, over HTTP too. "
+        "Wherever it redirects to is checked all the same. An authority of your own belongs "
+        "into certs.d (containers-certs.d(5)).",
+    )
+    @click.option(
+        "--allow-local-redirects",
+        is_flag=True,
+        help="Let a registry that is elsewhere lead to loopback and link-local addresses, where "
+        "services trust whoever is near (cloud metadata). Refused otherwise.",
+    )
+    @click.option(
         "--verify",
         type=click.Choice(["background", "full", "strict"]),
         default="background",
@@ -92,6 +114,9 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         *args: Any,
         cache_dir: Path | None,
         plain_http: bool,
+        authfile: Path | None,
+        tls_verify: bool,
+        allow_local_redirects: bool,
         verify: Literal["background", "full", "strict"],
         deadline: float,
         referrers: Literal["auto", "always", "never"],
@@ -101,6 +126,9 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
             cache_dir=cache_dir or default_cache_dir(),
             transport=TransportSettings(
                 plain_http=plain_http,
+                authfile=None if authfile is None else str(authfile.absolute()),
+                tls_verify=tls_verify,
+                allow_local_redirects=allow_local_redirects,
                 deadline_s=deadline,
                 stall_timeout_s=min(deadline, TransportSettings().stall_timeout_s),
                 connect_timeout_s=min(deadline, TransportSettings().connect_timeout_s),

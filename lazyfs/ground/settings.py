@@ -27,6 +27,12 @@ class TransportSettings:
     """A server without ranges answers 200 with everything; up to here that is good enough."""
     plain_http: bool = False
     """Speak HTTP to any registry; loopback is always spoken to in HTTP first."""
+    tls_verify: bool = True
+    """Whether the registry has to prove that it is who it says; others always have to."""
+    authfile: str | None = None
+    """The file that credentials are in; None: where Podman and Docker keep them."""
+    allow_local_redirects: bool = False
+    """Whether a registry elsewhere may lead to loopback and link-local addresses."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,22 +1,28 @@
 """How a registry is shown credentials: challenges, tokens and their expiry.
 
 Decides when a token is fetched: when a 401 asks for it, shortly before it expires, and once
-when it is refused. One lock a repository, held while its token is fetched, so that many threads
-that met the same 401 fetch it once; a failure is theirs in common, too.
+when it is refused (401, or 403, as some clouds have it). One lock a repository, held while its
+token is fetched, so that many threads that met the same 401 fetch it once; a failure is theirs in
+common, too. Each time the credentials are looked up anew. Before a token has expired, failing to
+renew it is no failure; later it is one of those that wait, so that it passes if it can.
 
 Credentials go to the registry's own origin and to the realm that it names, which must be https
-unless the registry itself is spoken to in plain HTTP. We ask for `pull` of one repository,
-whatever the challenge would have us ask for. Nothing here puts a secret into a message.
+unless the registry itself is spoken to in plain HTTP. What another origin would have us do, such
+as the object store that the registry redirects to, is not done. We ask for `pull` of one
+repository, whatever the challenge would have us ask for. Nothing here puts a secret into a
+message.
 
-Sources: RFC 9110, section 11; distribution, "Token Authentication Specification". Identity
-tokens (OAuth2 POST) would be one more case in `_fetch_token`.
+Time is that since boot, suspended or not: no clock that somebody sets makes a token seem good.
+
+Sources: RFC 9110, section 11; RFC 6749, section 6; distribution, "Token Authentication
+Specification" and "Distribution Registry v2 authentication using OAuth2".
 """
 
 import re
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from urllib.parse import urlencode, urlsplit
 
 import msgspec
@@ -25,11 +31,14 @@ from lazyfs.ground.errors import FetchError, LazyfsError, SourceError
 from lazyfs.transport.answers import Question, refusal
 from lazyfs.transport.client import SmallReply
 from lazyfs.transport.credentials import Credentials
+from lazyfs.transport.helpers import HelperError
 from lazyfs.transport.urls import Origin, origin_of, shown
 
 _TOKEN_LIFE_S = 60
 _RENEW_AGAIN_S = 3.0
 _CHALLENGE_LIMIT = 8192
+_CLIENT_ID = "lazyfs"
+_FORM = "application/x-www-form-urlencoded"
 _WORD = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _PARAMETER = re.compile(rf'({_WORD})\s*=\s*(?:"((?:[^"\\]|\\.)*)"|({_WORD}))')
 _SCHEME = re.compile(rf"({_WORD})(?=[\s,]|\Z)")
@@ -93,7 +102,7 @@ def parse_token(body: bytes, host: str) -> TokenValue:
     """
     try:
         reply = msgspec.json.decode(body, type=_TokenReply)
-    except (msgspec.DecodeError, UnicodeDecodeError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise SourceError(f"{host} answered something else than a token") from None
     token = reply.token or reply.access_token
     if not _SAFE_TOKEN.fullmatch(token):
@@ -102,12 +111,8 @@ def parse_token(body: bytes, host: str) -> TokenValue:
     return TokenValue(f"Bearer {token}", life_s if 0 < life_s < 1e9 else _TOKEN_LIFE_S)
 
 
-def token_url(challenge: Challenge, registry: Origin, repository: str) -> str:
-    """Return where to ask for a token to pull `repository`.
-
-    Raises:
-        SourceError: the realm is not one that credentials may be sent to.
-    """
+def _realm(challenge: Challenge, registry: Origin) -> str:
+    """Return the realm of a challenge, if it is one that credentials may be sent to."""
     realm = challenge.parameters.get("realm", "")
     try:
         origin = origin_of(realm)
@@ -117,12 +122,53 @@ def token_url(challenge: Challenge, registry: Origin, repository: str) -> str:
         raise SourceError(
             f"{registry} sends credentials to {shown(realm)} over plain http, which is refused"
         )
-    query = [("scope", f"repository:{repository}:pull")]
-    if "service" in challenge.parameters:
-        query.insert(0, ("service", challenge.parameters["service"]))
-    parts = urlsplit(realm)
-    joined = "&".join(filter(None, (parts.query, urlencode(query))))
+    return realm.partition("#")[0]
+
+
+def _wish(challenge: Challenge, repository: str) -> list[tuple[str, str]]:
+    service = challenge.parameters.get("service")
+    scope = ("scope", f"repository:{repository}:pull")
+    return [scope] if service is None else [("service", service), scope]
+
+
+def token_url(challenge: Challenge, registry: Origin, repository: str) -> str:
+    """Return where to ask for a token to pull `repository`, with a GET.
+
+    Raises:
+        SourceError: the realm is not one that credentials may be sent to.
+    """
+    parts = urlsplit(_realm(challenge, registry))
+    joined = "&".join(filter(None, (parts.query, urlencode(_wish(challenge, repository)))))
     return f"{parts.scheme}://{parts.netloc}{parts.path}?{joined}"
+
+
+def token_form(
+    challenge: Challenge, registry: Origin, repository: str, identity_token: str
+) -> tuple[str, bytes]:
+    """Return where to ask for a token by a refresh token, and what to POST there.
+
+    Raises:
+        SourceError: the realm is not one that credentials may be sent to.
+    """
+    fields = [
+        ("grant_type", "refresh_token"),
+        *_wish(challenge, repository),
+        ("client_id", _CLIENT_ID),
+        ("refresh_token", identity_token),
+    ]
+    return _realm(challenge, registry), urlencode(fields).encode()
+
+
+class AskForToken(Protocol):
+    """A request to a token server: a GET, or with a form a POST, which is not redirected."""
+
+    def __call__(self, url: str, headers: Mapping[str, str], form: bytes | None) -> SmallReply:
+        """Return the answer, whatever its status. May block and raise our errors."""
+
+
+def seconds_since_boot() -> float:
+    """Return the time since boot; unlike that of `time.monotonic` it passes in a suspend, too."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class RegistryAuthorizer:
@@ -133,19 +179,21 @@ class RegistryAuthorizer:
         registry: Origin,
         repository: str,
         credentials: Callable[[], Credentials | None],
-        get: Callable[[str, Mapping[str, str]], SmallReply],
+        ask: AskForToken,
         *,
         name: str,
+        clock: Callable[[], float] = seconds_since_boot,
     ) -> None:
-        """`credentials` and `get` (a GET with these headers) may block and raise our errors.
+        """`credentials` and `ask` may block and raise our errors.
 
         `name` is what a person calls the registry: `docker.io`.
         """
         self._registry = registry
         self._repository = repository
         self._credentials = credentials
-        self._get = get
+        self._ask = ask
         self._name = name
+        self._clock_s = clock
         self._lock = threading.Lock()
         self._challenge: Challenge | None = None
         self._header: str | None = None
@@ -165,32 +213,37 @@ class RegistryAuthorizer:
         """
         if origin != self._registry:
             return None
-        if self._header is None or time.monotonic() < self._renew_at_s:
+        if self._header is None or self._clock_s() < self._renew_at_s:
             return self._header
         failures = self._failures
         with self._lock:
-            now_s = time.monotonic()
+            now_s = self._clock_s()
             if now_s >= self._renew_at_s:
                 try:
                     self._renew(failures)
-                except FetchError:
+                except LazyfsError:
                     if now_s >= self._expires_at_s:
                         raise
                     self._renew_at_s = min(self._expires_at_s, now_s + _RENEW_AGAIN_S)
             return self._header
 
-    def renew(self, challenge: str, rejected: str | None) -> str | None:
-        """Return the header to try after a 401 with this challenge; None if there is no other.
+    def renew(self, origin: Origin, challenge: str | None, rejected: str | None) -> str | None:
+        """Return the header to try after `rejected` was refused; None if there is no other.
 
         Raises:
             SourceError: no token was given, or credentials cannot be read.
         """
+        if origin != self._registry:
+            return None
         failures = self._failures
         with self._lock:
             if self._header is not None and self._header != rejected:
-                return self._header  # another thread met the same 401 earlier
-            challenges = {each.scheme: each for each in reversed(parse_challenges(challenge))}
-            self._challenge = challenges.get("bearer") or challenges.get("basic")
+                return self._header  # another thread met the same refusal earlier
+            challenges = {each.scheme: each for each in reversed(parse_challenges(challenge or ""))}
+            asked = challenges.get("bearer") or challenges.get("basic")
+            self._challenge = asked or self._challenge
+            if self._challenge is None:
+                return None
             self._renew(failures)
             return self._header if self._header != rejected else None
 
@@ -206,19 +259,24 @@ class RegistryAuthorizer:
             raise
 
     def _obtain(self) -> str | None:
-        credentials = self._credentials()
+        try:
+            credentials = self._credentials()
+        except HelperError as error:
+            if self._header is None:
+                raise
+            raise FetchError(str(error), transient=True) from None  # it has worked before
         challenge = self._challenge
         if challenge is not None and challenge.scheme == "bearer":
-            return self._fetch_token(challenge, credentials)
+            if credentials is None or not _SAFE_TOKEN.fullmatch(credentials.registry_token):
+                return self._fetch_token(challenge, credentials)
+            self._renew_at_s = self._expires_at_s = float("inf")
+            return f"Bearer {credentials.registry_token}"
         self._renew_at_s = self._expires_at_s = float("inf")
         return None if challenge is None or credentials is None else credentials.basic()
 
     def _fetch_token(self, challenge: Challenge, credentials: Credentials | None) -> str:
-        url = token_url(challenge, self._registry, self._repository)
-        headers = {} if credentials is None else {"Authorization": credentials.basic()}
-        asked_at_s = time.monotonic()
-        reply = self._get(url, headers)
-        host = str(origin_of(url))
+        asked_at_s = self._clock_s()
+        host, reply = self._ask_for_token(challenge, credentials)
         if reply.status != 200:
             what = f"a token to pull {self._name}/{self._repository}"
             login = login_advice(self._name, credentials)
@@ -228,15 +286,32 @@ class RegistryAuthorizer:
         self._renew_at_s = self._expires_at_s - min(30.0, token.life_s / 4)
         return token.header
 
+    def _ask_for_token(
+        self, challenge: Challenge, credentials: Credentials | None
+    ) -> tuple[str, SmallReply]:
+        """Ask as the credentials allow; return who answered, and the answer."""
+        basic = None if credentials is None else credentials.basic()
+        if credentials is not None and credentials.identity_token:
+            url, form = token_form(
+                challenge, self._registry, self._repository, credentials.identity_token
+            )
+            reply = self._ask(url, {"Content-Type": _FORM}, form)
+            if reply.status not in (404, 405) or basic is None:
+                return str(origin_of(url)), reply
+        # The way that all token servers know; the other is for some.
+        url = token_url(challenge, self._registry, self._repository)
+        headers = {} if basic is None else {"Authorization": basic}
+        return str(origin_of(url)), self._ask(url, headers, None)
+
 
 def login_advice(registry: str, credentials: Credentials | None) -> str:
     """Say what to do about a refusal, in the imperative."""
     if credentials is None:
         return (
-            f"log in with `podman login {registry}`, or name the file that has credentials in "
-            "REGISTRY_AUTH_FILE"
+            f"log in with `podman login {registry}`, or name the file that has credentials: "
+            "--authfile"
         )
     return (
-        f"the credentials in {credentials.source} are not good for it; "
+        f"the credentials of {credentials.source} are not good for it; "
         f"log in with `podman login {registry}`"
     )

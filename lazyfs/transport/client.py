@@ -1,11 +1,13 @@
 """HTTP(S) for all the URLs of one source: connections kept warm, redirects, credentials.
 
 Decides which connection a request gets, which redirects are followed, who sees credentials, and
-what becomes of a connection afterwards. A request leases a `Connection`; idle ones are taken
-back last in, first out, so that few stay warm rather than many lukewarm. What was read to its
-end is used again; after any error, or a body not read to its end, the connection is closed.
+what becomes of a connection afterwards; who may lead to this machine itself is `local.py`'s. A
+request leases a `Connection`; idle ones are taken back last in, first out, so that few stay warm
+rather than many lukewarm. What was read to its end is used again; after any error, or a body not
+read to its end, the connection is closed.
 """
 
+import os
 import ssl
 import threading
 import time
@@ -16,10 +18,14 @@ from typing import Protocol, Self
 
 from lazyfs.ground.errors import FetchError, SourceError
 from lazyfs.ground.settings import TransportSettings
-from lazyfs.transport.http import ClosedEarly, Connection, environment_proxies, trust_store
+from lazyfs.transport.http import ClosedEarly, Connection, context_for
+from lazyfs.transport.local import LocalGuard
+from lazyfs.transport.proxies import proxy_for
+from lazyfs.transport.tls import Endpoints, TlsConfig, plain_endpoint
 from lazyfs.transport.urls import Origin, origin_of, redirect_target, shown
 
 _REDIRECTS = {301, 302, 303, 307, 308}
+_REFUSALS = {401, 403}
 _HOPS_MOST = 5
 _DISCARD_MOST_BYTES = 64 * 1024
 _IDLE_MOST_S = 55.0
@@ -33,8 +39,11 @@ class Authorizer(Protocol):
     def authorization(self, origin: Origin) -> str | None:
         """Return the header for requests to `origin`; None: ask without."""
 
-    def renew(self, challenge: str, rejected: str | None) -> str | None:
-        """Return the header to try after a 401 with this `WWW-Authenticate`; None: no other."""
+    def renew(self, origin: Origin, challenge: str | None, rejected: str | None) -> str | None:
+        """Return the header to try after `origin` refused `rejected` (None: nothing was sent).
+
+        `challenge` is its `WWW-Authenticate`. None: there is no other.
+        """
 
 
 class Reply:
@@ -141,45 +150,55 @@ class SmallReply:
 class HttpClient:
     """Connections, redirects and credentials for all the URLs of one source. Thread-safe."""
 
-    def __init__(self, settings: TransportSettings, *, trust: ssl.SSLContext | None = None) -> None:
-        """Connect to nobody yet. `trust`: for https; None: what this machine trusts."""
+    def __init__(
+        self, settings: TransportSettings, *, endpoints: Endpoints = plain_endpoint
+    ) -> None:
+        """Connect to nobody yet. `endpoints` says how each origin is spoken to."""
         self.settings = settings
+        self._endpoints = endpoints
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[Connection]] = {}
-        self._proxies: dict[Origin, dict[str, str]] = {}
-        self._trust = trust
+        self._proxies: dict[Origin, str | None] = {}
+        self._guard = LocalGuard(allow=settings.allow_local_redirects)
+        self._contexts: dict[TlsConfig, tuple[object, ssl.SSLContext]] = {}
         self._closed = False
 
     def open(
-        self, url: str, headers: Mapping[str, str], authorizer: Authorizer | None = None
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        authorizer: Authorizer | None = None,
+        *,
+        led_by: Origin | None = None,
     ) -> Reply:
         """GET `url`, through redirects, and return the answer, whatever its status.
 
-        A 401 of the first origin is answered once, if `authorizer` knows how.
+        A 401 or 403 of the first origin is answered once, if `authorizer` knows how. `led_by` is
+        who says that one should ask there, if it is not the user.
 
         Raises:
             FetchError: transient: nobody answered.
-            SourceError: TLS failed, or a redirect leads where none may.
+            SourceError: TLS failed, or a redirect, or `led_by`, leads where none may.
         """
         if authorizer is None:
-            return self._follow(url, headers, None)
+            return self._follow(url, headers, None, led_by)
         origin = origin_of(url)
         sent = authorizer.authorization(origin)
-        reply = self._follow(url, headers, sent)
-        if reply.status != 401 or origin_of(reply.url) != origin:
+        reply = self._follow(url, headers, sent, led_by)
+        if reply.status not in _REFUSALS or origin_of(reply.url) != origin:
             return reply
         challenge = reply.headers.get("WWW-Authenticate")
-        if challenge is None:
+        if challenge is None and sent is None:
             return reply
         try:
-            renewed = authorizer.renew(challenge, sent)
+            renewed = authorizer.renew(origin, challenge, sent)
         except BaseException:
             reply.close()
             raise
         if renewed is None:
             return reply
         reply.discard()
-        return self._follow(url, headers, renewed)
+        return self._follow(url, headers, renewed, led_by)
 
     def get(
         self,
@@ -188,6 +207,7 @@ class HttpClient:
         *,
         limit_bytes: int,
         authorizer: Authorizer | None = None,
+        led_by: Origin | None = None,
     ) -> SmallReply:
         """GET `url` like `open` and return the answer with its body.
 
@@ -197,13 +217,24 @@ class HttpClient:
             FetchError: transient: nobody answered, or the body was cut short.
             SourceError: as `open`; or the body is longer than `limit_bytes`, or encoded.
         """
-        with self.open(url, headers, authorizer) as reply:
-            if reply.status == 200:
-                refuse_encoding(reply)
-                body = reply.read(limit_bytes)
-            else:
-                body = reply.discard()
-            return SmallReply(reply.url, reply.status, reply.headers, body)
+        return _read_whole(self.open(url, headers, authorizer, led_by=led_by), limit_bytes)
+
+    def post(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        form: bytes,
+        *,
+        limit_bytes: int,
+        led_by: Origin | None = None,
+    ) -> SmallReply:
+        """POST `form` to `url` and return the answer. A redirect is not followed: it is secret.
+
+        Raises:
+            FetchError: as `get`.
+            SourceError: as `get`.
+        """
+        return _read_whole(self._ask_once(url, headers, None, led_by, form), limit_bytes)
 
     def give_back(self, connection: Connection, *, clean: bool) -> None:
         """Take a connection back, to be used again if its last answer was read to the end."""
@@ -226,30 +257,53 @@ class HttpClient:
         for each in connections:
             each.close()
 
-    def _follow(self, url: str, headers: Mapping[str, str], authorization: str | None) -> Reply:
+    def _follow(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        authorization: str | None,
+        led_by: Origin | None,
+    ) -> Reply:
         asked = url
         for _ in range(_HOPS_MOST + 1):
-            reply = self._ask_once(url, headers, authorization)
+            reply = self._ask_once(url, headers, authorization, led_by)
             if reply.status not in _REDIRECTS:
                 return reply
             reply.discard()
             target = redirect_target(url, reply.headers.get("Location"))
-            if origin_of(target) != origin_of(url):
+            led_by = origin_of(url)
+            if origin_of(target) != led_by:
                 authorization = None  # for good: a way back must not bring it back
             url = target
         raise SourceError(f"{shown(asked)} redirects more than {_HOPS_MOST} times")
 
-    def _ask_once(self, url: str, headers: Mapping[str, str], authorization: str | None) -> Reply:
+    def _ask_once(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        authorization: str | None,
+        led_by: Origin | None,
+        form: bytes | None = None,
+    ) -> Reply:
         origin = origin_of(url)
+        self._guard.check(origin, origin.host, led_by)
+
+        def judge(peer: str) -> None:
+            self._guard.check(origin, peer, led_by)
+            self._guard.note(origin, peer)
+
         if authorization is not None:
             headers = {**headers, "Authorization": authorization}
-        proxies = self._proxies.get(origin)
-        if proxies is None:
-            proxies = self._proxies[origin] = environment_proxies(origin, url)
+        if origin not in self._proxies:
+            self._proxies[origin] = proxy_for(origin, os.environ)
         while True:
             connection = self._lease(origin)
             try:
-                answer = connection.ask(url, headers, proxies)
+                if connection.peer is not None:
+                    judge(connection.peer)
+                answer = connection.ask(
+                    url, headers, form=form, proxy=self._proxies[origin], on_peer=judge
+                )
             except BaseException as error:
                 connection.close()
                 if connection.used and isinstance(error, ClosedEarly):
@@ -267,11 +321,30 @@ class HttpClient:
                     return connection
                 stale = [connection, *idle]  # the others have been idle for longer
                 idle.clear()
-            if origin.scheme == "https" and self._trust is None:
-                self._trust = trust_store()
         for each in stale:
             each.close()
-        return Connection(origin, self.settings, self._trust)
+        endpoint = self._endpoints(origin)
+        context = self._context(endpoint.tls) if origin.scheme == "https" else None
+        return Connection(origin, self.settings, context, endpoint.headers)
+
+    def _context(self, tls: TlsConfig) -> ssl.SSLContext:
+        """Return a context that is made once, and anew when one of its files is another."""
+        stamp = tls.stamp()
+        with self._lock:
+            kept = self._contexts.get(tls)
+            if kept is None or kept[0] != stamp:
+                kept = self._contexts[tls] = (stamp, context_for(tls))
+        return kept[1]
+
+
+def _read_whole(reply: Reply, limit_bytes: int) -> SmallReply:
+    with reply:
+        if reply.status == 200:
+            refuse_encoding(reply)
+            body = reply.read(limit_bytes)
+        else:
+            body = reply.discard()
+        return SmallReply(reply.url, reply.status, reply.headers, body)
 
 
 def refuse_encoding(reply: Reply) -> None:

@@ -1,49 +1,71 @@
-"""User names and passwords as Podman and Docker keep them: the `auths` of their auth files.
+"""Credentials as Podman and Docker keep them: auth files, and the helpers that these name.
 
 Files in the order that containers/image has (`pkg/docker/config`): one that is named, by
-`--authfile` or $REGISTRY_AUTH_FILE, stands alone. Within a file the longest path wins:
-`host/a/b`, `host/a`, `host`. Read anew each time: a person may log in while we run.
+`--authfile` or $REGISTRY_AUTH_FILE, stands alone. Within a file the registry's own helper
+(`credHelpers`) is the last word; else `auths`, where the longest path wins (`host/a/b`, `host/a`,
+`host`); else the helper for all registries (`credsStore`). Read, and asked, anew each time: a
+person may log in while we run.
 
-What `auths` does not hold, `credHelpers` and `credsStore` might: a lookup of theirs belongs in
-`_in_file`, before and after `auths`.
+Source: containers-auth.json(5); docker/cli, `cli/config/configfile`.
 """
 
 import base64
 import binascii
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
 from lazyfs.ground.errors import SourceError
+from lazyfs.transport.helpers import HelperAnswer, NoHelper, ask_helper
+
+_log = logging.getLogger(__name__)
 
 _FILE_LIMIT_BYTES = 4 * 1024 * 1024
+_DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
+_DOCKER_HUB_KEY = "https://index.docker.io/v1/"
+"""As docker/cli calls it, in files and to helpers."""
+
+AskHelper = Callable[[str, str], HelperAnswer | None]
+"""`ask_helper` as far as name and server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """A user name and a password, and the file they are from. Its repr tells only the last."""
+    """What a registry or its token server is shown. The repr tells only where it is from."""
 
     username: str = field(repr=False)
     password: str = field(repr=False)
-    source: Path
+    source: Path | str
+    """The file, or the helper."""
+    identity_token: str = field(default="", repr=False)
+    """An OAuth2 refresh token, for the token server."""
+    registry_token: str = field(default="", repr=False)
+    """A bearer token for the registry itself."""
 
-    def basic(self) -> str:
-        """Return the `Authorization` header's value (RFC 7617)."""
+    def basic(self) -> str | None:
+        """Return the `Authorization` header's value (RFC 7617), if there is a password."""
+        if not self.password:
+            return None
         pair = f"{self.username}:{self.password}".encode()
         return f"Basic {base64.b64encode(pair).decode()}"
 
 
 class _Entry(msgspec.Struct, frozen=True):
-    auth: str = ""
-    username: str = ""
-    password: str = ""
+    auth: str | None = None
+    username: str | None = None
+    password: str | None = None
+    identity_token: str | None = msgspec.field(default=None, name="identitytoken")
+    registry_token: str | None = msgspec.field(default=None, name="registrytoken")
 
 
 class _AuthFile(msgspec.Struct, frozen=True):
-    auths: dict[str, _Entry] = {}
+    auths: dict[str, _Entry | None] | None = None
+    helpers: dict[str, str] | None = msgspec.field(default=None, name="credHelpers")
+    store: str | None = msgspec.field(default=None, name="credsStore")
 
 
 def auth_files(authfile: Path | None, environ: Mapping[str, str]) -> list[Path]:
@@ -65,13 +87,24 @@ def auth_files(authfile: Path | None, environ: Mapping[str, str]) -> list[Path]:
 
 
 def find_credentials(
-    host: str, repository: str, *, authfile: Path | None, environ: Mapping[str, str]
+    host: str,
+    repository: str,
+    *,
+    authfile: Path | None,
+    environ: Mapping[str, str],
+    ask: AskHelper | None = None,
 ) -> Credentials | None:
     """Return the credentials for `host/repository`; None: ask anonymously.
 
+    May run a helper, and block for as long as that takes.
+
     Raises:
         SourceError: a file cannot be read, or is not an auth file.
+        NoHelper: a helper that is named for this registry is not there.
+        HelperError: a helper failed.
     """
+    if ask is None:
+        ask = _asking_by(environ)
     for path in auth_files(authfile, environ):
         try:
             with path.open("rb") as file:
@@ -84,34 +117,84 @@ def find_credentials(
             raise SourceError(
                 f"the auth file {path} cannot be read: {error.strerror or error}"
             ) from error
-        found = _in_file(path, data, host, repository)
+        found = credentials_in(data, path, host, repository, ask)
         if found is not None:
             return found
     return None
 
 
-def _in_file(path: Path, data: bytes, host: str, repository: str) -> Credentials | None:
-    auths = _parse(path, data)
+def _asking_by(environ: Mapping[str, str]) -> AskHelper:
+    return lambda name, server: ask_helper(name, server, environ=environ)
+
+
+def credentials_in(
+    data: bytes, path: Path, host: str, repository: str, ask: AskHelper
+) -> Credentials | None:
+    """Return what a file's bytes say about `host/repository`, and the helpers that they name.
+
+    Raises:
+        SourceError: they are no auth file's.
+    """
+    parsed = _parse(path, data)
+    helpers = parsed.helpers or {}
+    servers = _servers(host)
+    for server in servers:
+        helper = helpers.get(server)
+        if helper:
+            return _from_helper(path, helper, [server], ask)
+    auths = parsed.auths or {}
     names = [host]
     for part in repository.split("/"):
         names.append(f"{names[-1]}/{part}")
-    for name in reversed(names):
-        entry = auths.get(name)
-        if entry is not None and (found := _credentials(path, name, entry)) is not None:
+    by_host = {_host_of(key): key for key in auths}
+    keys = [name for name in reversed(names) if name in auths]
+    if (same_host := by_host.get(_host_of(host))) is not None:
+        keys.append(same_host)
+    for key in keys:
+        entry = auths[key]
+        if entry is not None and (found := _credentials(path, key, entry)) is not None:
             return found
-    by_host = {_host_of(key): entry for key, entry in auths.items()}
-    entry = by_host.get(_host_of(host))
-    return None if entry is None else _credentials(path, host, entry)
+    if not parsed.store:
+        return None
+    try:
+        return _from_helper(path, parsed.store, servers, ask)
+    except NoHelper as error:
+        if keys:
+            raise  # there is an empty entry: who logged in is known to the helper alone
+        _log.info("%s; %s is asked without credentials", error, host)
+        return None
 
 
-def _parse(path: Path, data: bytes) -> Mapping[str, _Entry]:
+def _servers(host: str) -> list[str]:
+    """Return by what names a helper may know a registry."""
+    return [_DOCKER_HUB_KEY, *_DOCKER_HUB] if host in _DOCKER_HUB else [host]
+
+
+def _from_helper(
+    path: Path, helper: str, servers: Iterable[str], ask: AskHelper
+) -> Credentials | None:
+    for server in servers:
+        try:
+            answer = ask(helper, server)
+        except NoHelper as error:
+            raise NoHelper(f"{error}, though {path} names it: install it, or log in anew") from None
+        if answer is None:
+            continue
+        source = f"docker-credential-{helper} (named in {path})"
+        if answer.is_identity_token:
+            return Credentials("", "", source, identity_token=answer.secret)
+        return Credentials(answer.username, answer.secret, source)
+    return None
+
+
+def _parse(path: Path, data: bytes) -> _AuthFile:
     if not data.strip():
-        return {}
+        return _AuthFile()
     try:
         if path.name == ".dockercfg":
-            return msgspec.json.decode(data, type=dict[str, _Entry])
-        return msgspec.json.decode(data, type=_AuthFile).auths
-    except (msgspec.DecodeError, UnicodeDecodeError):
+            return _AuthFile(msgspec.json.decode(data, type=dict[str, _Entry | None]))
+        return msgspec.json.decode(data, type=_AuthFile)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         raise SourceError(f"{path} is not an auth file: log in anew to have it rewritten") from None
 
 
@@ -122,19 +205,23 @@ def _host_of(key: str) -> str:
     if slash and path.strip("/") not in ("v1", "v2", ""):
         return key  # a repository's, not a host's
     host = host.lower()
-    return "docker.io" if host in ("index.docker.io", "registry-1.docker.io") else host
+    return "docker.io" if host in _DOCKER_HUB else host
 
 
 def _credentials(path: Path, name: str, entry: _Entry) -> Credentials | None:
-    if entry.username and entry.password:
-        return Credentials(entry.username, entry.password, path)
-    if not entry.auth:
+    username, password = entry.username or "", entry.password or ""
+    if entry.auth and not (username and password):
+        try:
+            pair = base64.b64decode(entry.auth, validate=True).decode()
+        except (binascii.Error, UnicodeDecodeError, ValueError):
+            pair = ""
+        username, colon, password = pair.partition(":")
+        if not colon:
+            raise SourceError(f"{path}: the entry of {name} cannot be read; log in anew")
+        password = password.strip("\0")
+    found = Credentials(
+        username, password, path, entry.identity_token or "", entry.registry_token or ""
+    )
+    if not (found.password or found.identity_token or found.registry_token):
         return None
-    try:
-        pair = base64.b64decode(entry.auth, validate=True).decode()
-    except (binascii.Error, UnicodeDecodeError):
-        pair = ""
-    username, colon, password = pair.partition(":")
-    if not colon:
-        raise SourceError(f"{path}: the entry of {name} cannot be read; log in anew")
-    return Credentials(username, password.rstrip("\0"), path) if password else None
+    return found

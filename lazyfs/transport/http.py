@@ -1,11 +1,11 @@
-"""One connection to one origin: a GET at a time, the answer's body a receive at a time.
+"""One connection to one origin: a request at a time, the answer's body a receive at a time.
 
 The only module that knows requests and urllib3; it translates their exceptions. Connecting,
 each receive and the lines of a header have their bound (`TransportSettings`), a body that drips
 is its reader's to judge; name resolution is bounded by resolv.conf.
 
-The environment is consulted for proxies, and for the trust store as OpenSSL reads it
-(SSL_CERT_FILE, SSL_CERT_DIR): no .netrc, no cookies, no bundle of requests' own.
+The environment is consulted for the trust store as OpenSSL reads it (SSL_CERT_FILE, SSL_CERT_DIR)
+and nothing else: no .netrc, no cookies, no bundle of requests' own; a proxy is given.
 
 Messages never hold the libraries' own text: it has whole URLs in it, signatures included. The
 chain of causes is cut (`from None`) and urllib3's log silenced for the same reason.
@@ -16,15 +16,14 @@ import logging
 import re
 import socket
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any
+from typing import Any, Literal
 
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
-from requests.utils import get_environ_proxies
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
@@ -32,7 +31,8 @@ from lazyfs import __version__
 from lazyfs.ground.errors import FetchError, LazyfsError, SourceError, UnknownHost
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
-from lazyfs.transport.urls import Origin, is_loopback, origin_of, shown
+from lazyfs.transport.tls import TlsConfig
+from lazyfs.transport.urls import Origin, origin_of, shown
 
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
@@ -44,102 +44,189 @@ _FOREIGN_ERRORS = (
     OSError,
     ValueError,
 )
+_WANTS_CERTIFICATE = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "BAD_CERTIFICATE", "UNKNOWN_CA")
 _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
+
+
+class NotTls(SourceError):
+    """What answers does not speak TLS: perhaps plain HTTP."""
 
 
 class ClosedEarly(FetchError):
     """The connection was closed before any answer; on one that was idle, that is nobody's fault."""
 
 
+class _Gate:
+    """Who hears to what address a connection was made, before a byte is sent, and may refuse."""
+
+    def __init__(self) -> None:
+        self.on_peer: Callable[[str], None] | None = None
+
+    def pass_on(self, connection: socket.socket) -> socket.socket:
+        try:
+            if self.on_peer is not None:
+                self.on_peer(connection.getpeername()[0])
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+
 class _Connection(HTTPConnection):
     response_class = BoundedResponse
+    gate: _Gate
+
+    def _new_conn(self) -> socket.socket:
+        return self.gate.pass_on(super()._new_conn())
 
 
 class _TlsConnection(HTTPSConnection):
     response_class = BoundedResponse
+    gate: _Gate
+
+    def _new_conn(self) -> socket.socket:
+        return self.gate.pass_on(super()._new_conn())
 
 
 class _Pool(HTTPConnectionPool):
     ConnectionCls = _Connection
+    gate: _Gate
+
+    def _new_conn(self) -> Any:
+        connection: Any = super()._new_conn()
+        connection.gate = self.gate
+        return connection
 
 
 class _TlsPool(HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
+    gate: _Gate
+
+    def _new_conn(self) -> Any:
+        connection: Any = super()._new_conn()
+        connection.gate = self.gate
+        return connection
+
+    def _validate_conn(self, conn: Any) -> None:
+        """Connect, and do not warn where certificates are not checked: that was told once."""
+        if conn.is_closed:
+            conn.connect()
 
 
-_POOLS = {"http": _Pool, "https": _TlsPool}
+def _pools(gate: _Gate) -> dict[str, Callable[..., HTTPConnectionPool]]:
+    """Return what makes the pools of one session."""
+
+    def made(pool: Any) -> Callable[..., HTTPConnectionPool]:
+        def make(*args: Any, **kwargs: Any) -> HTTPConnectionPool:
+            made_pool: HTTPConnectionPool = pool(*args, **kwargs)
+            made_pool.gate = gate  # type: ignore[attr-defined]
+            return made_pool
+
+        return make
+
+    return {"http": made(_Pool), "https": made(_TlsPool)}
 
 
 class _Adapter(HTTPAdapter):
-    """One connection; certificates checked against this machine's trust store, read once."""
+    """One connection; certificates checked as its context says."""
 
-    def __init__(self, trust: ssl.SSLContext | None) -> None:
-        self._trust = trust
+    def __init__(self, context: ssl.SSLContext | None, gate: _Gate) -> None:
+        self._context = context
+        self._pools = _pools(gate)
         super().__init__(pool_connections=1, pool_maxsize=1)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = _POOLS
+        self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
         manager = super().proxy_manager_for(*args, **kwargs)
-        manager.pool_classes_by_scheme = _POOLS
+        manager.pool_classes_by_scheme = self._pools
         return manager
 
     def build_connection_pool_key_attributes(
         self, request: requests.PreparedRequest, verify: Any, cert: Any = None
     ) -> Any:
         host, tls = super().build_connection_pool_key_attributes(request, False, None)
-        tls["cert_reqs"] = "CERT_REQUIRED"
-        if self._trust is not None:
-            tls["ssl_context"] = self._trust
+        tls["cert_reqs"] = self._cert_reqs
+        if self._context is not None:
+            tls["ssl_context"] = self._context
         return host, tls
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        conn.cert_reqs = "CERT_REQUIRED"
+        conn.cert_reqs = self._cert_reqs
+
+    @property
+    def _cert_reqs(self) -> Literal["CERT_NONE", "CERT_REQUIRED"]:
+        unchecked = self._context is not None and self._context.verify_mode == ssl.CERT_NONE
+        return "CERT_NONE" if unchecked else "CERT_REQUIRED"
 
 
 class Connection:
     """One `requests.Session`, which holds one connection. Not thread-safe: lease it."""
 
     def __init__(
-        self, origin: Origin, settings: TransportSettings, trust: ssl.SSLContext | None
+        self,
+        origin: Origin,
+        settings: TransportSettings,
+        context: ssl.SSLContext | None,
+        headers: Mapping[str, str],
     ) -> None:
-        """Connect to nobody yet. `trust` is needed for https; see `trust_store`."""
+        """Connect to nobody yet. `context` is needed for https; `headers` go with each request."""
         self.origin = origin
+        self._headers = headers
         self.used = False
         """Whether it has answered before."""
         self.idle_since_s = 0.0
+        self.peer: str | None = None
+        """The address that it was made to; None: there is none yet, or a proxy is on the way."""
         self._settings = settings
+        self._gate = _Gate()
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._session.mount(f"{origin.scheme}://", _Adapter(trust))
+        self._session.mount(f"{origin.scheme}://", _Adapter(context, self._gate))
         self._prepared: tuple[str, requests.PreparedRequest] | None = None
         self._response: requests.Response | None = None
 
     def ask(
-        self, url: str, headers: Mapping[str, str], proxies: dict[str, str]
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        form: bytes | None = None,
+        proxy: str | None = None,
+        on_peer: Callable[[str], None] = lambda peer: None,
     ) -> tuple[int, Mapping[str, str]]:
-        """GET `url` and return status and headers; `receive` gives the body.
+        """GET `url`, or POST `form` to it, and return status and headers; `receive` the body.
+
+        `on_peer` is told the address when a connection is made to it, before a byte is sent, and
+        may raise; not where a proxy is on the way.
 
         Raises:
             ClosedEarly: transient.
             FetchError: transient: nobody answered.
             SourceError: TLS failed, or the URL is none.
         """
+        if proxy is None:
+            self._gate.on_peer = lambda peer: self._met(peer, on_peer)
         try:
             if self._prepared is None or self._prepared[0] != url:
                 self._prepared = (url, requests.Request("GET", url).prepare())
             request = self._prepared[1].copy()
-            request.headers = CaseInsensitiveDict(headers)
+            request.headers = CaseInsensitiveDict(self._headers)
+            request.headers.update(headers)
+            if form is not None:
+                request.method = "POST"
+                request.body = form
+                request.headers["Content-Length"] = str(len(form))
             request.headers["Accept-Encoding"] = "identity"
             request.headers["User-Agent"] = f"lazyfs/{__version__}"
             self._response = self._session.send(
                 request,
                 stream=True,
                 timeout=(self._settings.connect_timeout_s, self._settings.stall_timeout_s),
-                proxies=proxies,
+                proxies={} if proxy is None else {self.origin.scheme: proxy},
                 allow_redirects=False,
             )
         except _FOREIGN_ERRORS as error:
@@ -161,6 +248,10 @@ class Connection:
             raise _translated(error, url, self._settings, in_body=True) from None
         return piece
 
+    def _met(self, peer: str, on_peer: Callable[[str], None]) -> None:
+        on_peer(peer)
+        self.peer = peer
+
     def close(self) -> None:
         """Close the connection, whatever is under way."""
         if self._response is not None:
@@ -168,17 +259,19 @@ class Connection:
         self._session.close()
 
 
-def environment_proxies(origin: Origin, url: str) -> dict[str, str]:
-    """Return the proxies that the environment names for `url`; this machine needs none."""
-    return {} if is_loopback(origin.host) else get_environ_proxies(url)
+def context_for(tls: TlsConfig) -> ssl.SSLContext:
+    """Return a context that trusts what this machine trusts, and does what `tls` says.
 
+    Some 10 ms: once for many connections.
 
-def trust_store() -> ssl.SSLContext:
-    """Read the authorities that this machine trusts: some 10 ms, so once for all connections."""
+    Raises:
+        SourceError: a file that `tls` names is of no use.
+    """
     context = ssl.create_default_context()
     paths = ssl.get_default_verify_paths()
     if paths.cafile is None and paths.capath is None:
         context.load_verify_locations(requests.certs.where())  # a machine without a trust store
+    tls.apply(context)
     return context
 
 
@@ -203,8 +296,9 @@ def _translated(
         if isinstance(each, ssl.SSLError) and not in_body:
             return _tls_error(each, who)
         if isinstance(each, OSError) and (found := _TUNNEL.search(str(each))):
+            wants = "; its URL (HTTPS_PROXY) needs a user and password" if found[1] == "407" else ""
             return FetchError(
-                f"{who}: the proxy on the way answered {found[1]} to a tunnel",
+                f"{who}: the proxy on the way answered {found[1]} to a tunnel{wants}",
                 transient=not found[1].startswith("4"),
             )
     if any(isinstance(each, TimeoutError | requests.Timeout) for each in causes):
@@ -238,11 +332,16 @@ def _tls_error(error: ssl.SSLError, who: str) -> LazyfsError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return SourceError(
             f"{who}: its TLS certificate is not trusted ({error.verify_message}); if it should "
-            "be, add its authority to this machine's trust store or name it in SSL_CERT_FILE"
+            f"be, put its authority into certs.d/{who}/ca.crt (containers-certs.d(5)) or this "
+            "machine's trust store, or name it in SSL_CERT_FILE"
         )
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError):
         return FetchError(f"{who} closed the connection while TLS was set up", transient=True)
-    hint = ""
     if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):
-        hint = "; if it speaks plain HTTP, say so: --plain-http"
+        return NotTls(
+            f"{who}: TLS failed ({error.reason}); if it speaks plain HTTP, say so: --plain-http"
+        )
+    hint = ""
+    if error.reason and error.reason.endswith(_WANTS_CERTIFICATE):
+        hint = f"; it may want a client certificate: certs.d/{who}/*.cert and *.key"
     return SourceError(f"{who}: TLS failed ({error.reason or 'unknown reason'}){hint}")

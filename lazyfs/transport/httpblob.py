@@ -98,7 +98,7 @@ class HttpBlob:
             with self._ask(byte_range) as reply:
                 skip_bytes = self._check(reply, byte_range)
                 self._copy(reply, skip_bytes, byte_range.size_bytes, sink)
-        except FetchError:
+        except LazyfsError:
             self._location = None
             raise
 
@@ -113,7 +113,8 @@ class HttpBlob:
             headers.update(self._pin.conditions())
         location = self._location
         if location is not None:
-            reply = self._client.open(location, headers, self._authorizer)
+            led_by = origin_of(self._url)
+            reply = self._client.open(location, headers, self._authorizer, led_by=led_by)
             if not 400 <= reply.status < 500 or reply.status in _NOT_THE_LOCATIONS_FAULT:
                 return reply
             reply.discard()

@@ -4,7 +4,8 @@ A digest is proven over the bytes as they were served. A tag's manifest is trust
 connection is: its digest is computed here, and everything below it is proven by that.
 
 Plain HTTP is spoken to this machine's own loopback and where the settings say so; to loopback
-HTTPS is tried when plain HTTP is refused (400) for being plain.
+HTTPS is tried when plain HTTP is refused (400) for being plain. A registry that need not prove who
+it is has HTTPS tried first, and plain HTTP when that is not what it speaks.
 
 Source: OCI distribution-spec, "Pull", "Listing Referrers".
 """
@@ -24,12 +25,15 @@ from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.answers import Question, refusal
 from lazyfs.transport.auth import RegistryAuthorizer, login_advice
 from lazyfs.transport.blob import Blob
+from lazyfs.transport.certs import certs_directories, registry_endpoints
 from lazyfs.transport.client import HttpClient, SmallReply, refuse_encoding
 from lazyfs.transport.credentials import Credentials, find_credentials
+from lazyfs.transport.http import NotTls
 from lazyfs.transport.httpblob import HttpBlob
 from lazyfs.transport.referrers import list_referrers
 from lazyfs.transport.retry import attempts
 from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
+from lazyfs.transport.tls import Endpoint, Endpoints, TlsConfig
 from lazyfs.transport.urls import Origin, is_loopback, origin_of
 
 _log = logging.getLogger(__name__)
@@ -50,6 +54,18 @@ _ACCEPT = ", ".join(
 _SERVED_BY = {"docker.io": "registry-1.docker.io"}
 
 
+def endpoints_of(host: str, settings: TransportSettings) -> Endpoints:
+    """Return how the server that a person names, and whoever it leads to, is spoken to."""
+    if not settings.tls_verify:
+        _log.warning("%s: its TLS certificate is not checked (--tls-verify=false)", host)
+    return registry_endpoints(
+        host,
+        served_by=_SERVED_BY.get(host),
+        own=Endpoint(TlsConfig(verify=settings.tls_verify)),
+        directories=certs_directories(os.environ),
+    )
+
+
 class RegistrySource:
     """See `ImageSource`. Connections and tokens are shared by all its blobs."""
 
@@ -62,13 +78,15 @@ class RegistrySource:
         counters: Counters,
         authfile: Path | None = None,
     ) -> None:
-        """Connect to nobody yet. `host` may have a port."""
+        """Connect to nobody yet. `host` may have a port; `authfile` is before the settings'."""
         self._host = host
         self._repository = repository
         self._settings = settings
         self._counters = counters
-        self._authfile = authfile
-        self._client = HttpClient(settings)
+        named = settings.authfile
+        self._authfile = authfile or (None if named is None else Path(named))
+        endpoints = endpoints_of(host, settings)
+        self._client = HttpClient(settings, endpoints=endpoints)
         # Timeouts belong to a client: what may not wait has its own.
         self._hurried = HttpClient(
             replace(
@@ -76,11 +94,16 @@ class RegistrySource:
                 connect_timeout_s=min(settings.connect_timeout_s, _HURRY_STALL_S),
                 stall_timeout_s=min(settings.stall_timeout_s, _HURRY_STALL_S),
                 deadline_s=min(settings.deadline_s, _HURRY_AGAIN_S),
-            )
+            ),
+            endpoints=endpoints,
         )
         loopback = is_loopback(host if host.endswith("]") else host.rpartition(":")[0] or host)
-        self._may_be_tls = loopback and not settings.plain_http
-        self._speak("http" if loopback or settings.plain_http else "https")
+        if settings.plain_http or (loopback and settings.tls_verify):
+            self._may_be_tls = loopback and not settings.plain_http
+            self._speak("http")
+        else:
+            self._may_be_tls = False
+            self._speak("https")
 
     @property
     def name(self) -> str:
@@ -173,8 +196,11 @@ class RegistrySource:
             self._host, self._repository, authfile=self._authfile, environ=os.environ
         )
 
-    def _get_token(self, url: str, headers: Mapping[str, str]) -> SmallReply:
-        return self._client.get(url, headers, limit_bytes=_TOKEN_LIMIT_BYTES)
+    def _get_token(self, url: str, headers: Mapping[str, str], form: bytes | None) -> SmallReply:
+        limit_bytes, led_by = _TOKEN_LIMIT_BYTES, self._origin
+        if form is None:
+            return self._client.get(url, headers, limit_bytes=limit_bytes, led_by=led_by)
+        return self._client.post(url, headers, form, limit_bytes=limit_bytes, led_by=led_by)
 
     def _get(self, what: str, path: str, limit_bytes: int) -> SmallReply:
         return attempts(
@@ -202,9 +228,15 @@ class RegistrySource:
     def _get_once(self, what: str, path: str, limit_bytes: int) -> SmallReply:
         headers = {"Accept": _ACCEPT if path.startswith("manifests/") else "*/*"}
         authorizer = self._authorizer
-        reply = self._client.get(
-            self._url(path), headers, limit_bytes=limit_bytes, authorizer=authorizer
-        )
+        try:
+            reply = self._client.get(
+                self._url(path), headers, limit_bytes=limit_bytes, authorizer=authorizer
+            )
+        except NotTls:
+            if self._settings.tls_verify or self._origin.scheme != "https":
+                raise
+            self._speak("http")  # who does not mind who answers does not mind who listens
+            return self._get_once(what, path, limit_bytes)
         if reply.status == 400 and self._may_be_tls:
             self._may_be_tls = False
             self._speak("https")

@@ -48,6 +48,21 @@ def test_all_of_them() -> None:
     )
 
 
+def test_how_the_registry_is_spoken_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "auth.json").touch()
+    monkeypatch.chdir(tmp_path)
+    settings = settings_of(
+        "--authfile=auth.json", "--tls-verify=false", "--allow-local-redirects"
+    ).transport
+    assert settings == TransportSettings(
+        authfile=str(tmp_path / "auth.json"), tls_verify=False, allow_local_redirects=True
+    ), "a daemon is elsewhere"
+    assert settings_of("--tls-verify=true").transport == TransportSettings()
+    for wrong in ("--authfile=none.json", "--authfile=.", "--tls-verify=perhaps"):
+        with pytest.raises(click.UsageError):
+            settings_of(wrong)
+
+
 def test_the_cache_directory_of_the_environment() -> None:
     env = {"LAZYFS_CACHE_DIR": "/tmp/env"}
     assert settings_of(env=env).cache_dir == Path("/tmp/env")

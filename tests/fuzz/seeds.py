@@ -77,6 +77,18 @@ def seeds() -> dict[str, list[bytes]]:
             b"https://other.example/blob?signature=1",
         ],
         "token": [b'{"token":"abc","expires_in":60}', b'{"access_token":"abc"}'],
+        "auth_file": [
+            b'{"auths":{"r.example/team":{"auth":"dTpw","identitytoken":"x"}},"credsStore":"a"}',
+            b'{"auths":{"https://r.example/v1/":{"username":"u","password":"p"}}}',
+            b'{"r.example":{"registrytoken":"x"}}',
+            b'{"credHelpers":{"r.example":"a"},"Username":"<token>","Secret":"x"}',
+        ],
+        "proxy": [
+            b"http://user:password@proxy:3128\nr.example,.a.b,*.c:443,10.0.0.0/8,[fd00::1]:80",
+            b"socks5://p\n*",
+            b"::ffff:127.0.0.1",
+            b"0x7f.1",
+        ],
         "referrers_list": [(DATA / "soci/referrers.json").read_bytes(), manifest],
     }
     return found

@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 
 from lazyfs.checkpoint import criu, criu_cpu, criu_memory, engines, manifest
 from lazyfs.checkpoint.archive import read_members
@@ -40,7 +41,7 @@ from lazyfs.layers.table import choose
 from lazyfs.layers.tar import walk_tar, walk_tar_stream
 from lazyfs.layers.zstd_chunked import POSITION_KEY, ZstdChunked
 from lazyfs.layers.ztoc import read_files, read_ztoc
-from lazyfs.transport import answers, auth, referrers, urls
+from lazyfs.transport import answers, auth, credentials, helpers, local, proxies, referrers, urls
 from tests.blobs import MemoryBlob
 from tests.images import Layer, with_toc, zstd_chunked
 from tests.layers.driving import drive, drive_opening, reader_of
@@ -217,6 +218,31 @@ def token(data: bytes) -> None:
     assert "Bearer" not in repr(found)
 
 
+def auth_file(data: bytes) -> None:
+    """An auth file of both kinds, and what a helper answers."""
+
+    def ask(name: str, server: str) -> helpers.HelperAnswer | None:
+        return helpers.parse_answer(data, name, server)
+
+    for name in ("auth.json", ".dockercfg"):
+        with suppress(LazyfsError):
+            found = credentials.credentials_in(data, Path(name), "r.example", "team/image", ask)
+            assert found is None or name not in (found.basic() or "")
+    ask("helper", "r.example")
+
+
+def proxy(data: bytes) -> None:
+    """What the environment says of proxies, and names that may mean this machine."""
+    text = data.decode("utf-8", "surrogateescape")
+    local.near(text)
+    value, _, exceptions = text.partition("\n")
+    origin = urls.Origin("https", exceptions[:50], 443)
+    proxies.excepted(origin, text)
+    environ = {"HTTPS_PROXY": value, "NO_PROXY": exceptions}
+    found = proxies.proxy_for(urls.Origin("https", "r.example", 443), environ)
+    assert found is None or "://" in found
+
+
 def referrers_list(data: bytes) -> None:
     """What a registry says that refers to an image."""
     referrers.parse_referrers(data, "")
@@ -244,6 +270,8 @@ TARGETS: dict[str, Target] = {
         archive,
         headers,
         token,
+        auth_file,
+        proxy,
         referrers_list,
     )
 }

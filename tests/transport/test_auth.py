@@ -1,11 +1,11 @@
-"""Challenges, tokens and auth files; and that secrets stay where they belong."""
+"""Challenges, tokens and their renewal; and that secrets stay where they belong."""
 
-import base64
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,8 @@ from lazyfs.transport.auth import (
     token_url,
 )
 from lazyfs.transport.client import SmallReply
-from lazyfs.transport.credentials import Credentials, auth_files, find_credentials
+from lazyfs.transport.credentials import Credentials
+from lazyfs.transport.helpers import HelperError
 from lazyfs.transport.urls import Origin
 
 REGISTRY = Origin("https", "registry.example", 443)
@@ -81,6 +82,8 @@ def test_token_reply() -> None:
     assert "abc" not in repr(token)
     with pytest.raises(SourceError):
         parse_token(b'{"token": "a\\r\\nb"}', "a")
+    with pytest.raises(SourceError):
+        parse_token(b'{"x":' + b"[" * 100_000, "a")
 
 
 def test_where_a_token_is_asked_for() -> None:
@@ -101,12 +104,18 @@ class TokenServer:
 
     def __init__(self, life_s: float = 300) -> None:
         self.life_s = life_s
+        self.now_s = 1000.0
         self.asked: list[tuple[str, Mapping[str, str]]] = []
+        self.forms: list[bytes | None] = []
+        self.knows_post = True
         self.error: LazyfsError | None = None
         self.gate: threading.Event | None = None
 
-    def get(self, url: str, headers: Mapping[str, str]) -> SmallReply:
+    def get(self, url: str, headers: Mapping[str, str], form: bytes | None) -> SmallReply:
         self.asked.append((url, headers))
+        self.forms.append(form)
+        if form is not None and not self.knows_post:
+            return SmallReply(url, 404, {}, b"")
         if self.gate is not None:
             assert self.gate.wait(5)
         if self.error is not None:
@@ -114,16 +123,25 @@ class TokenServer:
         body = {"token": f"t{len(self.asked)}", "expires_in": self.life_s}
         return SmallReply(url, 200, {}, json.dumps(body).encode())
 
-    def authorizer(self, credentials: Credentials | None = None) -> RegistryAuthorizer:
+    def authorizer(
+        self,
+        credentials: Credentials | None = None,
+        look: Callable[[], Credentials | None] | None = None,
+    ) -> RegistryAuthorizer:
         return RegistryAuthorizer(
-            REGISTRY, "a/b", lambda: credentials, self.get, name="registry.example"
+            REGISTRY,
+            "a/b",
+            look or (lambda: credentials),
+            self.get,
+            name="registry.example",
+            clock=lambda: self.now_s,
         )
 
 
 def test_token_is_for_the_registry_alone() -> None:
     authorizer = TokenServer().authorizer()
     assert authorizer.authorization(REGISTRY) is None
-    assert authorizer.renew(BEARER, None) == "Bearer t1"
+    assert authorizer.renew(REGISTRY, BEARER, None) == "Bearer t1"
     assert authorizer.authorization(REGISTRY) == "Bearer t1"
     for other in (
         Origin("http", "registry.example", 443),
@@ -134,13 +152,18 @@ def test_token_is_for_the_registry_alone() -> None:
 
 
 def test_token_is_renewed_before_it_expires_and_when_refused() -> None:
-    server = TokenServer(life_s=1e-9)
+    server = TokenServer(life_s=100)
     authorizer = server.authorizer()
-    authorizer.renew(BEARER, None)
-    assert authorizer.authorization(REGISTRY) == "Bearer t2", "the first has expired by now"
+    authorizer.renew(REGISTRY, BEARER, None)
+    server.now_s += 74
+    assert authorizer.authorization(REGISTRY) == "Bearer t1"
+    server.now_s += 2
+    assert authorizer.authorization(REGISTRY) == "Bearer t2", "the first is about to expire"
     server.life_s = 300
-    assert authorizer.renew(BEARER, "Bearer t2") == "Bearer t3"
-    assert authorizer.renew(BEARER, "Bearer t2") == "Bearer t3", "another thread was first"
+    assert authorizer.renew(REGISTRY, BEARER, "Bearer t2") == "Bearer t3"
+    assert authorizer.renew(REGISTRY, BEARER, "Bearer t2") == "Bearer t3", (
+        "another thread was first"
+    )
     assert len(server.asked) == 3
 
 
@@ -149,7 +172,7 @@ def test_threads_that_met_the_same_401_share_a_token_or_its_failure() -> None:
     authorizer = server.authorizer()
     server.gate = threading.Event()
     with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(authorizer.renew, BEARER, None) for _ in range(8)]
+        futures = [pool.submit(authorizer.renew, REGISTRY, BEARER, None) for _ in range(8)]
         server.gate.set()
         assert {future.result() for future in futures} == {"Bearer t1"}
     assert len(server.asked) == 1
@@ -161,7 +184,7 @@ def test_threads_share_a_failure_too() -> None:
     server.gate = threading.Event()
     authorizer = server.authorizer()
     with ThreadPoolExecutor(8) as pool:
-        futures = [pool.submit(authorizer.renew, BEARER, None) for _ in range(8)]
+        futures = [pool.submit(authorizer.renew, REGISTRY, BEARER, None) for _ in range(8)]
         server.gate.set()
         assert all(isinstance(future.exception(), FetchError) for future in futures)
 
@@ -171,119 +194,132 @@ def test_token_that_cannot_be_had() -> None:
     server.error = FetchError("away", transient=True)
     authorizer = server.authorizer()
     with pytest.raises(FetchError, match="away"):
-        authorizer.renew(BEARER, None)
+        authorizer.renew(REGISTRY, BEARER, None)
     server.error = None
-    assert authorizer.renew(BEARER, None) == "Bearer t2", "a failure is not for ever"
+    assert authorizer.renew(REGISTRY, BEARER, None) == "Bearer t2", "a failure is not for ever"
 
 
 def test_schemes_that_are_not_known_are_left_alone() -> None:
     authorizer = TokenServer().authorizer()
-    assert authorizer.renew("Negotiate", None) is None
-    assert authorizer.renew('Basic realm="x"', None) is None, "there are no credentials"
+    assert authorizer.renew(REGISTRY, "Negotiate", None) is None
+    assert authorizer.renew(REGISTRY, 'Basic realm="x"', None) is None, "there are no credentials"
 
 
 def test_basic() -> None:
     credentials = Credentials("user", "pass", Path("auth.json"))
     server = TokenServer()
     authorizer = server.authorizer(credentials)
-    header = authorizer.renew('Basic realm="x"', None)
+    header = authorizer.renew(REGISTRY, 'Basic realm="x"', None)
     assert header == "Basic dXNlcjpwYXNz"
     assert authorizer.authorization(REGISTRY) == header
-    assert authorizer.renew('Basic realm="x"', header) is None, "it was refused already"
-    assert authorizer.renew(BEARER, header) == "Bearer t1"
+    assert authorizer.renew(REGISTRY, 'Basic realm="x"', header) is None, "it was refused already"
+    assert authorizer.renew(REGISTRY, BEARER, header) == "Bearer t1"
     assert server.asked[0][1] == {"Authorization": header}
     assert "pass" not in repr(credentials) + repr(authorizer)
 
 
-def entry(username: str, password: str) -> dict[str, str]:
-    return {"auth": base64.b64encode(f"{username}:{password}".encode()).decode()}
+def test_another_origin_is_given_nothing_whatever_it_asks_for() -> None:
+    server = TokenServer()
+    authorizer = server.authorizer(Credentials("user", "pass", Path("auth.json")))
+    elsewhere = Origin("https", "storage.example", 443)
+    evil = 'Bearer realm="https://evil.example/token"'
+    assert authorizer.renew(elsewhere, evil, None) is None
+    authorizer.renew(REGISTRY, BEARER, None)
+    assert authorizer.renew(elsewhere, evil, None) is None
+    assert authorizer.renew(REGISTRY, BEARER, "Bearer t1") == "Bearer t2"
+    assert all("evil" not in url for url, _ in server.asked)
 
 
-def write(path: Path, document: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document))
-    return path
+def test_failing_to_renew_matters_only_when_the_token_has_expired() -> None:
+    server = TokenServer(life_s=100)
+    authorizer = server.authorizer()
+    authorizer.renew(REGISTRY, BEARER, None)
+    for error in (FetchError("away", transient=True), SourceError("the password is another")):
+        server.error = error
+        server.now_s = 1090
+        assert authorizer.authorization(REGISTRY) == "Bearer t1"
+        asked = len(server.asked)
+        assert authorizer.authorization(REGISTRY) == "Bearer t1"
+        assert len(server.asked) == asked, "not asked again with each request"
+        server.now_s = 1101
+        with pytest.raises(type(error), match=str(error)):
+            authorizer.authorization(REGISTRY)
+    server.error = None
+    assert authorizer.authorization(REGISTRY) == f"Bearer t{len(server.asked)}"
 
 
-def test_longest_path_wins(tmp_path: Path) -> None:
-    authfile = write(
-        tmp_path / "auth.json",
-        {
-            "auths": {
-                "registry.example": entry("host", "p"),
-                "registry.example/team": entry("team", "p"),
-                "registry.example/team/app": entry("app", "a:b"),
-                "registry.example/empty": {},
-                "https://old.example/v1/": {"username": "old", "password": "p"},
-                "https://index.docker.io/v1/": entry("docker", "p"),
-            }
-        },
-    )
-
-    def user(host: str, repository: str) -> str | None:
-        found = find_credentials(host, repository, authfile=authfile, environ={})
-        return f"{found.username} {found.password}" if found else None
-
-    assert user("registry.example", "team/app") == "app a:b"
-    assert user("registry.example", "team/app2") == "team p"
-    assert user("registry.example", "team/app/x") == "app a:b"
-    assert user("registry.example", "empty") == "host p"
-    assert user("registry.example:5000", "team/app") is None
-    assert user("old.example", "x") == "old p"
-    assert user("docker.io", "library/alpine") == "docker p"
-    assert user("other.example", "x") is None
+def test_token_that_outlived_a_suspend_of_days_is_renewed() -> None:
+    server = TokenServer(life_s=100)
+    authorizer = server.authorizer()
+    authorizer.renew(REGISTRY, BEARER, None)
+    server.now_s += 5 * 24 * 3600
+    assert authorizer.authorization(REGISTRY) == "Bearer t2"
 
 
-def test_files_in_order(tmp_path: Path) -> None:
-    environ = {
-        "HOME": str(tmp_path / "home"),
-        "XDG_RUNTIME_DIR": str(tmp_path / "run"),
-        "XDG_CONFIG_HOME": str(tmp_path / "config"),
-        "DOCKER_CONFIG": str(tmp_path / "docker"),
+def test_refusal_without_a_challenge_is_met_by_the_last_one() -> None:
+    server = TokenServer()
+    authorizer = server.authorizer()
+    assert authorizer.renew(REGISTRY, None, None) is None, "nothing is known yet"
+    authorizer.renew(REGISTRY, BEARER, None)
+    assert authorizer.renew(REGISTRY, None, "Bearer t1") == "Bearer t2"
+
+
+def test_identity_token_is_posted() -> None:
+    server = TokenServer()
+    credentials = Credentials("", "", "helper", identity_token="r3fresh &=")
+    authorizer = server.authorizer(credentials)
+    assert authorizer.renew(REGISTRY, BEARER, None) == "Bearer t1"
+    ((url, headers),) = server.asked
+    assert url == "https://auth.example/token"
+    assert "Authorization" not in headers
+    assert parse_qs((server.forms[0] or b"").decode()) == {
+        "grant_type": ["refresh_token"],
+        "service": ["registry.example"],
+        "scope": ["repository:a/b:pull"],
+        "client_id": ["lazyfs"],
+        "refresh_token": ["r3fresh &="],
     }
-    files = [
-        tmp_path / "run/containers/auth.json",
-        tmp_path / "config/containers/auth.json",
-        tmp_path / "docker/config.json",
-        tmp_path / "home/.dockercfg",
-    ]
-    assert auth_files(None, environ) == files
-
-    def user() -> str | None:
-        found = find_credentials("r.example", "a", authfile=None, environ=environ)
-        return found.username if found else None
-
-    assert user() is None
-    write(files[3], {"r.example": entry("oldest", "p")})
-    assert user() == "oldest"
-    write(files[2], {"auths": {"r.example": entry("docker", "p")}, "credsStore": "x"})
-    assert user() == "docker"
-    write(files[0], {"auths": {}})
-    assert user() == "docker"
-    write(files[0], {"auths": {"r.example": entry("runtime", "p")}})
-    assert user() == "runtime"
-    environ["REGISTRY_AUTH_FILE"] = str(write(tmp_path / "named.json", {"auths": {}}))
-    assert user() is None, "a file that is named stands alone"
-    assert auth_files(tmp_path / "x", environ) == [tmp_path / "x"]
-    assert auth_files(None, {"HOME": "/h"})[1] == Path("/h/.config/containers/auth.json")
+    assert "r3fresh" not in repr(credentials)
+    server.knows_post = False
+    with pytest.raises(SourceError, match="404"):
+        authorizer.renew(REGISTRY, BEARER, "Bearer t1")
 
 
-def test_auth_files_that_cannot_be_read(tmp_path: Path) -> None:
-    def look(path: Path) -> None:
-        find_credentials("r.example", "a", authfile=path, environ={})
+def test_token_server_that_knows_no_post_is_asked_with_the_password() -> None:
+    server = TokenServer()
+    server.knows_post = False
+    authorizer = server.authorizer(Credentials("user", "pass", "helper", identity_token="x"))
+    assert authorizer.renew(REGISTRY, BEARER, None) == "Bearer t2"
+    assert server.asked[1][1] == {"Authorization": "Basic dXNlcjpwYXNz"}
 
-    with pytest.raises(SourceError, match="does not exist"):
-        look(tmp_path / "none.json")
-    with pytest.raises(SourceError, match="cannot be read"):
-        look(tmp_path)
-    broken = tmp_path / "broken.json"
-    broken.write_text('{"auths": {"r.example": {"auth": 1, "secret": "s3cr3t"}}}')
-    with pytest.raises(SourceError, match="not an auth file") as caught:
-        look(broken)
-    assert "s3cr3t" not in str(caught.value)
-    write(broken, {"auths": {"r.example": {"auth": "s3cr3t"}}})
-    with pytest.raises(SourceError, match="cannot be read") as caught:
-        look(broken)
-    assert "s3cr3t" not in str(caught.value)
-    broken.write_text("")
-    look(broken)
+
+def test_registry_token_is_shown_as_it_is() -> None:
+    server = TokenServer()
+    tokens = ["first", "first", "second"]
+    authorizer = server.authorizer(
+        look=lambda: Credentials("", "", "file", registry_token=tokens.pop(0))
+    )
+    assert authorizer.renew(REGISTRY, BEARER, None) == "Bearer first"
+    assert authorizer.renew(REGISTRY, BEARER, "Bearer first") is None
+    assert authorizer.renew(REGISTRY, BEARER, "Bearer first") == "Bearer second"
+    assert server.asked == []
+
+
+def test_helper_that_has_worked_before_is_waited_for() -> None:
+    failing = True
+
+    def look() -> Credentials:
+        if failing:
+            raise HelperError("docker-credential-x failed")
+        return Credentials("user", "pass", "helper")
+
+    server = TokenServer()
+    authorizer = server.authorizer(look=look)
+    with pytest.raises(HelperError):
+        authorizer.renew(REGISTRY, BEARER, None)
+    failing = False
+    authorizer.renew(REGISTRY, BEARER, None)
+    failing = True
+    with pytest.raises(FetchError) as caught:
+        authorizer.renew(REGISTRY, BEARER, "Bearer t1")
+    assert caught.value.transient

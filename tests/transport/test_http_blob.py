@@ -19,6 +19,7 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.answers import Question
 from lazyfs.transport.client import HttpClient
 from lazyfs.transport.httpblob import HttpBlob
+from lazyfs.transport.tls import Endpoint, TlsConfig
 from lazyfs.transport.urls import Origin
 from tests import faults
 from tests.faults import FaultServer
@@ -251,7 +252,7 @@ class Badge:
     def authorization(self, origin: Origin) -> str | None:
         return "Bearer badge" if origin == self._origin else None
 
-    def renew(self, challenge: str, rejected: str | None) -> str | None:
+    def renew(self, origin: Origin, challenge: str | None, rejected: str | None) -> str | None:
         return None
 
 
@@ -350,7 +351,8 @@ def tls_server(certificate: tuple[Path, Path]) -> Iterator[FaultServer]:
 
 def test_tls(tls_server: FaultServer, certificate: tuple[Path, Path]) -> None:
     url = tls_server.add_file("/f", DATA)
-    trusting = HttpClient(QUICK, trust=ssl.create_default_context(cafile=certificate[0]))
+    endpoint = Endpoint(TlsConfig(authorities=(certificate[0],)))
+    trusting = HttpClient(QUICK, endpoints=lambda _: endpoint)
     blob = blob_at(trusting, url)
     assert read(blob, 5, 200_000) == DATA[5:200_000]
     assert read(blob, 5, 200_000) == DATA[5:200_000]
@@ -414,7 +416,7 @@ def test_proxy_of_the_environment(server: FaultServer, excepted: str) -> None:
         "client.close()\n"
     )
     proxy = f"http://user:s3cr3t@{server.host}"
-    environment = {**os.environ, "http_proxy": proxy, "no_proxy": excepted}
+    environment = {**os.environ, "HTTP_PROXY": proxy, "NO_PROXY": excepted}
     done = subprocess.run(
         [sys.executable, "-c", script, "http://registry.invalid/f?sig=s3cr3t"],
         env=environment,
