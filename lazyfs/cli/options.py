@@ -82,6 +82,17 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         "services trust whoever is near (cloud metadata). Refused otherwise.",
     )
     @click.option(
+        "--mirrors",
+        default=TransportSettings().mirrors,
+        show_default=True,
+        envvar="LAZYFS_MIRRORS",
+        show_envvar=True,
+        metavar="WHICH",
+        help="Whose mirrors to ask before the registry: containers (registries.conf), containerd "
+        "(/etc/containerd/certs.d), auto (containerd's for what registries.conf says nothing of), "
+        "none; or the path of a registries.conf, or of a directory like /etc/containerd/certs.d.",
+    )
+    @click.option(
         "--verify",
         type=click.Choice(["background", "full", "strict"]),
         default="background",
@@ -117,6 +128,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         authfile: Path | None,
         tls_verify: bool,
         allow_local_redirects: bool,
+        mirrors: str,
         verify: Literal["background", "full", "strict"],
         deadline: float,
         referrers: Literal["auto", "always", "never"],
@@ -129,6 +141,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
                 authfile=None if authfile is None else str(authfile.absolute()),
                 tls_verify=tls_verify,
                 allow_local_redirects=allow_local_redirects,
+                mirrors=mirrors,
                 deadline_s=deadline,
                 stall_timeout_s=min(deadline, TransportSettings().stall_timeout_s),
                 connect_timeout_s=min(deadline, TransportSettings().connect_timeout_s),

@@ -33,6 +33,8 @@ class TransportSettings:
     """The file that credentials are in; None: where Podman and Docker keep them."""
     allow_local_redirects: bool = False
     """Whether a registry elsewhere may lead to loopback and link-local addresses."""
+    mirrors: str = "auto"
+    """Where to look for mirrors; see `transport/mirror_files.py`."""
 
 
 @dataclass(frozen=True, slots=True)

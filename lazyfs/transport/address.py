@@ -99,7 +99,6 @@ def _at(entry: RegistryEntry, location: Location, name: str) -> Address:
     return Address(
         host=_CALLED.get(host, host),
         repository=repository,
-        schemes=("https", "http") if location.insecure else (),
         tls=TlsConfig(verify=not location.insecure),
         for_tags=location.pull_from_mirror != "digest-only",
     )

@@ -25,6 +25,10 @@ _NOT_THE_LOCATIONS_FAULT = {408, 412, 416, 425, 429}
 _NO_LOGIN = "lazyfs has no credentials for web servers; a signed URL works"
 
 
+class NoRanges(SourceError):
+    """Everything was sent for a range, and everything is too much."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pin:
     """What a file without a digest was when it was opened (RFC 9110, section 13)."""
@@ -136,7 +140,7 @@ class HttpBlob:
             return 0
         whole = byte_range.size_bytes == self._size_bytes
         if not whole and self._size_bytes > self._client.settings.whole_body_limit_bytes:
-            raise SourceError(
+            raise NoRanges(
                 f"{self.name}: {origin_of(reply.url)} does not support byte ranges (it answered "
                 f"200 with everything), so nothing of it can be had lazily; copy the image to a "
                 "registry that does, or to an OCI layout (`skopeo copy … oci:DIRECTORY`)"

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lazyfs.ground.errors import IntegrityError, LazyfsError
 from lazyfs.transport.blob import Blob
@@ -75,6 +75,19 @@ class Health:
         """Note that its bytes contradict their digest."""
         with self._lock:
             self.lie = self.last_error = error
+
+    def snapshot(self) -> dict[str, Any]:
+        """Return it all for a status: keys are kept, new ones may come."""
+        with self._lock:
+            half_s = self.latency.percentile_s(0.5)
+            return {
+                "name": self.name,
+                "failures": self.failures,
+                "resting": self.rests,
+                "lied": self.lie is not None,
+                "last_error": str(self.last_error) if self.last_error is not None else None,
+                "first_byte_ms": round(half_s * 1000, 1) if half_s is not None else None,
+            }
 
     @property
     def rests(self) -> bool:

@@ -179,12 +179,12 @@ def addresses(text: str, name: str, *, by_digest: bool = False) -> list[Address]
 
 
 def test_addresses_in_order() -> None:
-    insecure = {"schemes": ("https", "http"), "tls": TlsConfig(verify=False)}
+    insecure = TlsConfig(verify=False)
     everywhere = [
         Address("mirror.example.net:5000", "cache/app/x"),
         Address("tags.example.net", "app/x"),
-        Address("digests.example.net", "d/app/x", for_tags=False, **insecure),  # type: ignore[arg-type]
-        Address("internal.example.net", "upstream/team/app/x", **insecure),  # type: ignore[arg-type]
+        Address("digests.example.net", "d/app/x", for_tags=False, tls=insecure),
+        Address("internal.example.net", "upstream/team/app/x", tls=insecure),
     ]
     assert addresses(WHOLE, "example.com/team/app/x") == everywhere
     del everywhere[1]
