@@ -85,7 +85,7 @@ class Health:
                 "failures": self.failures,
                 "resting": self.rests,
                 "lied": self.lie is not None,
-                "last_error": str(self.last_error) if self.last_error is not None else None,
+                "last_error": str(self.last_error)[:500] if self.last_error is not None else None,
                 "first_byte_ms": round(half_s * 1000, 1) if half_s is not None else None,
             }
 
