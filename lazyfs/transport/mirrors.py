@@ -181,7 +181,7 @@ class MirroredSource:
             try:
                 found = ask(source)
             except IntegrityError as error:
-                _log.warning("%s lies and is not asked any more: %s", source.name, error)
+                _log.warning("%s gave wrong bytes and is asked no more: %s", source.name, error)
                 source.health.lied(error)
                 errors[source] = error
             except SourceError as error:

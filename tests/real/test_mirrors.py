@@ -23,7 +23,7 @@ from tests.real.trees import contents
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 
 MOUNTS = 100
-LIES = "and is not asked any more"
+LIES = "gave wrong bytes and is asked no more"
 AT_ONCE = 10
 
 
@@ -48,8 +48,9 @@ class Image:
         return f"{self.registry.address}/{self.name}"
 
     def asked_for(self) -> list[Access]:
-        """Return the requests for its layer that the registry has answered."""
-        return [each for each in self.registry.accesses() if self.layer in each.path]
+        """Return the requests for its layer's bytes that the registry has answered."""
+        accesses = self.registry.accesses()
+        return [each for each in accesses if self.layer in each.path and each.method == "GET"]
 
 
 @pytest.fixture
@@ -189,6 +190,6 @@ def _unpacked(process: Checkpoint, work: Path) -> dict[str, str]:
     tree = work / "unpacked"
     tree.mkdir()
     subprocess.run(["tar", "-C", str(tree), "-xf", str(process.layer)], check=True)
-    found = contents(tree)
+    found = contents(tree / "checkpoint")
     shutil.rmtree(tree)
     return found

@@ -222,7 +222,7 @@ def test_a_mirror_that_lies_is_never_asked_again(
     with opened(tmp_path, mirror, registry) as source:
         with caplog.at_level(logging.WARNING, "lazyfs"):
             assert str(source.manifest(digest if by_digest else "v1").digest) == digest
-        assert f"{mirror.host}/cache/team/checkpoint lies" in caplog.text
+        assert f"{mirror.host}/cache/team/checkpoint gave wrong bytes" in caplog.text
         assert source.healths()[0].snapshot()["lied"]
         source.manifest(digest)
         assert source.read_blob(Digest.of(BLOB), len(BLOB)) == BLOB
