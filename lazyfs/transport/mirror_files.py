@@ -9,7 +9,8 @@ registries.conf: the file that $CONTAINERS_REGISTRIES_CONF names, else
 `~/.config/containers/registries.conf`, else `/etc/containers/registries.conf`; over it
 `/etc/containers/registries.conf.d/*.conf` (unless it was the user's own) and
 `~/.config/containers/registries.conf.d/*.conf`, each sorted by name. hosts.toml: the first
-directory that there is of `HOST_PORT_`, `HOST:PORT`, `_default` in `/etc/containerd/certs.d`.
+directory that there is of `HOST_PORT_`, `HOST:PORT`, `_default` in `/etc/containerd/certs.d`; one
+without that file may hold certificates for the registry itself.
 
 A registries.conf that cannot be read is an error, since it may block a registry; a hosts.toml is
 gone on without, and warned of: so do the tools whose files they are.
@@ -29,7 +30,9 @@ from lazyfs.transport.address import (
     addresses_by_hosts_toml,
     addresses_by_registries_conf,
 )
+from lazyfs.transport.certs import certs_for
 from lazyfs.transport.registries_conf import RegistryEntry
+from lazyfs.transport.tls import TlsConfig
 
 _log = logging.getLogger(__name__)
 
@@ -142,7 +145,8 @@ def _by_hosts_toml(directory: Path, host: str, repository: str) -> list[Address]
     try:
         text = _read(path, hosts_toml.SIZE_LIMIT_BYTES)
         if not text:
-            return None
+            tls = certs_for(home.name, [directory])
+            return None if tls == TlsConfig() else [Address(host, repository, tls=tls)]
         servers = hosts_toml.parse_hosts_toml(text, str(path), str(home.absolute()))
     except (MalformedError, SourceError) as error:
         _log.warning("%s is asked without mirrors: %s", host, error)

@@ -29,7 +29,7 @@ from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, So
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.address import Address
-from lazyfs.transport.answers import Question, refusal
+from lazyfs.transport.answers import Question, refusal, warnings_in
 from lazyfs.transport.auth import RegistryAuthorizer, login_advice
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.certs import certs_directories, registry_endpoints
@@ -102,6 +102,7 @@ class RegistrySource:
         self._repository = address.repository
         self._settings = settings
         self._counters = counters
+        self._told: set[str] = set()
         named = settings.authfile
         self._authfile = authfile or (None if named is None else Path(named))
         endpoints = endpoints_of(address, settings)
@@ -316,7 +317,15 @@ class RegistrySource:
             raise refusal(question, reply.status, reply.headers, reply.body)
         self._settled = True
         self._counters.bytes_fetched += len(reply.body)
+        self._pass_on(reply.headers.get("Warning"))
         return reply
+
+    def _pass_on(self, warning: str | None) -> None:
+        """Tell what the registry wants its users told, once each."""
+        for said in warnings_in(warning):
+            if said not in self._told:
+                self._told.add(said)
+                _log.warning("%s says: %s", self._host, said)
 
 
 class _Unsettled:

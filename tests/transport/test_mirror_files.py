@@ -8,6 +8,7 @@ import pytest
 from lazyfs.ground.errors import LazyfsError, SourceError, UsageError
 from lazyfs.transport.address import Address
 from lazyfs.transport.mirror_files import find_addresses, registries_conf_files
+from lazyfs.transport.tls import TlsConfig
 
 
 class Machine:
@@ -118,8 +119,12 @@ def test_which_hosts_toml_it_is(machine: Machine) -> None:
     machine.hosts("a.b_5000_", "underscore")
     assert machine.asks("auto", "a.b:5000/r") == "underscore a.b:5000"
     assert machine.asks("auto", "c.d/r") == "any c.d"
-    machine.write("/etc/containerd/certs.d/c.d/ca.crt", "")
-    assert machine.asks("auto", "c.d/r") == "c.d", "the first directory that there is decides"
+    authority = machine.write("/etc/containerd/certs.d/c.d/ca.crt", "")
+    (address,) = find_addresses(
+        "c.d", "r", by_digest=False, mirrors="auto", environ={}, root=machine.root
+    )
+    tls = TlsConfig(authorities=(authority,))
+    assert address == Address("c.d", "r", tls=tls), "the first directory that there is decides"
 
 
 def test_paths_instead_of_words(machine: Machine) -> None:

@@ -14,13 +14,15 @@ from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import FetchError, IntegrityError, LazyfsError, SourceError, UnknownHost
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
-from lazyfs.transport.address import Address
+from lazyfs.transport.address import Address, addresses_by_hosts_toml
 from lazyfs.transport.blob import Blob
+from lazyfs.transport.hosts_toml import parse_hosts_toml
 from lazyfs.transport.mirrors import MirroredSource, open_repository
 from lazyfs.transport.place import ManyPlaces
 from lazyfs.transport.registry import RegistrySource
 from lazyfs.transport.tls import TlsConfig
 from tests import faults
+from tests.certificates import Authority
 from tests.faults import OCI_INDEX, FaultServer, Resource, digest_of
 from tests.transport.gather import QUICK, Gather, read
 
@@ -378,6 +380,55 @@ def test_an_insecure_mirror_that_speaks_plain_http(
     assert mirror.seen[0].path == "/v2/", "asked once what it speaks"
     assert mirror.count("/blobs/") == 2
     assert registry.seen == []
+
+
+def tls_server(authority: Authority, repository: str, **options: bool) -> FaultServer:
+    return FaultServer(repository, authority.context(authority.server("127.0.0.1"), **options))
+
+
+def test_a_mirror_with_an_authority_and_client_certificates_of_its_own(
+    registry: FaultServer, tmp_path: Path
+) -> None:
+    """As containerd's `ca` and `client` have it: for that mirror only."""
+    authority = Authority(tmp_path / "authority")
+    client = authority.client()
+    with tls_server(authority, "team/checkpoint", wants_client=True) as mirror:
+        digest = everywhere([mirror, registry])
+        text = (
+            f"server = '{registry.url}'\n[host.'{mirror.url}']\n"
+            f"ca = '{authority.certificate}'\n"
+            f"client = [['{client.certificate}', '{client.key}']]\n"
+        )
+        found = addresses_by_hosts_toml(
+            parse_hosts_toml(text, "hosts.toml", "/"), registry.host, registry.repository
+        )
+        with opened(tmp_path, *found) as source:
+            source.manifest("v1")
+            assert read_on(source.blob(digest, len(BLOB)), 0, 10) == BLOB[:10]
+            assert not any(health.failures for health in source.healths())
+        assert mirror.seen[0].query.startswith("ns=127.0.0.1%3A")
+    assert registry.seen == []
+
+
+@pytest.mark.parametrize("insecure", [False, True])
+def test_a_mirror_that_nobody_vouches_for(
+    registry: FaultServer, tmp_path: Path, insecure: bool
+) -> None:
+    with tls_server(Authority(tmp_path / "authority"), "team/checkpoint") as mirror:
+        digest = everywhere([mirror, registry])
+        address = Address(
+            mirror.host,
+            mirror.repository,
+            schemes=() if insecure else ("https",),
+            tls=TlsConfig(verify=not insecure),
+        )
+        with opened(tmp_path, address, registry) as source:
+            source.manifest("v1")
+            assert read_on(source.blob(digest, len(BLOB)), 0, 10) == BLOB[:10]
+            why = source.healths()[0].last_error
+            assert (why is None) == insecure
+            assert insecure or "not trusted" in str(why)
+    assert (registry.seen == []) == insecure
 
 
 def test_a_mirror_that_speaks_nothing_that_it_may(
