@@ -247,8 +247,12 @@ class _AtMirror:
         """Deliver the bytes of `byte_range`. See `Blob.read_into`."""
         try:
             self._blob.read_into(byte_range, sink)
-        except NoRanges as error:
-            raise FetchError(f"{error}; or it does not have it yet", transient=True) from None
+        except NoRanges:
+            raise FetchError(
+                f"{self.name}: everything was sent for a range: the mirror does not have it yet, "
+                "or knows no ranges",
+                transient=True,
+            ) from None
 
     def close(self) -> None:
         """Close it."""
