@@ -12,7 +12,7 @@ import click
 
 from lazyfs.checkpoint.reference import FORMS
 from lazyfs.cli.text import printable
-from lazyfs.ground.settings import ContentSettings, TransportSettings
+from lazyfs.ground.settings import MIRRORS, ContentSettings, TransportSettings
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -88,6 +88,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         envvar="LAZYFS_MIRRORS",
         show_envvar=True,
         metavar="WHICH",
+        callback=_mirrors,
         help="Whose mirrors to ask before the registry: containers (registries.conf), containerd "
         "(/etc/containerd/certs.d), auto (containerd's for what registries.conf says nothing of), "
         "none; or the path of a registries.conf, or of a directory like /etc/containerd/certs.d.",
@@ -152,6 +153,17 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         return command(*args, source=source, **kwargs)
 
     return with_source
+
+
+def _mirrors(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Take a word, or a path, which is made absolute: a daemon is elsewhere."""
+    if "/" in value:
+        return str(Path(value).absolute())
+    if value not in MIRRORS:
+        raise click.BadParameter(
+            f"{value!r} is none of {', '.join(MIRRORS)}; a path has a slash in it (./FILE)"
+        )
+    return value
 
 
 def verbose_option(command: Callable[_P, _R]) -> Callable[_P, _R]:

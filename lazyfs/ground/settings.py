@@ -5,6 +5,7 @@ from typing import Literal
 
 KIB = 1024
 MIB = 1024 * KIB
+MIRRORS = ("auto", "containers", "containerd", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ class TransportSettings:
     allow_local_redirects: bool = False
     """Whether a registry elsewhere may lead to loopback and link-local addresses."""
     mirrors: str = "auto"
-    """Where to look for mirrors; see `transport/mirror_files.py`."""
+    """Where to look for mirrors: one of `MIRRORS`, or a path; see `transport/mirror_files.py`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lazyfs.ground.errors import MalformedError, SourceError, UsageError
+from lazyfs.ground.settings import MIRRORS
 from lazyfs.transport import hosts_toml, registries_conf
 from lazyfs.transport.address import (
     Address,
@@ -35,8 +36,6 @@ from lazyfs.transport.registries_conf import RegistryEntry
 from lazyfs.transport.tls import TlsConfig
 
 _log = logging.getLogger(__name__)
-
-WORDS = ("auto", "containers", "containerd", "none")
 
 
 def find_addresses(
@@ -54,7 +53,7 @@ def find_addresses(
         host: as in the reference, with its port.
         repository: as in the reference.
         by_digest: whether the image is named by its digest.
-        mirrors: one of `WORDS`, or the path of a registries.conf, or of a directory like
+        mirrors: one of `MIRRORS`, or the path of a registries.conf, or of a directory like
             `/etc/containerd/certs.d`.
         environ: HOME and CONTAINERS_REGISTRIES_CONF are looked at.
         root: where `etc` is.
@@ -72,9 +71,9 @@ def find_addresses(
             else:
                 entries = _entries_of(path, must_exist=True)
                 found = addresses_by_registries_conf(entries, host, repository, by_digest=by_digest)
-        elif mirrors not in WORDS:
+        elif mirrors not in MIRRORS:
             raise UsageError(
-                f"mirrors are {', '.join(WORDS)} or the path of a registries.conf or of a "
+                f"mirrors are {', '.join(MIRRORS)} or the path of a registries.conf or of a "
                 f"directory with hosts.toml files, not {mirrors!r}"
             )
         if mirrors in ("auto", "containers"):

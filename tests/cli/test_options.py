@@ -63,6 +63,16 @@ def test_how_the_registry_is_spoken_to(tmp_path: Path, monkeypatch: pytest.Monke
             settings_of(wrong)
 
 
+def test_where_mirrors_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    env = {"LAZYFS_MIRRORS": "containerd"}
+    assert settings_of(env=env).transport.mirrors == "containerd"
+    assert settings_of("--mirrors=none", env=env).transport.mirrors == "none"
+    assert settings_of("--mirrors=./certs.d").transport.mirrors == str(tmp_path / "certs.d")
+    with pytest.raises(click.UsageError, match=r"'podman' is none of auto, .*a path has a slash"):
+        settings_of("--mirrors=podman")
+
+
 def test_the_cache_directory_of_the_environment() -> None:
     env = {"LAZYFS_CACHE_DIR": "/tmp/env"}
     assert settings_of(env=env).cache_dir == Path("/tmp/env")
