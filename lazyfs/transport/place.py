@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -203,7 +203,7 @@ class Choice:
     def __init__(self, blob: Blob) -> None:
         self._blob = blob
         self._sole = None if isinstance(blob, ManyPlaces) else place_of(blob)
-        self._failures: Counter[Health] = Counter()
+        self._failures: dict[Health, int] = {}
         self._errors: dict[Health, LazyfsError] = {}
         self._hopeless: set[Health] = set()
 
@@ -222,7 +222,9 @@ class Choice:
         places = self._open()
         if not places:
             raise self._refusal()
-        return min(places, key=lambda each: (each.health.rests, self._failures[each.health]))
+        if len(places) == 1:
+            return places[0]
+        return min(places, key=lambda each: (each.health.rests, self._failures.get(each.health, 0)))
 
     def other_than(self, place: Place) -> Place:
         """Return where to ask beside a place that is slow: another in good health, or itself."""
@@ -236,7 +238,7 @@ class Choice:
         """Take note of an attempt that failed there."""
         health, error = place.health, error.with_traceback(None)
         health.failed(error)
-        self._failures[health] += 1
+        self._failures[health] = self._failures.get(health, 0) + 1
         self._errors[health] = error
         if not is_transient(error):
             self._hopeless.add(health)
@@ -252,7 +254,7 @@ class Choice:
     def may_go_on_at_once(self) -> bool:
         """Whether there is a place that neither rests nor has failed this fetch yet."""
         places = self._open()
-        return any(not each.health.rests and not self._failures[each.health] for each in places)
+        return any(not each.health.rests and each.health not in self._failures for each in places)
 
     def wish_s(self, place: Place) -> float:
         """Return how long a place has asked to be left alone, when it last failed this fetch."""

@@ -43,6 +43,15 @@ class Means:
     )
 
 
+async def _acquire(limiter: trio.CapacityLimiter, borrower: object) -> None:
+    """Take a token; without a turn of the event loop, if one is free."""
+    await trio.lowlevel.checkpoint_if_cancelled()
+    try:
+        limiter.acquire_on_behalf_of_nowait(borrower)
+    except trio.WouldBlock:
+        await limiter.acquire_on_behalf_of(borrower)
+
+
 class Race:
     """One round of a fetch: an attempt, and perhaps another beside it, to the end of both."""
 
@@ -85,7 +94,7 @@ class Race:
             What else the sink raises.
         """
         self._course.place = place.health.name
-        await self._limiter.acquire_on_behalf_of(self)
+        await _acquire(self._limiter, self)
         try:
             if not place.health.remote:
                 return await self._run(place)
@@ -96,7 +105,7 @@ class Race:
 
     async def _run(self, place: Place) -> LazyfsError | None:
         attempt = self._attempt(place)
-        await self._means.threads.acquire_on_behalf_of(attempt)
+        await _acquire(self._means.threads, attempt)
         self._began_s = time.monotonic()
         hedge_at_s = self._began_s + place.health.hedge_after_s() if self._urgent else math.inf
         self._begin(attempt)
