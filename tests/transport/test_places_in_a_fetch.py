@@ -192,6 +192,21 @@ async def test_time_that_the_sink_takes_is_not_silence() -> None:
     assert (counters.stalls, counters.requests) == (0, 1)
 
 
+async def test_time_in_which_we_were_stopped_is_not_silence() -> None:
+    gate = Gate()
+    late = MemoryBlob(DATA, "late", known())
+    late.before = gate
+    sink, counters = Gather(), Counters()
+    fetcher = Fetcher(replace(QUICK, stall_timeout_s=0.3), counters)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fetch, fetcher, late, sink)
+        await trio.to_thread.run_sync(gate.wait_entered)
+        time.sleep(0.9)  # noqa: ASYNC251 - as SIGSTOP would
+        gate.open()
+    assert sink.data == DATA
+    assert (counters.stalls, counters.requests) == (0, 1)
+
+
 async def test_threads_that_cannot_be_woken_do_not_become_too_many() -> None:
     gate = Gate()
     stuck = MemoryBlob(DATA, "stuck", known())
