@@ -29,6 +29,8 @@ _THREADS_MOST = 128
 _LATE_S = 0.25
 """If we are woken so much too late, it is we (or the machine) who were asleep, not the source."""
 
+_ENDING_S = 0.05
+
 
 @dataclass(frozen=True)
 class Means:
@@ -236,6 +238,7 @@ class Race:
             elif attempt.silent_s >= attempt.silence_most_s:
                 silent_s = attempt.silent_s
                 await self._drop(attempt)
+                await self._let_end(attempt)
                 self._course.stalls += 1
                 self._means.counters.stalls += 1
                 name = attempt.place.health.name
@@ -246,6 +249,15 @@ class Race:
         """Take the sink away from an attempt that may not have ended."""
         await attempt.take_back()
         self._retire(attempt)
+
+    async def _let_end(self, attempt: Attempt) -> None:
+        """Give a thread that was woken a moment: its blob may learn where not to ask again."""
+        with trio.move_on_after(_ENDING_S):
+            while not attempt.has_ended:
+                await self._news.wait()
+                if not attempt.has_ended:
+                    self._news = trio.Event()
+        self._news.set()  # there may have been some of others
 
     def _retire(self, attempt: Attempt) -> None:
         self._running.remove(attempt)

@@ -404,6 +404,23 @@ async def test_a_stalled_answer_is_gone_on_with_on_another_connection() -> None:
         await wait_threads(fetcher)
 
 
+async def test_a_redirect_that_leads_to_silence_is_asked_for_anew() -> None:
+    settings = replace(QUICK, stall_timeout_s=600.0)
+    with FaultServer() as server, served(server, settings) as blob:
+        server.add_file("/store", DATA)
+        server.always("/f", faults.redirect(f"{server.url}/store"))
+        fetcher = Fetcher(settings, Counters())
+        for _ in range(10):
+            await fetch(fetcher, blob, Gather())
+        assert server.count("/f") == 1, "where it leads to is remembered"
+        server.script("/store", faults.stall())
+        sink = Gather()
+        with trio.fail_after(30):
+            await fetch(fetcher, blob, sink)
+        assert sink.data == DATA
+        assert server.count("/f") == 2
+
+
 async def test_failing_over_is_told_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
     first = failing(RESET)
     first.name = "mirror.example"
