@@ -13,6 +13,7 @@ import click
 from lazyfs.checkpoint.reference import FORMS
 from lazyfs.cli.text import printable
 from lazyfs.ground.settings import MIRRORS, ContentSettings, TransportSettings
+from lazyfs.transport.run_directory import run_directory
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -118,7 +119,17 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         default=TransportSettings().deadline_s,
         show_default=True,
         metavar="SECONDS",
-        help="Give up on a fetch that no retry could complete for so long.",
+        help="Give up on a fetch when no byte of it has come for so long, whatever was tried: the "
+        "read fails, the next one asks again.",
+    )
+    @click.option(
+        "--connections",
+        type=click.IntRange(min=0),
+        default=TransportSettings().shared_connections,
+        show_default=True,
+        metavar="N",
+        help="Have at most N requests under way at one host from all your mounts on this machine "
+        "together, beside two for each.",
     )
     @verbose_option
     @functools.wraps(command)
@@ -132,6 +143,7 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         mirrors: str,
         verify: Literal["background", "full", "strict"],
         deadline: float,
+        connections: int,
         referrers: Literal["auto", "always", "never"],
         **kwargs: Any,
     ) -> _R:
@@ -146,6 +158,8 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
                 deadline_s=deadline,
                 stall_timeout_s=min(deadline, TransportSettings().stall_timeout_s),
                 connect_timeout_s=min(deadline, TransportSettings().connect_timeout_s),
+                shared_connections=connections,
+                run_directory=run_directory(),
             ),
             content=ContentSettings(verify=verify),
             referrers=referrers,

@@ -19,6 +19,7 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.answers import Question, parse_content_range, range_header, refusal
 from lazyfs.transport.blob import Sink
 from lazyfs.transport.client import Authorizer, HttpClient, Reply, refuse_encoding
+from lazyfs.transport.place import Health
 from lazyfs.transport.urls import origin_of, shown
 
 _NOT_THE_LOCATIONS_FAULT = {408, 412, 416, 425, 429}
@@ -67,8 +68,9 @@ class HttpBlob:
         authorizer: Authorizer | None = None,
         pin: Pin | None = None,
         owns_client: bool = False,
+        health: Health | None = None,
     ) -> None:
-        """Ask for nothing yet. `question.what` is its name."""
+        """Ask for nothing yet. `question.what` is its name; `health`: of a source it shares."""
         self._client = client
         self._url = url
         self._question = question
@@ -77,6 +79,8 @@ class HttpBlob:
         self._pin = pin
         self._owns_client = owns_client
         self._location: str | None = None
+        self.health = health if health is not None else Health(str(origin_of(url)))
+        """How its source has behaved."""
 
     @property
     def name(self) -> str:

@@ -164,6 +164,7 @@ class RegistrySource:
             question=self._question(what),
             size_bytes=size_bytes,
             authorizer=self._authorizer,
+            health=self.health,
         )
 
     def read_blob(self, digest: Digest, size_bytes: int) -> bytes:
