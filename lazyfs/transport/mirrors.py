@@ -186,7 +186,8 @@ class MirroredSource:
                 errors[source] = error
             except SourceError as error:
                 _log.info("%s is looked for elsewhere: %s", what, error)
-                source.health.failed(error)
+                # What lacks one small thing may have the large ones: a short rest in any case.
+                source.health.failed(FetchError(str(error), transient=True))
                 errors[source] = error
             else:
                 source.health.answered(time.monotonic() - began_s)
