@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _SWITCH_INTERVAL_S = 0.0005
 _LISTED_LAYERS_MOST = 64
 """In the status: an extended attribute holds 64 KiB."""
+_LISTED_PLACES_MOST = 16
 _SMALL_FILE_BYTES = MIB
 _SMALL_FILES_BYTES = 32 * MIB
 _READAHEAD_KIB = 1024
@@ -291,8 +292,15 @@ def status(config: MountConfig, checkpoint: OpenedCheckpoint) -> Mapping[str, An
         "blob_proven": all(layer["blob_proven"] for layer in layers),
         "failed": str(poison) if poison is not None else None,
         "layers": layers[:_LISTED_LAYERS_MOST],
+        "places": _places(checkpoint),
         **checkpoint.counters.snapshot(),
     }
+
+
+def _places(checkpoint: OpenedCheckpoint) -> list[dict[str, Any]]:
+    source = checkpoint.image.source
+    healths = source.healths() if source is not None else ()
+    return [health.snapshot() for health in healths[:_LISTED_PLACES_MOST]]
 
 
 def _layer_status(layer: OpenedLayer) -> dict[str, Any]:

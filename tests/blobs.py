@@ -1,20 +1,24 @@
 """Blobs in memory, with the ways in which real ones fail."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from lazyfs.ground.errors import FetchError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Sink
+from lazyfs.transport.place import Health, ManyPlaces, Place, in_order
+from lazyfs.transport.wake import blocks_on
 
 
 class MemoryBlob:
     """A blob of known bytes. `before` is called in the worker thread ahead of each attempt and
-    may block or raise; `cut_after` ends attempts after so many bytes."""
+    may block or raise; `cut_after` ends attempts after so many bytes. With a `health` it is taken
+    for remote."""
 
-    def __init__(self, data: bytes, name: str = "memory") -> None:
+    def __init__(self, data: bytes, name: str = "memory", health: Health | None = None) -> None:
         self.data = data
         self.name = name
+        self.health = health
         self.asked: list[ByteRange] = []
         self.before: Callable[[ByteRange], None] | None = None
         self.cut_after: int | None = None
@@ -43,6 +47,46 @@ class MemoryBlob:
 
     def close(self) -> None:
         pass
+
+
+class Mirrored(ManyPlaces):
+    """A blob that several others have, each a place of its own, the one to ask first first."""
+
+    def __init__(self, *blobs: MemoryBlob) -> None:
+        self.name = "the blob"
+        self.size_bytes = blobs[0].size_bytes
+        self.all = [Place(blob, blob.health or Health(blob.name)) for blob in blobs]
+
+    def places(self) -> Sequence[Place]:
+        return in_order(self.all)
+
+    def read_into(self, byte_range: ByteRange, sink: Sink) -> None:
+        self.places()[0].blob.read_into(byte_range, sink)
+
+    def close(self) -> None:
+        pass
+
+
+class Hang:
+    """Holds attempts back until they are woken, as a socket does, or `end` is called."""
+
+    def __init__(self) -> None:
+        self._ends = threading.Event()
+        self.entered = 0
+        self.woken = 0
+
+    def __call__(self, byte_range: ByteRange) -> None:
+        self.entered += 1
+        woken = threading.Event()
+        blocks_on(woken.set)
+        while not woken.wait(0.002):
+            if self._ends.is_set():
+                return
+        self.woken += 1
+        raise FetchError("the connection was shut down", transient=True)
+
+    def end(self) -> None:
+        self._ends.set()
 
 
 class Gate:

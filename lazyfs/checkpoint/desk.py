@@ -63,6 +63,7 @@ async def read_ranges(blob: Blob, ranges: Sequence[ByteRange], desk: Desk) -> li
             item,
             sink,
             limiter=limiter,
+            why="index",
         )
         for item, sink in zip(ranges, sinks, strict=True)
     ]

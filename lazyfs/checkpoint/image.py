@@ -202,11 +202,12 @@ def _open_source(
         from lazyfs.transport.files import open_file
 
         return _open_image_archive(reference, open_file(reference.path), counters)
-    from lazyfs.transport.registry import RegistrySource
+    from lazyfs.transport.mirrors import open_repository
 
-    return RegistrySource(
+    return open_repository(
         reference.host,
         reference.repository,
+        by_digest=reference.digest is not None,
         settings=settings,
         counters=counters,
         authfile=authfile,
@@ -277,14 +278,15 @@ def _resolve_archive(
 ) -> ResolvedImage:
     blob: Blob
     if reference.is_url:
+        from lazyfs.transport.address import Address
         from lazyfs.transport.client import HttpClient
         from lazyfs.transport.httpblob import open_url
         from lazyfs.transport.registry import endpoints_of
         from lazyfs.transport.retry import attempts
         from lazyfs.transport.urls import origin_of
 
-        name = str(origin_of(reference.url))
-        client = HttpClient(settings, endpoints=endpoints_of(name, settings))
+        server = Address(str(origin_of(reference.url)), "")
+        client = HttpClient(settings, endpoints=endpoints_of(server, settings))
         try:
             blob = attempts(
                 str(reference),

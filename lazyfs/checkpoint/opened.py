@@ -305,6 +305,7 @@ async def open_checkpoint(
         raise_sole_error(group)
     finally:
         checkpoint.close()
+        fetcher.close()
         image.close()
 
 

@@ -12,7 +12,8 @@ import click
 
 from lazyfs.checkpoint.reference import FORMS
 from lazyfs.cli.text import printable
-from lazyfs.ground.settings import ContentSettings, TransportSettings
+from lazyfs.ground.settings import MIRRORS, ContentSettings, TransportSettings
+from lazyfs.transport.run_directory import run_directory
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -82,6 +83,18 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         "services trust whoever is near (cloud metadata). Refused otherwise.",
     )
     @click.option(
+        "--mirrors",
+        default=TransportSettings().mirrors,
+        show_default=True,
+        envvar="LAZYFS_MIRRORS",
+        show_envvar=True,
+        metavar="WHICH",
+        callback=_mirrors,
+        help="Whose mirrors to ask before the registry: containers (registries.conf), containerd "
+        "(/etc/containerd/certs.d), auto (containerd's for what registries.conf says nothing of), "
+        "none; or the path of a registries.conf, or of a directory like /etc/containerd/certs.d.",
+    )
+    @click.option(
         "--verify",
         type=click.Choice(["background", "full", "strict"]),
         default="background",
@@ -106,7 +119,17 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         default=TransportSettings().deadline_s,
         show_default=True,
         metavar="SECONDS",
-        help="Give up on a fetch that no retry could complete for so long.",
+        help="Give up on a fetch when no byte of it has come for so long, whatever was tried: the "
+        "read fails, the next one asks again.",
+    )
+    @click.option(
+        "--connections",
+        type=click.IntRange(min=0),
+        default=TransportSettings().shared_connections,
+        show_default=True,
+        metavar="N",
+        help="Have at most N requests under way at one host from all your mounts on this machine "
+        "together, beside two for each.",
     )
     @verbose_option
     @functools.wraps(command)
@@ -117,8 +140,10 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         authfile: Path | None,
         tls_verify: bool,
         allow_local_redirects: bool,
+        mirrors: str,
         verify: Literal["background", "full", "strict"],
         deadline: float,
+        connections: int,
         referrers: Literal["auto", "always", "never"],
         **kwargs: Any,
     ) -> _R:
@@ -129,9 +154,12 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
                 authfile=None if authfile is None else str(authfile.absolute()),
                 tls_verify=tls_verify,
                 allow_local_redirects=allow_local_redirects,
+                mirrors=mirrors,
                 deadline_s=deadline,
                 stall_timeout_s=min(deadline, TransportSettings().stall_timeout_s),
                 connect_timeout_s=min(deadline, TransportSettings().connect_timeout_s),
+                shared_connections=connections,
+                run_directory=run_directory(),
             ),
             content=ContentSettings(verify=verify),
             referrers=referrers,
@@ -139,6 +167,17 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         return command(*args, source=source, **kwargs)
 
     return with_source
+
+
+def _mirrors(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """Take a word, or a path, which is made absolute: a daemon is elsewhere."""
+    if "/" in value:
+        return str(Path(value).absolute())
+    if value not in MIRRORS:
+        raise click.BadParameter(
+            f"{value!r} is none of {', '.join(MIRRORS)}; a path has a slash in it (./FILE)"
+        )
+    return value
 
 
 def verbose_option(command: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -74,5 +74,5 @@ class Flight:
 
     def give_back_claims(self) -> None:
         """Chunks that were claimed and not stored may be stored by others again."""
-        for index in self._claims:
-            self._holdings.unclaim(index)
+        while self._claims:
+            self._holdings.unclaim(self._claims.pop())

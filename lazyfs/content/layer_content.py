@@ -30,6 +30,7 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import ContentSettings
 from lazyfs.layers.model import ChunkMap
 from lazyfs.transport.blob import Blob
+from lazyfs.transport.place import PlaceLied
 from lazyfs.transport.retry import Fetcher
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,10 @@ _BRIDGE_BYTES = 64 << 10
 """Gaps in the blob up to this size are fetched along: a request of its own costs more."""
 _SHARED_BYTES = 1
 """Neighbours may have so much of the blob in common: deflate's blocks end within a byte."""
+
+
+class _Stopped(Exception):
+    """To a landing: nothing is wanted any more."""
 
 
 class LayerContent(Content):
@@ -65,7 +70,7 @@ class LayerContent(Content):
         self._state = self.holdings.state
         self.blob = blob
         self._source_answers = True
-        """Once a fetch has given up, later ones ask just once, until one succeeds: a reader asks
+        """Once a fetch has given up, later ones do so soon, until one succeeds: a reader asks
         again after an error, page by page, and must not wait out a whole deadline each time."""
         self._flights: list[Flight] = []
         self.landed_bytes = 0
@@ -324,24 +329,40 @@ class LayerContent(Content):
             await self.conduct(self.take_off((index, end), lane))
 
     async def _fetch(self, flight: Flight) -> None:
-        landing = Landing(self.chunks, flight, self.raise_if_condemned)
-        try:
-            await self.fetcher.fetch(
-                self.blob,
-                landing.byte_range,
-                landing,
-                limiter=self.lanes.limiter(flight.lane),
-                patient=self._source_answers,
-            )
-            self._source_answers = True
-        except LazyfsError as error:
-            flight.error = error
-            self._source_answers = False
-            if isinstance(error, IntegrityError):
-                self.condemn(error)
-            raise
-        finally:
-            landing.close()
+        """Land a flight; anew, from other places, where one of them gave wrong bytes."""
+
+        def check() -> None:
+            if self._poison is not None:
+                raise _Stopped  # no error of the place that is being asked
+
+        while True:
+            landing = Landing(self.chunks, flight, check)
+            try:
+                await self.fetcher.fetch(
+                    self.blob,
+                    landing.byte_range,
+                    landing,
+                    limiter=self.lanes.limiter(flight.lane),
+                    patient=self._source_answers,
+                    urgent=flight.lane is Lane.DEMAND,
+                    why=flight.lane.value,
+                )
+            except _Stopped:
+                self.raise_if_condemned()
+            except PlaceLied as error:
+                log.warning("%s gave wrong bytes and is asked no more: %s", error.place, error)
+                flight.give_back_claims()
+            except LazyfsError as error:
+                flight.error = error
+                self._source_answers = False
+                if isinstance(error, IntegrityError):
+                    self.condemn(error)
+                raise
+            else:
+                self._source_answers = True
+                return
+            finally:
+                landing.close()
 
     async def _check_cached(self, flight: Flight) -> None:
         """Believe chunks of an earlier mount only if they still give their marks."""

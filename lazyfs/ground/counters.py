@@ -10,6 +10,14 @@ class Counters:
     requests: int = 0
     """HTTP requests and local reads sent to the source, retries included."""
     retries: int = 0
+    stalls: int = 0
+    """Attempts given up because the source had been silent for longer than it usually is."""
+    hedges: int = 0
+    """Second attempts made beside a slow one, that a reader waited for."""
+    hedges_won: int = 0
+    """Those of them that had bytes first."""
+    places_refused: int = 0
+    """Times that bytes were found wrong and the place that gave them was left for another."""
     bytes_fetched: int = 0
     """Body bytes received, as they were on the wire (compressed, headers not counted)."""
     reads: int = 0

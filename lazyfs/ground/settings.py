@@ -5,6 +5,7 @@ from typing import Literal
 
 KIB = 1024
 MIB = 1024 * KIB
+MIRRORS = ("auto", "containers", "containerd", "none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,15 +13,22 @@ class TransportSettings:
     """How long to wait for a source, and how often to ask again.
 
     `deadline_s` bounds the silence of one fetch: attempts and pauses since its last byte, or
-    since its first attempt. A server that is restarted is back within a minute; CRIU would
-    rather wait than be told EIO, some of which it ignores (shared memory, CRIU <= 4.2).
+    since its first attempt. A server that is restarted is back within seconds, one that is rolled
+    out anew in Kubernetes within a minute or so (its old pod alone may take 30 s to end); CRIU
+    would rather wait than be told EIO, some of which it ignores (shared memory, CRIU <= 4.2). But
+    an engine's own patience should not end first, as then nobody hears why: the kubelet's is two
+    minutes (`runtimeRequestTimeout`).
     """
 
     connect_timeout_s: float = 5.0
     stall_timeout_s: float = 10.0
-    """No byte for so long, or fewer than `stall_floor_bytes` within it: the attempt is over."""
+    """No byte for so long, or fewer than `stall_floor_bytes` within it: the attempt is over. Where
+    a place's answers are known to be quicker, it is over sooner (`transport/place.py`)."""
     stall_floor_bytes: int = 4 * KIB
-    deadline_s: float = 60.0
+    deadline_s: float = 90.0
+    brief_deadline_s: float = 2.5
+    """In place of `deadline_s`, once a fetch has given up and until one succeeds: long enough for
+    a lost connection, not for a server that is away."""
     backoff_first_s: float = 0.1
     backoff_most_s: float = 3.0
     whole_body_limit_bytes: int = 4 * MIB
@@ -33,6 +41,13 @@ class TransportSettings:
     """The file that credentials are in; None: where Podman and Docker keep them."""
     allow_local_redirects: bool = False
     """Whether a registry elsewhere may lead to loopback and link-local addresses."""
+    mirrors: str = "auto"
+    """Where to look for mirrors: one of `MIRRORS`, or a path; see `transport/mirror_files.py`."""
+    shared_connections: int = 64
+    """Requests under way at one host, of all daemons of a user on this machine together, beside
+    the two that each may always have; see `transport/slots.py`."""
+    run_directory: str | None = None
+    """Where daemons find each other, to share; None: each for itself."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from lazyfs.ground.ranges import ByteRange
 _CONTENT_RANGE = re.compile(r"bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.IGNORECASE)
 _RETRY_AFTER_MOST_S = 3600.0
 _OCI_CODE = re.compile(rb'"code"\s*:\s*"([A-Z_]{1,40})"')
+_WARNING = re.compile(r'299 - "((?:[^"\\]|\\.)*)"')
+_WARNING_MOST = 4096
 _TRANSIENT_STATUS = {408, 425, 429}
 
 
@@ -56,6 +58,16 @@ def retry_after_s(text: str | None, now_s: float | None = None) -> float | None:
         return None
     wait_s = wish_s - (time.time() if now_s is None else now_s)
     return min(max(wait_s, 0.0), _RETRY_AFTER_MOST_S)
+
+
+def warnings_in(text: str | None) -> list[str]:
+    """Read what a registry wants its users told (`Warning`), without what a terminal obeys.
+
+    Source: OCI distribution-spec, "Warnings": code 299, agent `-`, at most 4096 bytes.
+    """
+    found = _WARNING.findall((text or "")[:_WARNING_MOST])
+    plain = [re.sub(r"\\(.)", r"\1", each) for each in found]
+    return ["".join(filter(str.isprintable, each)) for each in plain]
 
 
 @dataclass(frozen=True, slots=True)

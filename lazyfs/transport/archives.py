@@ -26,6 +26,7 @@ from lazyfs.ground.errors import IntegrityError, MalformedError, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.files import LayoutSource
+from lazyfs.transport.place import Health
 from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest
 
 _PIECE_BYTES = 1 << 20
@@ -55,6 +56,11 @@ class Stretch:
     def name(self) -> str:
         """What a person calls it."""
         return self._name
+
+    @property
+    def health(self) -> Health | None:
+        """Of the source of the whole, if that has one."""
+        return getattr(self._whole, "health", None)
 
     @property
     def size_bytes(self) -> int:

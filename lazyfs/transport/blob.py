@@ -1,7 +1,8 @@
 """What the floors above know of a source: a blob of known size that gives byte ranges.
 
 `read_into` blocks and is called in worker threads, several at once on one blob; it makes a
-single attempt. Retrying is `retry.fetch`'s, so that every kind of blob is retried alike.
+single attempt. Retrying is `retry.Fetcher`'s, so that every kind of blob is retried alike. A blob
+that comes from elsewhere has an attribute `health` (`place.Health`), by which that judges.
 """
 
 from typing import Protocol
@@ -13,7 +14,10 @@ class Sink(Protocol):
     """Where a blob's bytes go: the receiver lends its buffer, the blob fills it in order."""
 
     def space(self) -> memoryview:
-        """Return writable room for the next bytes; at least one byte."""
+        """Return writable room for the next bytes; at least one byte.
+
+        May raise anything, as `advance`. Whoever calls it has bytes to put there.
+        """
 
     def advance(self, count: int) -> None:
         """Say that `count` bytes of the last `space()` are filled.

@@ -13,7 +13,7 @@ import os
 import stat
 import tarfile
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from lazyfs.ground.errors import IntegrityError, MalformedError, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.files import FileBlob
+from lazyfs.transport.place import Health
 from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
 
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
@@ -107,6 +108,10 @@ class DirectorySource:
     def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
         """Return nothing: skopeo copies one image, and not what refers to it."""
         return []
+
+    def healths(self) -> Sequence[Health]:
+        """Return nothing: there is no place but this machine. See `ImageSource.healths`."""
+        return ()
 
     def close(self) -> None:
         """Close the directory and the blobs it gave."""

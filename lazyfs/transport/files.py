@@ -11,7 +11,7 @@ must lie there. Source: OCI image-spec, image-layout.md.
 import logging
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -21,6 +21,7 @@ from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Blob, Sink
+from lazyfs.transport.place import Health
 from lazyfs.transport.referrers import fallback_tag, is_fallback_tag, parse_referrers, refers
 from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
 
@@ -245,6 +246,10 @@ class LayoutSource:
             except LazyfsError as error:
                 _log.info("%s: %s is taken to be no referrer: %s", self.name, each.digest, error)
         return list(found.values())
+
+    def healths(self) -> Sequence[Health]:
+        """Return nothing: there is no place but this machine. See `ImageSource.healths`."""
+        return ()
 
     def close(self) -> None:
         """Close the directory and the blobs it gave."""

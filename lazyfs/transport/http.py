@@ -11,11 +11,13 @@ Messages never hold the libraries' own text: it has whole URLs in it, signatures
 chain of causes is cut (`from None`) and urllib3's log silenced for the same reason.
 """
 
+import contextlib
 import http.client
 import logging
 import re
 import socket
 import ssl
+import threading
 from collections.abc import Callable, Mapping
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Literal
@@ -33,6 +35,7 @@ from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
 from lazyfs.transport.tls import TlsConfig
 from lazyfs.transport.urls import Origin, origin_of, shown
+from lazyfs.transport.wake import blocks_on
 
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
@@ -72,12 +75,21 @@ class _Gate:
         return connection
 
 
+_asking = threading.local()
+"""`connection`: the `Connection` that this thread asks through, which its sockets become known to:
+urllib3 makes them, and has no way from a connection that waits for an answer to its socket."""
+
+
 class _Connection(HTTPConnection):
     response_class = BoundedResponse
     gate: _Gate
 
     def _new_conn(self) -> socket.socket:
         return self.gate.pass_on(super()._new_conn())
+
+    def connect(self) -> None:
+        super().connect()
+        _asking.connection.note_socket(self.sock)
 
 
 class _TlsConnection(HTTPSConnection):
@@ -86,6 +98,10 @@ class _TlsConnection(HTTPSConnection):
 
     def _new_conn(self) -> socket.socket:
         return self.gate.pass_on(super()._new_conn())
+
+    def connect(self) -> None:
+        super().connect()
+        _asking.connection.note_socket(self.sock)
 
 
 class _Pool(HTTPConnectionPool):
@@ -188,6 +204,23 @@ class Connection:
         self._session.mount(f"{origin.scheme}://", _Adapter(context, self._gate))
         self._prepared: tuple[str, requests.PreparedRequest] | None = None
         self._response: requests.Response | None = None
+        self._socket: socket.socket | None = None
+
+    def note_socket(self, sock: socket.socket | None) -> None:
+        """Take note of the socket that it is connected by."""
+        self._socket = sock
+        blocks_on(self.abort)
+
+    def abort(self) -> None:
+        """End what another thread does with it: that fails at once. Does not block.
+
+        While it connects, nothing happens.
+        """
+        sock = self._socket
+        if isinstance(sock, socket.socket):
+            with contextlib.suppress(OSError):
+                # Not SSLSocket's own: it would drop the cipher under the reader's feet.
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def ask(
         self,
@@ -210,6 +243,8 @@ class Connection:
         """
         if proxy is None:
             self._gate.on_peer = lambda peer: self._met(peer, on_peer)
+        _asking.connection = self
+        blocks_on(self.abort)
         try:
             if self._prepared is None or self._prepared[0] != url:
                 self._prepared = (url, requests.Request("GET", url).prepare())
@@ -231,6 +266,8 @@ class Connection:
             )
         except _FOREIGN_ERRORS as error:
             raise _translated(error, url, self._settings) from None
+        finally:
+            _asking.connection = None
         return self._response.status_code, self._response.headers
 
     def receive(self) -> bytes:
@@ -246,6 +283,8 @@ class Connection:
         except _FOREIGN_ERRORS as error:
             url = self._response.url
             raise _translated(error, url, self._settings, in_body=True) from None
+        if not piece:
+            blocks_on(None)  # others may use it from now on
         return piece
 
     def _met(self, peer: str, on_peer: Callable[[str], None]) -> None:

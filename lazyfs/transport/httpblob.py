@@ -19,10 +19,15 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.answers import Question, parse_content_range, range_header, refusal
 from lazyfs.transport.blob import Sink
 from lazyfs.transport.client import Authorizer, HttpClient, Reply, refuse_encoding
+from lazyfs.transport.place import Health
 from lazyfs.transport.urls import origin_of, shown
 
 _NOT_THE_LOCATIONS_FAULT = {408, 412, 416, 425, 429}
 _NO_LOGIN = "lazyfs has no credentials for web servers; a signed URL works"
+
+
+class NoRanges(SourceError):
+    """Everything was sent for a range, and everything is too much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +68,9 @@ class HttpBlob:
         authorizer: Authorizer | None = None,
         pin: Pin | None = None,
         owns_client: bool = False,
+        health: Health | None = None,
     ) -> None:
-        """Ask for nothing yet. `question.what` is its name."""
+        """Ask for nothing yet. `question.what` is its name; `health`: of a source it shares."""
         self._client = client
         self._url = url
         self._question = question
@@ -73,6 +79,8 @@ class HttpBlob:
         self._pin = pin
         self._owns_client = owns_client
         self._location: str | None = None
+        self.health = health if health is not None else Health(str(origin_of(url)))
+        """How its source has behaved."""
 
     @property
     def name(self) -> str:
@@ -136,7 +144,7 @@ class HttpBlob:
             return 0
         whole = byte_range.size_bytes == self._size_bytes
         if not whole and self._size_bytes > self._client.settings.whole_body_limit_bytes:
-            raise SourceError(
+            raise NoRanges(
                 f"{self.name}: {origin_of(reply.url)} does not support byte ranges (it answered "
                 f"200 with everything), so nothing of it can be had lazily; copy the image to a "
                 "registry that does, or to an OCI layout (`skopeo copy … oci:DIRECTORY`)"

@@ -137,14 +137,15 @@ def next_page(url: str, link: str | None) -> str | None:
 
 def list_referrers(
     ask: "Callable[[str], SmallReply]",
-    base_url: str,
+    url_of: Callable[[str], str],
     digest: Digest,
     artifact_type: str,
     question: Question,
 ) -> list[ReferrerDescriptor]:
     """List what refers to the manifest, by the API or, where there is none, by the tag.
 
-    `ask`: gives the answer to a GET, whatever its status. `base_url`: ends in `/v2/NAME/`.
+    `ask`: gives the answer to a GET, whatever its status. `url_of`: gives the URL of a path below
+    `/v2/NAME/`.
 
     Raises:
         FetchError: the server wants to be asked later.
@@ -152,7 +153,7 @@ def list_referrers(
         MalformedError: what it gave is not one.
     """
     found: list[ReferrerDescriptor] = []
-    url: str | None = base_url + referrers_path(digest, artifact_type)
+    url: str | None = url_of(referrers_path(digest, artifact_type))
     for page in range(PAGES_MOST):
         if url is None or len(found) >= REFERRERS_MOST:
             break
@@ -160,7 +161,7 @@ def list_referrers(
         if reply.status != 200:
             if page or reply.status in _ANSWER_LATER:
                 raise refusal(question, reply.status, reply.headers, reply.body)
-            return _by_tag(ask, base_url, digest, artifact_type, question)
+            return _by_tag(ask, url_of, digest, artifact_type, question)
         found += parse_referrers(reply.body, artifact_type)
         url = next_page(url, reply.headers.get("Link"))
     return found[:REFERRERS_MOST]
@@ -168,12 +169,12 @@ def list_referrers(
 
 def _by_tag(
     ask: "Callable[[str], SmallReply]",
-    base_url: str,
+    url_of: Callable[[str], str],
     digest: Digest,
     artifact_type: str,
     question: Question,
 ) -> list[ReferrerDescriptor]:
-    reply = ask(f"{base_url}manifests/{fallback_tag(digest)}")
+    reply = ask(url_of(f"manifests/{fallback_tag(digest)}"))
     if reply.status == 404:
         return []
     if reply.status != 200:

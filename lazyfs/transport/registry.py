@@ -3,45 +3,53 @@
 A digest is proven over the bytes as they were served. A tag's manifest is trusted as far as the
 connection is: its digest is computed here, and everything below it is proven by that.
 
-Plain HTTP is spoken to this machine's own loopback and where the settings say so; to loopback
-HTTPS is tried when plain HTTP is refused (400) for being plain. A registry that need not prove who
-it is has HTTPS tried first, and plain HTTP when that is not what it speaks.
+Plain HTTP is spoken to this machine's own loopback and where the settings or the address say so;
+to loopback HTTPS is tried when plain HTTP is refused (400) for being plain. A registry that need
+not prove who it is has HTTPS tried first, and plain HTTP when that is not what it speaks: who does
+not mind who answers does not mind who listens.
 
-Source: OCI distribution-spec, "Pull", "Listing Referrers".
+What begins with `ask_` makes one attempt; the rest asks again as the settings have it.
+
+Sources: OCI distribution-spec, "Pull", "Listing Referrers"; containerd, docs/hosts.md (`ns`).
 """
 
 import logging
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import quote
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, SourceError
+from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
-from lazyfs.transport.answers import Question, refusal
+from lazyfs.transport.address import Address
+from lazyfs.transport.answers import Question, refusal, warnings_in
 from lazyfs.transport.auth import RegistryAuthorizer, login_advice
-from lazyfs.transport.blob import Blob
+from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.certs import certs_directories, registry_endpoints
 from lazyfs.transport.client import HttpClient, SmallReply, refuse_encoding
 from lazyfs.transport.credentials import Credentials, find_credentials
-from lazyfs.transport.http import NotTls
 from lazyfs.transport.httpblob import HttpBlob
+from lazyfs.transport.place import Health
 from lazyfs.transport.referrers import list_referrers
 from lazyfs.transport.retry import attempts
 from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
-from lazyfs.transport.tls import Endpoint, Endpoints, TlsConfig
+from lazyfs.transport.tls import Endpoint, Endpoints
 from lazyfs.transport.urls import Origin, is_loopback, origin_of
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _TOKEN_LIMIT_BYTES = 256 * 1024
 # Where an answer is welcome but not needed: for connecting and for each byte, for asking again
 # (some registries answer 500 to what they do not know), and in all.
-_HURRY_STALL_S, _HURRY_AGAIN_S, _HURRY_MOST_S = 2.0, 0.5, 4.0
+_HURRY_STALL_S, _HURRY_AGAIN_S, REFERRERS_MOST_S = 2.0, 0.5, 4.0
 _ACCEPT = ", ".join(
     (
         "application/vnd.oci.image.manifest.v1+json",
@@ -51,17 +59,19 @@ _ACCEPT = ", ".join(
         "application/vnd.oci.artifact.manifest.v1+json",
     )
 )
-_SERVED_BY = {"docker.io": "registry-1.docker.io"}
 
 
-def endpoints_of(host: str, settings: TransportSettings) -> Endpoints:
+def endpoints_of(address: Address, settings: TransportSettings) -> Endpoints:
     """Return how the server that a person names, and whoever it leads to, is spoken to."""
     if not settings.tls_verify:
-        _log.warning("%s: its TLS certificate is not checked (--tls-verify=false)", host)
+        _log.warning("%s: its TLS certificate is not checked (--tls-verify=false)", address.host)
+    elif not address.tls.verify:
+        _log.info("%s: its TLS certificate is not checked (its mirror entry)", address.host)
+    tls = replace(address.tls, verify=address.tls.verify and settings.tls_verify)
     return registry_endpoints(
-        host,
-        served_by=_SERVED_BY.get(host),
-        own=Endpoint(TlsConfig(verify=settings.tls_verify)),
+        address.host,
+        served_by=address.served_by,
+        own=Endpoint(tls, address.headers),
         directories=certs_directories(os.environ),
     )
 
@@ -77,15 +87,25 @@ class RegistrySource:
         settings: TransportSettings,
         counters: Counters,
         authfile: Path | None = None,
+        address: Address | None = None,
     ) -> None:
-        """Connect to nobody yet. `host` may have a port; `authfile` is before the settings'."""
-        self._host = host
-        self._repository = repository
+        """Connect to nobody yet.
+
+        `host` may have a port; `authfile` is before the settings'; `address`: if there is more to
+        be said of where it is.
+        """
+        self.address = address = address or Address(host, repository)
+        self.health = Health(address.name)
+        if address.connect_timeout_s is not None:
+            settings = replace(settings, connect_timeout_s=address.connect_timeout_s)
+        self._host = address.host
+        self._repository = address.repository
         self._settings = settings
         self._counters = counters
+        self._told: set[str] = set()
         named = settings.authfile
         self._authfile = authfile or (None if named is None else Path(named))
-        endpoints = endpoints_of(host, settings)
+        endpoints = endpoints_of(address, settings)
         self._client = HttpClient(settings, endpoints=endpoints)
         # Timeouts belong to a client: what may not wait has its own.
         self._hurried = HttpClient(
@@ -97,13 +117,10 @@ class RegistrySource:
             ),
             endpoints=endpoints,
         )
-        loopback = is_loopback(host if host.endswith("]") else host.rpartition(":")[0] or host)
-        if settings.plain_http or (loopback and settings.tls_verify):
-            self._may_be_tls = loopback and not settings.plain_http
-            self._speak("http")
-        else:
-            self._may_be_tls = False
-            self._speak("https")
+        self._schemes = address.schemes or _schemes_of(address, settings)
+        self._settling = threading.Lock()
+        self._settled = len(self._schemes) == 1
+        self._speak(self._schemes[0])
 
     @property
     def name(self) -> str:
@@ -112,10 +129,17 @@ class RegistrySource:
 
     def manifest(self, reference: str | None) -> Manifest:
         """Return the manifest with this tag or digest. See `ImageSource.manifest`."""
+        return self._patiently(reference or "latest", lambda: self.ask_manifest(reference))
+
+    def ask_manifest(self, reference: str | None) -> Manifest:
+        """Ask once for the manifest with this tag or digest.
+
+        Raises: as `ImageSource.manifest`, and a transient FetchError.
+        """
         wanted = reference or "latest"
         digest = Digest.parse(wanted) if ":" in wanted else None
-        what = f"{self.name}{'@' if digest else ':'}{wanted}"
-        reply = self._get(what, f"manifests/{quote(wanted, safe=':')}", MANIFEST_LIMIT_BYTES)
+        what = _called(self.name, wanted)
+        reply = self._get_once(what, f"manifests/{quote(wanted, safe=':')}", MANIFEST_LIMIT_BYTES)
         promised = reply.headers.get("Docker-Content-Digest")
         if promised is not None:
             try:
@@ -132,33 +156,48 @@ class RegistrySource:
     def blob(self, digest: Digest, size_bytes: int) -> Blob:
         """Return the blob, to be read by range. See `ImageSource.blob`."""
         what = f"{self.name}@{digest}"
+        if not self._settled:
+            return _Unsettled(self, digest, size_bytes)
         return HttpBlob(
             self._client,
             self._url(f"blobs/{digest}"),
             question=self._question(what),
             size_bytes=size_bytes,
             authorizer=self._authorizer,
+            health=self.health,
         )
 
     def read_blob(self, digest: Digest, size_bytes: int) -> bytes:
         """Return a small blob whole. See `ImageSource.read_blob`."""
+        return self._patiently(str(digest), lambda: self.ask_blob(digest, size_bytes))
+
+    def ask_blob(self, digest: Digest, size_bytes: int) -> bytes:
+        """Ask once for a small blob.
+
+        Raises: as `ImageSource.read_blob`, and a transient FetchError.
+        """
         what = f"{self.name}@{digest}"
         if size_bytes > MANIFEST_LIMIT_BYTES:
             raise MalformedError(f"{what} is said to have {size_bytes} bytes: too many to be read")
-        body = self._get(what, f"blobs/{digest}", size_bytes).body
+        body = self._get_once(what, f"blobs/{digest}", size_bytes).body
         digest.check(body, what)
         return body
 
     def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
         """Return what refers to the manifest. See `ImageSource.referrers`."""
+        return self.referrers_by(digest, artifact_type, time.monotonic() + REFERRERS_MOST_S)
+
+    def referrers_by(
+        self, digest: Digest, artifact_type: str, until_s: float
+    ) -> list[ReferrerDescriptor]:
+        """Return what refers to the manifest, as far as it has come by `until_s` (monotonic)."""
         what = f"the referrers of {self.name}@{digest}"
-        until_s = time.monotonic() + _HURRY_MOST_S
         try:
             return attempts(
                 what,
                 lambda: list_referrers(
                     lambda url: self._ask_by(url, until_s),
-                    self._url(""),
+                    self._url,
                     digest,
                     artifact_type,
                     self._question(what),
@@ -170,13 +209,46 @@ class RegistrySource:
             _log.info("%s are taken to be none: %s", what, error)
             return []
 
+    def healths(self) -> Sequence[Health]:
+        """Return how it has behaved. See `ImageSource.healths`."""
+        return (self.health,)
+
+    def settle(self) -> None:
+        """Find out what it speaks, if that is not known, by asking for the API's root.
+
+        Raises:
+            FetchError: transient: nobody answered.
+            SourceError: it speaks none of what it may.
+        """
+        with self._settling:
+            errors: list[LazyfsError] = []
+            for scheme in () if self._settled else self._schemes:
+                try:
+                    url = f"{scheme}://{self.address.served_by}{self.address.root}/"
+                    with self._client.open(url, {"Accept": "*/*"}) as reply:
+                        status = reply.status
+                        reply.discard()
+                except LazyfsError as error:
+                    errors.append(error)
+                    continue
+                if status != 400 or scheme != "http" or len(self._schemes) == 1:
+                    self._settle(scheme)
+                    return
+                errors.append(SourceError(f"{self._host} wants another scheme than plain HTTP"))
+            if errors:
+                raise errors[0]
+
     def close(self) -> None:
         """Close connections; those under way close when they end."""
         self._client.close()
         self._hurried.close()
 
+    def _settle(self, scheme: str) -> None:
+        self._speak(scheme)
+        self._settled = True
+
     def _speak(self, scheme: str) -> None:
-        self._base = f"{scheme}://{_SERVED_BY.get(self._host, self._host)}"
+        self._base = f"{scheme}://{self.address.served_by}"
         self._authorizer = RegistryAuthorizer(
             self._origin, self._repository, self._credentials, self._get_token, name=self._host
         )
@@ -186,7 +258,10 @@ class RegistrySource:
         return origin_of(self._base)
 
     def _url(self, path: str) -> str:
-        return f"{self._base}/v2/{self._repository}/{path}"
+        namespace = self.address.namespace
+        if namespace is not None:
+            path += f"{'&' if '?' in path else '?'}ns={quote(namespace, safe='')}"
+        return f"{self._base}{self.address.root}/{self._repository}/{path}"
 
     def _question(self, what: str, credentials: Credentials | None = None) -> Question:
         return Question(what, self._host, login_advice(self._host, credentials))
@@ -202,13 +277,9 @@ class RegistrySource:
             return self._client.get(url, headers, limit_bytes=limit_bytes, led_by=led_by)
         return self._client.post(url, headers, form, limit_bytes=limit_bytes, led_by=led_by)
 
-    def _get(self, what: str, path: str, limit_bytes: int) -> SmallReply:
-        return attempts(
-            what,
-            lambda: self._get_once(what, path, limit_bytes),
-            settings=self._settings,
-            counters=self._counters,
-        )
+    def _patiently(self, wanted: str, action: Callable[[], _T]) -> _T:
+        what = _called(self.name, wanted)
+        return attempts(what, action, settings=self._settings, counters=self._counters)
 
     def _ask_by(self, url: str, until_s: float) -> SmallReply:
         """Return the answer to a GET, whatever its status, if it has come by `until_s`."""
@@ -227,24 +298,67 @@ class RegistrySource:
 
     def _get_once(self, what: str, path: str, limit_bytes: int) -> SmallReply:
         headers = {"Accept": _ACCEPT if path.startswith("manifests/") else "*/*"}
-        authorizer = self._authorizer
         try:
             reply = self._client.get(
-                self._url(path), headers, limit_bytes=limit_bytes, authorizer=authorizer
+                self._url(path), headers, limit_bytes=limit_bytes, authorizer=self._authorizer
             )
-        except NotTls:
-            if self._settings.tls_verify or self._origin.scheme != "https":
+        except SourceError:
+            if self._settled or self._origin.scheme != "https":
                 raise
-            self._speak("http")  # who does not mind who answers does not mind who listens
+            self.settle()
+            if self._origin.scheme == "https":
+                raise
             return self._get_once(what, path, limit_bytes)
-        if reply.status == 400 and self._may_be_tls:
-            self._may_be_tls = False
-            self._speak("https")
+        if reply.status == 400 and not self._settled:
+            self._settle("https")
             return self._get_once(what, path, limit_bytes)
         if reply.status != 200:
             credentials = self._credentials() if reply.status in (401, 403, 404) else None
             question = self._question(what, credentials)
             raise refusal(question, reply.status, reply.headers, reply.body)
-        self._may_be_tls = False
+        self._settled = True
         self._counters.bytes_fetched += len(reply.body)
+        self._pass_on(reply.headers.get("Warning"))
         return reply
+
+    def _pass_on(self, warning: str | None) -> None:
+        """Tell what the registry wants its users told, once each."""
+        for said in warnings_in(warning):
+            if said not in self._told:
+                self._told.add(said)
+                _log.warning("%s says: %s", self._host, said)
+
+
+class _Unsettled:
+    """A blob of a registry of which it is not known yet what it speaks."""
+
+    def __init__(self, source: RegistrySource, digest: Digest, size_bytes: int) -> None:
+        self._source = source
+        self._digest = digest
+        self._blob: Blob | None = None
+        self.name = f"{source.name}@{digest}"
+        self.size_bytes = size_bytes
+
+    def read_into(self, byte_range: ByteRange, sink: Sink) -> None:
+        """Deliver the bytes of `byte_range`. See `Blob.read_into`."""
+        if self._blob is None:
+            self._source.settle()
+            self._blob = self._source.blob(self._digest, self.size_bytes)
+        self._blob.read_into(byte_range, sink)
+
+    def close(self) -> None:
+        """Do nothing: the source has the connections."""
+
+
+def _schemes_of(address: Address, settings: TransportSettings) -> tuple[str, ...]:
+    if settings.plain_http:
+        return ("http",)
+    if not (settings.tls_verify and address.tls.verify):
+        return ("https", "http")
+    host = address.host
+    loopback = is_loopback(host if host.endswith("]") else host.rpartition(":")[0] or host)
+    return ("http", "https") if loopback else ("https",)
+
+
+def _called(name: str, wanted: str) -> str:
+    return f"{name}{'@' if ':' in wanted else ':'}{wanted}"

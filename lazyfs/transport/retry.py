@@ -1,22 +1,20 @@
 """One fetch, however many attempts it takes: the only place where anything is asked for again.
 
-Decides: what a failed attempt means (`Patience`), and that a fetch resumes where the last
-attempt ended. The deadline is on *silence*, not on the transfer: `deadline_s` is the most time
-that attempts and pauses may take since the last byte came (or since the first attempt began),
-so a large range on a slow link is not cut off while it moves. Time spent waiting for the limiter
-is not silence and does not count.
+Decides: that a fetch resumes where the last attempt ended, at which place (`place.Choice`), after
+which pause (`patience.Patience`), and when a reader is told that it cannot be had. What happens
+within one attempt, or two beside each other, is `race.Race`.
 
-Cancelling: a blob blocks in connect or in receive, where no thread can be woken. So the thread
-is abandoned: `fetch` ends at once, the thread finds its sink gone at the next piece (at the
-latest when a timeout of the transport ends its receive; until then it keeps its token of the
-limiter). The sink is never touched once `fetch` has ended: lending and advancing happen under
-`_Lease`'s lock, and what ends first takes it for good. A blob must therefore only copy between
-`space()` and `advance()`, never wait for anything.
+The deadline is on *silence*, not on the transfer: `deadline_s` is the most time that attempts and
+pauses may take since the last byte came (or since the first attempt began), so a large range on a
+slow link is not cut off while it moves. Time spent waiting for the limiter, or for a connection
+that others on this machine use, is not silence and does not count.
+
+Cancelling: a blob blocks in connect or in receive. So the thread is abandoned, and woken where
+that can be done (`wake.py`): `fetch` ends at once, the thread finds its sink gone at the next
+piece. The sink is never touched once `fetch` has ended (`lease.py`).
 """
 
 import logging
-import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,141 +23,21 @@ from typing import TypeVar
 import trio
 
 from lazyfs.ground.counters import Counters
-from lazyfs.ground.errors import FetchError, UnknownHost
+from lazyfs.ground.errors import FetchError, LazyfsError, UnknownHost
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.blob import Blob, Sink
+from lazyfs.transport.patience import Patience
+from lazyfs.transport.place import Choice
+from lazyfs.transport.race import Means, Race
+from lazyfs.transport.slots import Slots
+from lazyfs.transport.waiting import Course, Waiting
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-
-class Patience:
-    """What to do after a failed attempt.
-
-    Sans-I/O: it is told how long things took and says for how long to pause.
-    """
-
-    def __init__(self, what: str, settings: TransportSettings) -> None:
-        self._what = what
-        self._settings = settings
-        self._silence_s = 0.0
-        self._failures = 0
-        self._attempts = 0
-
-    def pause_after(self, error: FetchError, *, silent_s: float, progressed: bool) -> float:
-        """Return how many seconds to wait before the next attempt.
-
-        `silent_s`: for how long no byte had come when the attempt ended. `progressed`: the
-        attempt delivered something; it starts the backoff and the deadline anew.
-
-        Exponential with full jitter. A server's Retry-After is obeyed as far as the deadline
-        allows: then one last attempt is made sooner than it asked for.
-
-        Raises:
-            FetchError: `error` itself if it is not transient, or one that says how long was
-                tried and why the last attempt failed.
-        """
-        if not error.transient:
-            raise error
-        if progressed:
-            self._silence_s = 0.0
-            self._failures = 0
-        self._silence_s += silent_s
-        self._attempts += 1
-        left_s = self._settings.deadline_s - self._silence_s
-        if left_s <= 0:
-            raise FetchError(
-                f"{self._what}: gave up, {self._silence_s:.0f} s without a byte in "
-                f"{self._attempts} attempts; the last: {error}",
-                transient=False,
-            )
-        most_s = min(
-            self._settings.backoff_most_s,
-            self._settings.backoff_first_s * 2.0 ** min(self._failures, 30),
-        )
-        self._failures += 1
-        pause_s = random.uniform(0, most_s)  # noqa: S311 - spreads clients, guards no secret
-        pause_s = min(max(pause_s, error.retry_after_s or 0.0), left_s)
-        self._silence_s += pause_s
-        _log.info("%s: asking again in %.1f s: %s", self._what, pause_s, error)
-        return pause_s
-
-
-class _Detached(Exception):
-    """The fetch that this sink belonged to has ended."""
-
-
-class _Lease:
-    """The fetch's sink, lent to one attempt's thread for as long as the fetch goes on.
-
-    `_lock` is held by the thread from `space()` to the end of `advance()`; all else belongs to
-    the thread until `take_back` has ended.
-    """
-
-    def __init__(self, sink: Sink, wanted_bytes: int) -> None:
-        self._sink = sink
-        self._wanted_bytes = wanted_bytes
-        self._lock = threading.Lock()
-        self._room: memoryview | None = None
-        self._detached = False
-        self._heard_s = 0.0
-        self.began = False
-        self.delivered_bytes = 0
-
-    @property
-    def silent_s(self) -> float:
-        """Seconds since the attempt began or a byte last came."""
-        return time.monotonic() - self._heard_s
-
-    def run(self, blob: Blob, byte_range: ByteRange) -> None:
-        """Make the attempt, in a worker thread."""
-        self.began = True
-        self._heard_s = time.monotonic()
-        try:
-            blob.read_into(byte_range, self)
-        finally:
-            self._settle()
-
-    def space(self) -> memoryview:
-        if self._room is not None:
-            return self._room
-        self._lock.acquire()
-        try:
-            if self._detached:
-                raise _Detached
-            left_bytes = self._wanted_bytes - self.delivered_bytes
-            if left_bytes == 0:
-                raise FetchError("more bytes came than were asked for", transient=False)
-            self._room = self._sink.space()[:left_bytes]
-        finally:
-            if self._room is None:
-                self._lock.release()
-        return self._room
-
-    def advance(self, count: int) -> None:
-        self._heard_s = time.monotonic()
-        self.delivered_bytes += count
-        if self._room is not None:
-            self._room.release()  # the sink may want its buffer for itself now
-        try:
-            self._sink.advance(count)
-        finally:
-            self._settle()
-
-    def _settle(self) -> None:
-        if self._room is not None:
-            self._room.release()
-            self._room = None
-            self._lock.release()
-
-    async def take_back(self) -> None:
-        """Take the sink away from the thread: at once if that has ended, or after its piece."""
-        with trio.CancelScope(shield=True):
-            while not self._lock.acquire(blocking=False):  # noqa: ASYNC110 - a thread's, no event
-                await trio.sleep(0.001)
-        self._detached = True
-        self._lock.release()
+_TOLD_AFTER_S = 0.2
+_TOLD_MOST = 64
 
 
 class Fetcher:
@@ -169,7 +47,31 @@ class Fetcher:
         """Ask for nothing yet."""
         self.settings = settings
         self.counters = counters
-        self._one_attempt = replace(settings, deadline_s=0.0)
+        self._brief = replace(
+            settings, deadline_s=min(settings.deadline_s, settings.brief_deadline_s)
+        )
+        self._slots = Slots(settings.run_directory, settings.shared_connections)
+        self._means = Means(settings, counters, self._slots)
+        self._under_way: set[Course] = set()
+
+    @property
+    def threads(self) -> int:
+        """How many threads are at work, those included that have been given up."""
+        return int(self._means.threads.borrowed_tokens)
+
+    def waiting(self) -> list[Waiting]:
+        """Return the fetches that have been under way for a while, the oldest first.
+
+        At most so many that a status stays readable.
+        """
+        now_s = time.monotonic()
+        old = [each for each in self._under_way if now_s - each.began_s >= _TOLD_AFTER_S]
+        old.sort(key=lambda each: each.began_s)
+        return [each.waiting(now_s) for each in old[:_TOLD_MOST]]
+
+    def close(self) -> None:
+        """Let go of what is shared with other mounts, when nothing is fetched any more."""
+        self._slots.close()
 
     async def fetch(
         self,
@@ -179,52 +81,65 @@ class Fetcher:
         *,
         limiter: trio.CapacityLimiter,
         patient: bool = True,
+        urgent: bool = False,
+        why: str = "",
     ) -> None:
         """Deliver exactly the bytes of `byte_range` into `sink`, in order.
 
         One token of `limiter` is held per attempt, none in the pauses between. `sink` is called
-        in worker threads, one at a time; once this has ended, however it did, no more. Not
-        `patient`: one attempt has to do.
+        in worker threads, one at a time; once this has ended, however it did, no more.
+
+        `patient`: go on for `settings.deadline_s`; else, because the source is known to be away,
+        only for `settings.brief_deadline_s`. `urgent`: somebody waits for exactly these bytes, so
+        a slow answer is asked for a second time, and connections shared with others are had
+        sooner. `why` is told by `waiting`.
 
         Raises:
-            FetchError: nothing came for `settings.deadline_s`, or asking again cannot help.
-            SourceError: asking again cannot help.
-            IntegrityError: the blob is not what it was.
+            FetchError: nothing came for that long, or asking again cannot help.
+            SourceError: asking again cannot help, anywhere.
+            PlaceLied: the sink found bytes to be wrong, and there is another place to have them
+                from: fetch anew, into a sink that begins anew.
+            IntegrityError: the sink found bytes to be wrong, or the blob is not what it was.
 
         Always a checkpoint.
         """
-        counters = self.counters
-        settings = self.settings if patient else self._one_attempt
-        patience = Patience(f"{blob.name}, {byte_range}", settings)
-        start = byte_range.start
-        if start == byte_range.stop:
+        if byte_range.start == byte_range.stop:
             await trio.lowlevel.checkpoint()
             return
-        while True:
-            lease = _Lease(sink, byte_range.stop - start)
-            error = FetchError(f"{blob.name}: the reply ended early", transient=True)
-            try:
-                await trio.to_thread.run_sync(
-                    lease.run,
-                    blob,
-                    ByteRange(start, byte_range.stop),
-                    abandon_on_cancel=True,
-                    limiter=limiter,
-                )
-            except FetchError as failure:
-                error = failure
-            finally:
-                await lease.take_back()
-                counters.requests += lease.began
-                counters.bytes_fetched += lease.delivered_bytes
-            start += lease.delivered_bytes
-            if start == byte_range.stop and error.transient:
-                return
-            pause_s = patience.pause_after(
-                error, silent_s=lease.silent_s, progressed=lease.delivered_bytes > 0
-            )
-            await trio.sleep(pause_s)
-            counters.retries += 1
+        course = Course(blob.name, byte_range, sink, why)
+        patience = Patience(f"{blob.name}, {byte_range}", self.settings if patient else self._brief)
+        choice = Choice(blob)
+        self._under_way.add(course)
+        try:
+            while True:
+                race = Race(course, choice, self._means, limiter, urgent=urgent)
+                position = course.lease.position
+                error = await race.run(choice.next())
+                if error is None:
+                    return
+                progressed = course.lease.position > position
+                await _pause(patience, choice, race.silent_s, error, progressed=progressed)
+                self.counters.retries += 1
+        finally:
+            self._under_way.discard(course)
+
+
+async def _pause(
+    patience: Patience, choice: Choice, silent_s: float, error: LazyfsError, *, progressed: bool
+) -> None:
+    """Come back when it is time to ask again: at once if there is another place to ask.
+
+    Raises:
+        FetchError: patience is at its end.
+        LazyfsError: nobody will ever give it.
+    """
+    place = choice.next()
+    reason = choice.why(error)
+    patience.spend(silent_s, progressed=progressed, why=reason)
+    if choice.may_go_on_at_once():
+        _log.info("going on at %s: %s", place.health.name, error)
+        return
+    await trio.sleep(patience.pause(silent_s, choice.wish_s(place), reason))
 
 
 def attempts(

@@ -4,12 +4,13 @@ All of it blocks and is called in worker threads. Manifests and small blobs are 
 (they are what a mount begins with); a `Blob`'s ranges are `retry.fetch`'s.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from lazyfs.ground.digest import Digest
 from lazyfs.transport.blob import Blob
+from lazyfs.transport.place import Health
 
 MANIFEST_LIMIT_BYTES = 4 * 1024 * 1024
 """The most that distribution-spec asks a registry to take, and that we read."""
@@ -75,6 +76,12 @@ class ImageSource(Protocol):
 
         An offer, never a need: what cannot be had within a few seconds is as good as none, and
         is only logged. Whoever may push can refer: take nothing of it on trust.
+        """
+
+    def healths(self) -> Sequence[Health]:
+        """Return how each place has behaved that it asks, in the order of asking.
+
+        Empty for what lies on this machine.
         """
 
     def close(self) -> None:

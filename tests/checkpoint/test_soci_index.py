@@ -25,6 +25,7 @@ from lazyfs.layers.model import LayerDescriptor
 from lazyfs.layers.soci import open_soci
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.files import LayoutSource
+from lazyfs.transport.place import Health
 from lazyfs.transport.registry import RegistrySource
 from lazyfs.transport.source import Manifest, ReferrerDescriptor
 from tests.faults import OCI_INDEX, OCI_MANIFEST, FaultServer, digest_of
@@ -74,6 +75,9 @@ class Fake:
 
     def read_blob(self, digest: Digest, size_bytes: int) -> bytes:
         raise NotImplementedError
+
+    def healths(self) -> list[Health]:
+        return []
 
     def close(self) -> None:
         pass

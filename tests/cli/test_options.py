@@ -9,6 +9,7 @@ from click.testing import CliRunner
 
 from lazyfs.cli.options import SourceOptions, default_cache_dir, source_options
 from lazyfs.ground.settings import ContentSettings, TransportSettings
+from lazyfs.transport.run_directory import run_directory
 
 
 def settings_of(*arguments: str, env: dict[str, str] | None = None) -> SourceOptions:
@@ -30,18 +31,31 @@ def settings_of(*arguments: str, env: dict[str, str] | None = None) -> SourceOpt
 def test_by_default() -> None:
     settings = settings_of(env={"LAZYFS_CACHE_DIR": None})  # type: ignore[dict-item]
     assert settings == SourceOptions(
-        default_cache_dir(), TransportSettings(), ContentSettings(), "auto"
+        default_cache_dir(),
+        TransportSettings(run_directory=run_directory()),
+        ContentSettings(),
+        "auto",
     )
 
 
 def test_all_of_them() -> None:
     settings = settings_of(
-        "--cache-dir=/tmp/c", "--plain-http", "--verify=full", "--deadline=1.5", "--referrers=never"
+        "--cache-dir=/tmp/c",
+        "--plain-http",
+        "--verify=full",
+        "--deadline=1.5",
+        "--referrers=never",
+        "--connections=3",
     )
     assert settings == SourceOptions(
         Path("/tmp/c"),
         TransportSettings(
-            plain_http=True, deadline_s=1.5, stall_timeout_s=1.5, connect_timeout_s=1.5
+            plain_http=True,
+            deadline_s=1.5,
+            stall_timeout_s=1.5,
+            connect_timeout_s=1.5,
+            shared_connections=3,
+            run_directory=run_directory(),
         ),
         ContentSettings(verify="full"),
         "never",
@@ -55,12 +69,26 @@ def test_how_the_registry_is_spoken_to(tmp_path: Path, monkeypatch: pytest.Monke
         "--authfile=auth.json", "--tls-verify=false", "--allow-local-redirects"
     ).transport
     assert settings == TransportSettings(
-        authfile=str(tmp_path / "auth.json"), tls_verify=False, allow_local_redirects=True
+        authfile=str(tmp_path / "auth.json"),
+        tls_verify=False,
+        allow_local_redirects=True,
+        run_directory=run_directory(),
     ), "a daemon is elsewhere"
-    assert settings_of("--tls-verify=true").transport == TransportSettings()
+    default = TransportSettings(run_directory=run_directory())
+    assert settings_of("--tls-verify=true").transport == default
     for wrong in ("--authfile=none.json", "--authfile=.", "--tls-verify=perhaps"):
         with pytest.raises(click.UsageError):
             settings_of(wrong)
+
+
+def test_where_mirrors_are_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    env = {"LAZYFS_MIRRORS": "containerd"}
+    assert settings_of(env=env).transport.mirrors == "containerd"
+    assert settings_of("--mirrors=none", env=env).transport.mirrors == "none"
+    assert settings_of("--mirrors=./certs.d").transport.mirrors == str(tmp_path / "certs.d")
+    with pytest.raises(click.UsageError, match=r"'podman' is none of auto, .*a path has a slash"):
+        settings_of("--mirrors=podman")
 
 
 def test_the_cache_directory_of_the_environment() -> None:
@@ -69,7 +97,9 @@ def test_the_cache_directory_of_the_environment() -> None:
     assert settings_of("--cache-dir=/tmp/c", env=env).cache_dir == Path("/tmp/c")
 
 
-@pytest.mark.parametrize("arguments", [["--deadline=0"], ["--deadline=x"], ["--verify=never"]])
+@pytest.mark.parametrize(
+    "arguments", [["--deadline=0"], ["--deadline=x"], ["--verify=never"], ["--connections=-1"]]
+)
 def test_what_cannot_be(arguments: list[str]) -> None:
     with pytest.raises(click.UsageError):
         settings_of(*arguments)

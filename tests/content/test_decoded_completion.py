@@ -1,6 +1,7 @@
 """A decoded blob is proven beside its readers, by what they were served."""
 
 import random
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -215,7 +216,7 @@ async def test_a_dead_source_ends_it_only_if_eager(tmp_path: Path) -> None:
 async def test_it_ends_when_the_content_is_condemned(tmp_path: Path) -> None:
     blob, chunks = make(DATA)
     with content_of(tmp_path, blob, chunks) as (content, completion):
-        blob.before = lambda _: trio.from_thread.run(trio.sleep, 0.1)
+        blob.before = lambda _: time.sleep(0.1)
 
         async def condemn() -> None:
             await trio.sleep(0.05)

@@ -24,6 +24,7 @@ from lazyfs.ground.errors import FetchError, IntegrityError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import KIB, MIB, ContentSettings, TransportSettings
 from lazyfs.layers.chunks import FixedChunks
+from lazyfs.transport.place import Health
 from lazyfs.transport.retry import Fetcher
 from tests.blobs import Gate, MemoryBlob
 
@@ -296,19 +297,52 @@ async def test_without_a_disk_a_blob_is_proven_too() -> None:
     assert setup.content.holdings.sealed
 
 
-async def test_after_giving_up_a_source_is_asked_just_once_a_read(tmp_path: Path) -> None:
-    def dead(_: ByteRange) -> None:
-        raise FetchError("connection refused", transient=True)
+async def test_after_giving_up_a_read_still_outlives_a_lost_connection() -> None:
+    transport = replace(FAST, brief_deadline_s=0.0)
+    setup = Setup(MemoryBlob(DATA), None, transport=transport)
+    lost = FetchError("connection reset", transient=True)
+    errors: list[FetchError] = []
 
-    with cached(tmp_path) as setup:
-        setup.blob.before = dead
-        for attempts in (2, 1, 1):
-            before = len(setup.blob.asked)
-            with pytest.raises(FetchError):
-                await setup.content.read(ByteRange(0, 10))
-            assert (len(setup.blob.asked) - before == 1) == (attempts == 1)
-        setup.blob.before = None
-        await _expect(setup, ByteRange(0, 10))
+    def fail(_: ByteRange) -> None:
+        if errors:
+            raise errors.pop()
+
+    setup.blob.before = fail
+    for attempts in (2, 1, 1):
+        before = len(setup.blob.asked)
+        errors = [lost] * 1000
+        with pytest.raises(FetchError, match=f"{FAST.deadline_s if attempts == 2 else 0:.0f} s"):
+            await setup.content.read(ByteRange(0, 10))
+        assert (len(setup.blob.asked) - before == 1) == (attempts == 1)
+    setup = Setup(setup.blob, None)
+    errors = [lost] * 1000
+    with pytest.raises(FetchError, match="gave up"):
+        await setup.content.read(ByteRange(0, 10))
+    errors = [lost]
+    await _expect(setup, ByteRange(0, 10))
+
+
+@pytest.mark.parametrize("lane", [Lane.DEMAND, Lane.READAHEAD])
+async def test_only_what_a_reader_waits_for_is_asked_for_twice(lane: Lane) -> None:
+    blob = MemoryBlob(DATA, health=Health("registry.example"))
+    assert blob.health is not None
+    for _ in range(10):
+        blob.health.answered(0.001)
+    gate = Gate()
+    waits = [gate]
+    blob.before = lambda wanted: waits.pop()(wanted) if waits else None
+    setup = Setup(blob, None)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(setup.content.read, ByteRange(0, 10), lane)
+        await trio.to_thread.run_sync(gate.wait_entered)
+        if lane is Lane.DEMAND:
+            with trio.fail_after(20):
+                while setup.content.is_fetching:  # noqa: ASYNC110
+                    await trio.sleep(0.005)
+        else:
+            await trio.sleep(0.2)
+        gate.open()
+    assert setup.counters.hedges == (lane is Lane.DEMAND)
 
 
 async def test_faults_all_over_have_the_file_swept(tmp_path: Path) -> None:

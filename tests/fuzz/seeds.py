@@ -89,6 +89,18 @@ def seeds() -> dict[str, list[bytes]]:
             b"::ffff:127.0.0.1",
             b"0x7f.1",
         ],
+        "mirror_entries": [
+            b"[[registry]]\nprefix='*.example'\nlocation='m.example/x'\ninsecure=true\n"
+            b"[[registry.mirror]]\nlocation='c.example:5000'\npull-from-mirror='tag-only'\n",
+            b"[[registry]]\nlocation='r.example'\nblocked=true\nmirror-by-digest-only=true\n",
+            b"[registries.search]\nregistries=['docker.io']\n",
+        ],
+        "host_servers": [
+            b"server='https://r.example'\n[host.'http://m:80/a/../b']\ncapabilities=['pull']\n"
+            b"dial_timeout='1.5s'\noverride_path=true\nca=['a','/b']\nclient=[['c','k'],'d']\n"
+            b"[host.'http://m:80/a/../b'.header]\nX-A=['secret','b']\n",
+            b"skip_verify=true\n[host.'[::1]:5000']\n",
+        ],
         "referrers_list": [(DATA / "soci/referrers.json").read_bytes(), manifest],
     }
     return found

@@ -41,7 +41,19 @@ from lazyfs.layers.table import choose
 from lazyfs.layers.tar import walk_tar, walk_tar_stream
 from lazyfs.layers.zstd_chunked import POSITION_KEY, ZstdChunked
 from lazyfs.layers.ztoc import read_files, read_ztoc
-from lazyfs.transport import answers, auth, credentials, helpers, local, proxies, referrers, urls
+from lazyfs.transport import (
+    address,
+    answers,
+    auth,
+    credentials,
+    helpers,
+    hosts_toml,
+    local,
+    proxies,
+    referrers,
+    registries_conf,
+    urls,
+)
 from tests.blobs import MemoryBlob
 from tests.images import Layer, with_toc, zstd_chunked
 from tests.layers.driving import drive, drive_opening, reader_of
@@ -201,6 +213,7 @@ def headers(data: bytes) -> None:
     assert found is None or found.byte_range.size_bytes > 0
     wait_s = answers.retry_after_s(text, 0.0)
     assert wait_s is None or 0 <= wait_s <= 3600
+    assert all(said.isprintable() for said in answers.warnings_in(text))
     registry = urls.Origin("https", "registry.example", 443)
     for challenge in auth.parse_challenges(text):
         with suppress(LazyfsError):
@@ -243,6 +256,21 @@ def proxy(data: bytes) -> None:
     assert found is None or "://" in found
 
 
+def mirror_entries(data: bytes) -> None:
+    """registries.conf, and where it sends one for an image."""
+    text = data.decode("utf-8", "replace")
+    entries = registries_conf.parse_registries_conf(text, "registries.conf")
+    address.addresses_by_registries_conf(entries, "r.example", "team/image", by_digest=False)
+
+
+def host_servers(data: bytes) -> None:
+    """hosts.toml, likewise."""
+    servers = hosts_toml.parse_hosts_toml(data.decode("utf-8", "replace"), "hosts.toml", "/etc")
+    assert servers
+    for each in address.addresses_by_hosts_toml(servers, "r.example", "team/image"):
+        assert "secret" not in repr(each)
+
+
 def referrers_list(data: bytes) -> None:
     """What a registry says that refers to an image."""
     referrers.parse_referrers(data, "")
@@ -272,6 +300,8 @@ TARGETS: dict[str, Target] = {
         token,
         auth_file,
         proxy,
+        mirror_entries,
+        host_servers,
         referrers_list,
     )
 }

@@ -91,6 +91,20 @@ class Mount:
         self._wait_end(0)
         forget(self._pid)
 
+    def umount_by_hand(self) -> None:
+        """Unmount with umount(8): no second Python is started for it.
+
+        A child that another thread has just forked may hold our descriptors for a moment.
+        """
+        command = ["umount", str(self.directory)]
+        wait_until(
+            lambda: subprocess.run(command, capture_output=True, check=False).returncode == 0,
+            f"{self.directory} can be unmounted",
+            20,
+        )
+        self._wait_end(20)
+        forget(self._pid)
+
     def log_text(self) -> str:
         """Return what the daemon has logged."""
         return self.log.read_text() if self.log.exists() else "(no log)"

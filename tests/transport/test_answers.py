@@ -6,7 +6,12 @@ from hypothesis import strategies as st
 
 from lazyfs.ground.errors import SourceError
 from lazyfs.ground.ranges import ByteRange
-from lazyfs.transport.answers import parse_content_range, range_header, retry_after_s
+from lazyfs.transport.answers import (
+    parse_content_range,
+    range_header,
+    retry_after_s,
+    warnings_in,
+)
 from lazyfs.transport.urls import Origin, is_loopback, origin_of, redirect_target, shown
 
 
@@ -76,3 +81,25 @@ def test_redirect_targets() -> None:
     assert redirect_target("http://a/b", "//c/d") == "http://c/d"
     with pytest.raises(SourceError, match="plain http"):
         redirect_target("https://a/b", "http://a/b")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, []),
+        ("", []),
+        ('299 - "Your token will expire."', ["Your token will expire."]),
+        ('299 - "one", 299 - "say \\"two\\""', ["one", 'say "two"']),
+        ('112 - "another code", 299 host "another agent", 299 - "ok"', ["ok"]),
+        ('299 - "\x1b[31mred"', ["[31mred"]),
+        ('299 - "never ends', []),
+        ("299 - " + '"' * 100_000, [""]),
+    ],
+)
+def test_warnings(text: str | None, expected: list[str]) -> None:
+    assert warnings_in(text) == expected
+
+
+@given(st.text(max_size=300))
+def test_any_warning(text: str) -> None:
+    assert all(said.isprintable() for said in warnings_in(text))

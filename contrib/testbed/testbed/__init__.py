@@ -39,7 +39,7 @@ from .images import (
     write_oci_layout,
 )
 from .incremental import split_dump
-from .registry import Registry
+from .registry import Access, Registry
 from .roots import Testbed
 from .session import Session
 from .soci import SociMount, push_soci_enabled, soci_index, soci_mounted
@@ -51,6 +51,7 @@ from .zstd_seekable import write_seekable
 __all__ = [
     "CRIO_NAME",
     "PODMAN",
+    "Access",
     "Config",
     "Containerd",
     "ContainerdCheckpoint",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,6 +27,21 @@ def free_port(ip: str = "127.0.0.1") -> int:
         return port
 
 
+_ACCESS = re.compile(r'^\S+ - \S+ \[[^]]*\] "(\S+) (\S+) [^"]*" (\d{3}) (\d+) ', re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Access:
+    """A request, as a registry's log of accesses has it once it is over."""
+
+    method: str
+    path: str
+    """With its query."""
+    status: int
+    sent_bytes: int
+    """Of the body."""
+
+
 class Registry:
     """A registry; a context manager that serves within the block.
 
@@ -41,6 +58,8 @@ class Registry:
         port: int | None = None,
         enter: Sequence[str] = (),
         deletable: bool = True,
+        upstream: str | None = None,
+        access_log: bool = False,
         config: Mapping[str, object] | None = None,
     ) -> None:
         """Prepare it; nothing runs yet.
@@ -53,6 +72,9 @@ class Registry:
                 it listens elsewhere than on this network namespace's loopback.
             enter: words put before its command, such as `Wan.enter` to run beyond a slow link.
             deletable: whether manifests and blobs can be deleted.
+            upstream: the `host:port` of another one, spoken to over plain HTTP, whose images it
+                gives and keeps: a pull-through cache.
+            access_log: whether it notes requests, for `accesses`.
             config: stanzas of its configuration, such as `auth`, `proxy` or `storage`, put in
                 place of the default ones; `http` is merged with the default one.
         """
@@ -68,12 +90,14 @@ class Registry:
 
         stanzas: dict[str, Any] = {
             "version": "0.1",
-            "log": {"level": "warn", "accesslog": {"disabled": True}},
+            "log": {"level": "warn", "accesslog": {"disabled": not access_log}},
             "storage": {
                 "filesystem": {"rootdirectory": str(data_dir.absolute() / "data")},
                 "delete": {"enabled": deletable},
             },
         }
+        if upstream is not None:
+            stanzas["proxy"] = {"remoteurl": f"http://{upstream}"}
         stanzas.update(config or {})
         http = (config or {}).get("http", {})
         stanzas["http"] = {"addr": self.address, "secret": "testbed"}
@@ -86,6 +110,14 @@ class Registry:
     def running(self) -> bool:
         """Whether the registry's process runs."""
         return self._process is not None and self._process.poll() is None
+
+    def accesses(self) -> list[Access]:
+        """Return the requests that it has noted since it was first started, by their ends."""
+        text = self.log.read_text(errors="replace")
+        return [
+            Access(method, path, int(status), int(sent_bytes))
+            for method, path, status, sent_bytes in _ACCESS.findall(text)
+        ]
 
     def start(self, timeout_s: float = 20) -> None:
         """Start it, and return when it accepts connections.
