@@ -17,7 +17,6 @@ import logging
 import re
 import socket
 import ssl
-import threading
 from collections.abc import Callable, Mapping
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, Literal
@@ -64,6 +63,8 @@ class _Gate:
 
     def __init__(self) -> None:
         self.on_peer: Callable[[str], None] | None = None
+        self.on_connected: Callable[[Any], None] = lambda sock: None
+        """Told the socket: urllib3 has no way to it from a request that waits for its answer."""
 
     def pass_on(self, connection: socket.socket) -> socket.socket:
         try:
@@ -75,11 +76,6 @@ class _Gate:
         return connection
 
 
-_asking = threading.local()
-"""`connection`: the `Connection` that this thread asks through, which its sockets become known to:
-urllib3 makes them, and has no way from a connection that waits for an answer to its socket."""
-
-
 class _Connection(HTTPConnection):
     response_class = BoundedResponse
     gate: _Gate
@@ -89,7 +85,7 @@ class _Connection(HTTPConnection):
 
     def connect(self) -> None:
         super().connect()
-        _asking.connection.note_socket(self.sock)
+        self.gate.on_connected(self.sock)
 
 
 class _TlsConnection(HTTPSConnection):
@@ -101,7 +97,7 @@ class _TlsConnection(HTTPSConnection):
 
     def connect(self) -> None:
         super().connect()
-        _asking.connection.note_socket(self.sock)
+        self.gate.on_connected(self.sock)
 
 
 class _Pool(HTTPConnectionPool):
@@ -198,6 +194,7 @@ class Connection:
         """The address that it was made to; None: there is none yet, or a proxy is on the way."""
         self._settings = settings
         self._gate = _Gate()
+        self._gate.on_connected = self._note_socket
         self._session = requests.Session()
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
@@ -205,11 +202,6 @@ class Connection:
         self._prepared: tuple[str, requests.PreparedRequest] | None = None
         self._response: requests.Response | None = None
         self._socket: socket.socket | None = None
-
-    def note_socket(self, sock: socket.socket | None) -> None:
-        """Take note of the socket that it is connected by."""
-        self._socket = sock
-        blocks_on(self.abort)
 
     def abort(self) -> None:
         """End what another thread does with it: that fails at once. Does not block.
@@ -243,7 +235,6 @@ class Connection:
         """
         if proxy is None:
             self._gate.on_peer = lambda peer: self._met(peer, on_peer)
-        _asking.connection = self
         blocks_on(self.abort)
         try:
             if self._prepared is None or self._prepared[0] != url:
@@ -266,8 +257,6 @@ class Connection:
             )
         except _FOREIGN_ERRORS as error:
             raise _translated(error, url, self._settings) from None
-        finally:
-            _asking.connection = None
         return self._response.status_code, self._response.headers
 
     def receive(self) -> bytes:
@@ -290,6 +279,10 @@ class Connection:
     def _met(self, peer: str, on_peer: Callable[[str], None]) -> None:
         on_peer(peer)
         self.peer = peer
+
+    def _note_socket(self, sock: Any) -> None:
+        self._socket = sock
+        blocks_on(self.abort)
 
     def close(self) -> None:
         """Close the connection, whatever is under way."""
