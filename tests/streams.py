@@ -104,7 +104,7 @@ class Setup:
     def __init__(
         self,
         blob: MemoryBlob,
-        cache_dir: Path | None,
+        cache: Path | Cache,
         digest: Digest | None,
         stream: StreamIndex,
         transport: TransportSettings = FAST,
@@ -118,7 +118,7 @@ class Setup:
             blob,
             stream,
             digest,
-            Cache(cache_dir),
+            cache if isinstance(cache, Cache) else Cache(cache),
             Lanes(settings),
             Fetcher(transport, self.counters),
             settings,
@@ -132,7 +132,7 @@ class Setup:
 
 @asynccontextmanager
 async def streamed(
-    cache_dir: Path | None,
+    cache: Path | Cache,
     blob: MemoryBlob | bytes,
     stream: StreamIndex | None = None,
     digest: Digest | str | None = "right",
@@ -142,7 +142,7 @@ async def streamed(
     blob = blob if isinstance(blob, MemoryBlob) else MemoryBlob(blob)
     if isinstance(digest, str):
         digest = Digest.of(blob.data)
-    setup = Setup(blob, cache_dir, digest, stream or stream_index(), **more)
+    setup = Setup(blob, cache, digest, stream or stream_index(), **more)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(setup.run)

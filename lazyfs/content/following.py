@@ -31,6 +31,8 @@ _TRY_EVERY_S = 0.1
 _STEP_MOST_S = 0.5
 """Time that counts between two looks: when the whole machine has slept, nobody was stuck."""
 _OFFLOAD_BYTES = 1 << 20
+_DEADLINE_MARGIN_S = 1.0
+"""The other has waited for its source as long, and knows better what to say."""
 
 
 class Outcome(Enum):
@@ -134,7 +136,7 @@ class Follower:
         if came or news.hashed_bytes != before.hashed_bytes:
             self._silent_s = 0.0
             self._coming.on_ask = _nothing
-        if news.troubles != before.troubles:
+        if news.troubles != before.troubles and news.state is State.DECODING:
             self._coming.on_ask = self._notice.ask
             self._coming.trouble(self._notice.trouble())
         return came
@@ -150,7 +152,7 @@ class Follower:
         self._unchanged_s += passed_s
         self._silent_s = self._silent_s + passed_s if self._coming.is_waited_for else 0.0
         deadline_s = self._job.fetcher.settings.deadline_s
-        if self._silent_s > deadline_s:
+        if self._silent_s > deadline_s + _DEADLINE_MARGIN_S:
             self._silent_s = 0.0
             self._coming.on_ask = self._notice.ask
             self._coming.trouble(

@@ -7,8 +7,9 @@ mapping what has been appended, up to where they have been told.
 Bytes that somebody may have been served are never overwritten. Who takes up where another has
 ended decodes from the blob's start, which is all that there is, and *compares* with what is there;
 only behind it is anything written. Who leaves one file for another, because it was given up,
-compares what comes there with what the former had. What differs is an IntegrityError: one of the
-two passes was fed wrong bytes, and nobody knows which.
+compares what comes there with what the former had (`served.py`). Where it differs from what was
+served, that is an IntegrityError: one of the two passes was fed wrong bytes, and nobody knows
+which.
 
 `size_bytes` grows only after the mapping covers it and all comparing is done, so a reader on
 another thread that looks at the size first may slice the mapping up to there.
@@ -18,13 +19,14 @@ import errno
 import mmap
 import os
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import xxhash
 
 from lazyfs.content.cache_file import write_all
 from lazyfs.content.incoming import Cradle
 from lazyfs.content.room import Room
+from lazyfs.content.served import Former, Served, compare
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import IntegrityError
 from lazyfs.ground.ranges import ByteRange
@@ -66,42 +68,27 @@ class Strides:
             self._filled = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Former:
-    """What an earlier file had, and may have been served: the first `size_bytes` of `view`."""
-
-    view: memoryview
-    size_bytes: int
-    trusted: bool
-    """Whether it may still be served, because nothing speaks against it."""
-
-    def compare(self, now: Data | None, name: str) -> None:
-        """See that it is what is there `now`: as many bytes, or None if there are fewer.
-
-        Raises:
-            IntegrityError: it is not.
-        """
-        if now is None:
-            raise IntegrityError(f"{name} is {self.size_bytes} bytes no longer")
-        _compare(name, 0, memoryview(now), self.view)
+class Contradiction(Exception):
+    """What is decoded is not what another daemon has written, but nobody here was served that."""
 
 
 class GrowingFile:
     """One content that grows. Every method but `peek` and `close` may raise OSError."""
 
-    def __init__(self, cradle: Cradle, room: Room, name: str, former: Former | None = None) -> None:
-        """`name`: the blob's, for messages; `former`: what all that comes has to agree with."""
+    def __init__(
+        self, cradle: Cradle, room: Room, name: str, formers: Sequence[Former] = ()
+    ) -> None:
+        """`name`: the blob's, for messages; `formers`: what all that comes has to agree with."""
         self.cradle = cradle
         self.size_bytes = 0
         """So much can be read here, beside what the former has."""
         self.decoded_bytes = 0
         """How far this daemon has decoded it itself."""
         self.strides = Strides()
-        self.whole = False
-        """Whether all of it is here, and the blob matches its digest."""
         self._room = room
         self._name = name
-        self._former = former
+        self._formers = tuple(formers)
+        self._served = Served() if cradle.notice is not None else None
         self._view = memoryview(b"")
         self._there_bytes = 0
         self._look_at_bytes = 0
@@ -114,28 +101,32 @@ class GrowingFile:
 
     def peek(self, content: ByteRange) -> memoryview | None:
         """Return a slice of the mapping, if the content has come so far."""
-        former = self._former
         if self._withdrawn:
             return None
         if content.stop <= self.size_bytes:
+            if self._served is not None:
+                self._served.note(content)
             return self._view[content.start : content.stop]
-        if former is not None and former.trusted and content.stop <= former.size_bytes:
-            return former.view[content.start : content.stop]
+        for former in self._formers:
+            if former.trusted and content.stop <= former.size_bytes:
+                former.served.note(content)
+                return former.view[content.start : content.stop]
         return None
 
     def here_bytes(self) -> int:
         """Return up to where `peek` gives something."""
-        former = self._former
         if self._withdrawn:
             return 0
-        if former is None or not former.trusted:
-            return self.size_bytes
-        return max(self.size_bytes, former.size_bytes)
+        return max(self.size_bytes, *(each.size_bytes for each in self._formers if each.trusted), 0)
+
+    def prove(self) -> None:
+        """Take note that all of it is what the digest promises."""
+        self._served = None
 
     def close(self) -> None:
         """Let go of the file; it goes if nobody else uses it and it was not published."""
         self._view = memoryview(b"")
-        self._former = None
+        self._formers = ()
         self.size_bytes = 0
         self.cradle.close()
 
@@ -145,13 +136,16 @@ class GrowingFile:
         """Serve nothing more of it: it has been found to be wrong."""
         self._withdrawn = True
 
-    def as_former(self) -> Former | None:
-        """Return what has been served of it, or of the one before; None if nothing has."""
-        trusted = not self._withdrawn
-        former = self._former
-        if former is not None and former.size_bytes > self.size_bytes:
-            return Former(former.view, former.size_bytes, former.trusted and trusted)
-        return Former(self._view, self.size_bytes, trusted) if self.size_bytes else None
+    def as_formers(self) -> list[Former]:
+        """Return what has been served of it, and of those before."""
+        formers = [
+            Former(each.view, each.size_bytes, each.served, each.trusted and not self._withdrawn)
+            for each in self._formers
+        ]
+        if self.size_bytes and self._served is not None:
+            former = Former(self._view, self.size_bytes, self._served, not self._withdrawn)
+            formers.append(former)
+        return formers
 
     # -- by those that follow ---------------------------------------------------------------
 
@@ -159,14 +153,14 @@ class GrowingFile:
         """Take note that the content is in the file up to there.
 
         Raises:
-            IntegrityError: it is not what the former had.
+            IntegrityError: it is not what a former had.
         """
         position = min(position, os.fstat(self.fd).st_size)
         if position <= self.size_bytes:
             return
         if position > len(self._view):
             self._map(os.fstat(self.fd).st_size)
-        self._compare_former(self.size_bytes, self._view[self.size_bytes : position])
+        self._compare_formers(self.size_bytes, self._view[self.size_bytes : position])
         self._arrived(position)
 
     # -- by the one who decodes, in one thread ----------------------------------------------
@@ -196,13 +190,14 @@ class GrowingFile:
         """Add what comes next; after an OSError the same may be added again.
 
         Raises:
-            IntegrityError: there is something else already.
+            IntegrityError: something else was served before.
+            Contradiction: something else is there, which nobody here was served.
         """
         start, stop = self.decoded_bytes, self.decoded_bytes + len(piece)
         known = memoryview(piece)[: max(0, self._there_bytes - start)]
         fresh = memoryview(piece)[len(known) :]
-        self._compare_former(start, piece)
-        _compare(self._name, start, known, self._view)
+        self._compare_formers(start, piece)
+        self._compare_known(start, known)
         if len(fresh):
             self._take_room(len(fresh), stop)
             if stop > len(self._view):
@@ -218,27 +213,38 @@ class GrowingFile:
         """Say that the content has ended.
 
         Raises:
-            IntegrityError: there was more of it before.
+            IntegrityError, Contradiction: there was more of it before.
         """
-        former = self._former
-        served = max(self._there_bytes, former.size_bytes if former is not None else 0)
-        if served > self.decoded_bytes:
-            raise IntegrityError(
-                f"{self._name} decodes to {self.decoded_bytes} bytes; before, it gave {served}"
-            )
+        for former in self._formers:
+            former.check_size(self.decoded_bytes, self._name)
+        if self._there_bytes > self.decoded_bytes:
+            self._as_served().check_size(self.decoded_bytes, self._name)
+            raise Contradiction
         os.ftruncate(self.fd, self.decoded_bytes)
         self.strides.finish()
 
     def _arrived(self, position: int) -> None:
         self.size_bytes = position
-        if self._former is not None and self._former.size_bytes <= position:
-            self._former = None
+        over = [each for each in self._formers if each.size_bytes <= position]
+        if over and self._served is not None:
+            for former in over:
+                self._served.add(former.served)
+        if over:
+            self._formers = tuple(each for each in self._formers if each.size_bytes > position)
 
-    def _compare_former(self, start: int, piece: Data) -> None:
-        former = self._former
-        if former is not None and start < former.size_bytes:
-            part = memoryview(piece)[: former.size_bytes - start]
-            _compare(self._name, start, part, former.view)
+    def _as_served(self) -> Former:
+        return Former(self._view, self._there_bytes, self._served or Served(), trusted=False)
+
+    def _compare_formers(self, start: int, piece: Data) -> None:
+        for former in self._formers:
+            former.compare(start, piece, self._name)
+
+    def _compare_known(self, start: int, known: memoryview) -> None:
+        try:
+            compare(self._name, start, known, self._view)
+        except IntegrityError as error:
+            self._as_served().compare(start, known, self._name)
+            raise Contradiction from error
 
     def _enlarge(self, size_bytes: int) -> None:
         if os.fstat(self.fd).st_size < size_bytes:
@@ -260,13 +266,3 @@ class GrowingFile:
         floor = min(_LEAVE_FREE_BYTES, disk.f_blocks * disk.f_frsize // _LEAVE_FREE_SHARE)
         if disk.f_bavail * disk.f_frsize < floor + more_bytes:
             raise OSError(errno.ENOSPC, f"less than {floor >> 20} MiB would be left free")
-
-
-def _compare(name: str, start: int, piece: memoryview, before: memoryview) -> None:
-    """See that a piece of the content is what `before` has from `start` on."""
-    for at in range(0, len(piece), MIB):
-        part = bytes(piece[at : at + MIB])
-        if part != bytes(before[start + at : start + at + len(part)]):
-            raise IntegrityError(
-                f"{name} decodes to other bytes than before, at {start + at} or behind"
-            )

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from lazyfs.content.cache import Cache
 from lazyfs.content.notice import Notice, State
+from lazyfs.ground.digest import Digest
 
 PATIENCE_S = 2.0
 """How long a daemon waits for another that makes or removes a directory: that takes no time."""
@@ -149,6 +150,15 @@ class Cradle:
             there = (self._directory / "content").stat()
             return os.path.samestat(os.fstat(self.fd), there)
         return None
+
+
+def shared_name(digest: Digest, tag: str, source_key: str) -> str:
+    """Return the name under which those find each other that want the same from the same source.
+
+    `source_key` is of the source's name: nothing has proven yet that it gives what the digest
+    promises, so what one source gives must not be served as another's.
+    """
+    return f"{digest.algorithm}-{digest.hex}.{tag}-{source_key}"
 
 
 def in_memory() -> Cradle:

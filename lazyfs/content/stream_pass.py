@@ -22,7 +22,7 @@ from lazyfs.content.blob_stream import BlobStream
 from lazyfs.content.cache import Cache
 from lazyfs.content.coming import Coming
 from lazyfs.content.decoding import READERS, decode_blob
-from lazyfs.content.growing_file import GrowingFile
+from lazyfs.content.growing_file import Contradiction, GrowingFile
 from lazyfs.content.kept import publish
 from lazyfs.content.notice import State
 from lazyfs.ground.data import Data
@@ -89,7 +89,8 @@ class StreamPass:
     async def run(self) -> StreamDecoder | None:
         """Bring all of the content here, proven if it has a digest; return its decoder.
 
-        None if others have given this daemon up, and have begun anew.
+        None if all have to begin anew: others have given this daemon up, or what they have
+        written is not what comes now.
 
         Raises:
             MalformedError: it cannot be decoded.
@@ -102,6 +103,10 @@ class StreamPass:
         except (MalformedError, IntegrityError) as error:
             await self._fail(error)
             raise
+        except Contradiction:
+            name = self._job.blob.name
+            await self._fail(IntegrityError(f"{name} decodes to other bytes than at first"))
+            return None
         except Exception as error:
             await self._fail(LazyfsError(f"{self._job.blob.name} cannot be decoded: {error!r}"))
             raise
@@ -135,6 +140,7 @@ class StreamPass:
                 decoder = await self._decode()
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
+            _raise_contradiction(group)
             raise_sole_error(group)
         finally:
             self._coming.on_ask = _nothing
@@ -267,6 +273,12 @@ class StreamPass:
             except LazyfsError as error:
                 log.warning("%s cannot be read at random: %s", self._job.blob.name, error)
         publish(self._file, home, index, check)
+
+
+def _raise_contradiction(group: BaseExceptionGroup[BaseException]) -> None:
+    ours, others = group.split(Contradiction)
+    if ours is not None and others is None:
+        raise Contradiction from group
 
 
 def _nothing() -> None:

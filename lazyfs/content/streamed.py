@@ -22,11 +22,12 @@ import trio
 from lazyfs.content.cache import Cache
 from lazyfs.content.coming import Coming
 from lazyfs.content.following import Follower, Outcome
-from lazyfs.content.growing_file import Former, GrowingFile
-from lazyfs.content.incoming import make_private, make_shared
+from lazyfs.content.growing_file import GrowingFile
+from lazyfs.content.incoming import make_private, make_shared, shared_name
 from lazyfs.content.kept import Kept, forget, open_kept
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.model import Content
+from lazyfs.content.served import Former
 from lazyfs.content.stream_pass import Job, StreamPass
 from lazyfs.content.waiters import NEVER
 from lazyfs.ground.data import Data
@@ -72,7 +73,7 @@ class StreamedContent(Content):
         self._lanes = lanes
         self._name = None
         if digest is not None and source_key is not None:
-            self._name = f"{digest.algorithm}-{digest.hex}.{stream.cache_tag}-{source_key}"
+            self._name = shared_name(digest, stream.cache_tag, source_key)
         self._coming = Coming()
         self._kept = open_kept(cache, digest, stream.cache_tag, stream.reopen)
         self._kept_lost = trio.Event()
@@ -299,21 +300,23 @@ class StreamedContent(Content):
     def _here(self, file: GrowingFile) -> None:
         """Take note that all of it is here."""
         self._proven = self._job.digest is not None
+        if self._proven:
+            file.prove()
         self._size_bytes = file.size_bytes
         self._coming.wake_all()
 
     async def _open(self) -> GrowingFile | None:
         """Open the file that it comes in; None if it is kept meanwhile, or was."""
         before = self._coming.file
-        former = before.as_former() if before is not None else None
+        formers = before.as_formers() if before is not None else []
         while True:
             try:
-                found = await trio.to_thread.run_sync(self._make_file, former)
+                found = await trio.to_thread.run_sync(self._make_file, formers)
                 break
             except OSError as problem:
                 await self._coming.rest(self._job.no_room(problem, 0))
         if isinstance(found, Kept):
-            await self._adopt(found, former)
+            await self._adopt(found, formers)
             return None
         self._coming.file = found
         if before is not None:
@@ -321,7 +324,7 @@ class StreamedContent(Content):
                 await trio.to_thread.run_sync(before.close)
         return found
 
-    def _make_file(self, former: Former | None) -> GrowingFile | Kept:
+    def _make_file(self, formers: list[Former]) -> GrowingFile | Kept:
         job = self._job
         kept: list[Kept] = []
 
@@ -338,22 +341,23 @@ class StreamedContent(Content):
             if shared is None:
                 return kept[0]
             cradle = shared
-        return GrowingFile(cradle, job.cache.room, job.blob.name, former)
+        return GrowingFile(cradle, job.cache.room, job.blob.name, formers)
 
-    async def _adopt(self, kept: Kept, former: Former | None) -> None:
+    async def _adopt(self, kept: Kept, formers: list[Former]) -> None:
         """Serve what others have kept meanwhile; it has to be what has been served before.
 
         Raises:
             IntegrityError: it is not.
         """
         self._lost.append(kept)  # until it is served; it is closed in any case
-        if former is not None:
-            served = ByteRange(0, former.size_bytes)
-            if served.stop > kept.size_bytes or await kept.check(served) >= 0:
-                await trio.to_thread.run_sync(former.compare, kept.peek(served), self._blob.name)
-            else:
+        for former in formers:
+            former.check_size(kept.size_bytes, self._blob.name)
+            served = ByteRange(0, min(former.size_bytes, kept.size_bytes))
+            if await kept.check(served) < 0:
                 await trio.to_thread.run_sync(kept.forget)
                 return
+            view = kept.peek(served) or b""
+            await trio.to_thread.run_sync(former.compare, 0, view, self._blob.name)
         self._lost.remove(kept)
         self._kept = kept
         self._size_bytes = kept.size_bytes
