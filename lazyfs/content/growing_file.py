@@ -108,9 +108,9 @@ class GrowingFile:
                 self._served.note(content)
             return self._view[content.start : content.stop]
         for former in self._formers:
-            if former.trusted and content.stop <= former.size_bytes:
-                former.served.note(content)
-                return former.view[content.start : content.stop]
+            view = former.peek(content)
+            if view is not None:
+                return view
         return None
 
     def here_bytes(self) -> int:
@@ -135,16 +135,15 @@ class GrowingFile:
     def withdraw(self) -> None:
         """Serve nothing more of it: it has been found to be wrong."""
         self._withdrawn = True
+        for former in self._formers:
+            former.distrust()
 
     def as_formers(self) -> list[Former]:
         """Return what has been served of it, and of those before."""
-        formers = [
-            Former(each.view, each.size_bytes, each.served, each.trusted and not self._withdrawn)
-            for each in self._formers
-        ]
+        formers = list(self._formers)
         if self.size_bytes and self._served is not None:
-            former = Former(self._view, self.size_bytes, self._served, not self._withdrawn)
-            formers.append(former)
+            trusted = not self._withdrawn
+            formers.append(Former(self._view, self.size_bytes, self._served, trusted=trusted))
         return formers
 
     # -- by those that follow ---------------------------------------------------------------

@@ -5,7 +5,6 @@ that all it has served comes once more. What is in a file, but was never served,
 """
 
 import threading
-from dataclasses import dataclass
 
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import IntegrityError
@@ -53,18 +52,37 @@ class Served:
         return page < len(self._pages) and bool(self._pages[page])
 
 
-@dataclass(frozen=True, slots=True)
 class Former:
-    """What an earlier file had of the content: the first `size_bytes` of `view`."""
+    """What an earlier file had of the content: the first `size_bytes` of `view`.
 
-    view: memoryview
-    size_bytes: int
-    served: Served
-    trusted: bool
-    """Whether more of it may be served, because nothing speaks against it."""
+    It may be peeked on one thread and compared on another.
+    """
+
+    def __init__(self, view: memoryview, size_bytes: int, served: Served, *, trusted: bool) -> None:
+        """`trusted`: whether more of it may be served, because nothing speaks against it."""
+        self.view = view
+        self.size_bytes = size_bytes
+        self.served = served
+        self.trusted = trusted
+        self._lock = threading.Lock()
+
+    def peek(self, content: ByteRange) -> memoryview | None:
+        """Return a slice, if it has that and may still be believed; take note of it."""
+        with self._lock:
+            if not self.trusted or content.stop > self.size_bytes:
+                return None
+            self.served.note(content)
+        return self.view[content.start : content.stop]
+
+    def distrust(self) -> None:
+        """Serve nothing more of it."""
+        with self._lock:
+            self.trusted = False
 
     def compare(self, start: int, piece: Data, name: str) -> None:
         """See that what was served is what comes now, at `start` of the content.
+
+        Where something else differs, nothing more of it is served.
 
         Raises:
             IntegrityError: it is not; `name` is the blob's.
@@ -73,8 +91,12 @@ class Former:
             return
         now = memoryview(piece)[: self.size_bytes - start]
         if self.trusted:
-            compare(name, start, now, self.view)
-            return
+            try:
+                compare(name, start, now, self.view)
+            except IntegrityError:
+                self.distrust()
+            else:
+                return
         at = 0
         while at < len(now):
             stop = min(len(now), at + PAGE_BYTES - (start + at) % PAGE_BYTES)
@@ -88,7 +110,9 @@ class Former:
         Raises:
             IntegrityError: it is not.
         """
-        must = self.size_bytes if self.trusted else min(self.size_bytes, self.served.stop)
+        if self.size_bytes > size_bytes:
+            self.distrust()
+        must = min(self.size_bytes, self.served.stop)
         if must > size_bytes:
             raise IntegrityError(
                 f"{name} decodes to {size_bytes} bytes; before, there were {must} at least"
