@@ -64,10 +64,10 @@ class Cradle:
             return False
         return True
 
-    def has_failed(self) -> bool:
-        """Whether the one who decoded has found it wrong."""
+    def state(self) -> State:
+        """Return what has become of the pass; of one that is damaged, that it goes on."""
         news = self.notice.look() if self.notice is not None else None
-        return news is not None and news.state is State.FAILED
+        return news.state if news is not None else State.DECODING
 
     def is_replaced(self) -> bool:
         """Whether others have given this one up, and have begun another in its place."""
@@ -93,13 +93,16 @@ class Cradle:
         if it has no `index`.
 
         Raises:
-            OSError: the disk will not have it, or others have given it up.
+            OSError: the disk will not have it, or it was removed.
         """
         if self._directory is None:
             return False
         with exclusive(self._directory.parent):
-            if not self._found():
-                raise OSError("others have begun anew meanwhile")
+            found = self._found()
+            if found is None and not home.is_dir():
+                raise OSError(f"{self._directory} was removed meanwhile")
+            if not found:
+                return False  # others have given it up, and have begun anew
             if replace and home.is_dir() and not (home / "index").exists():
                 bury(home)
             if home.is_dir():
@@ -202,7 +205,7 @@ def make_shared(cache: Cache, name: str, found: Callable[[], bool]) -> Cradle | 
                 joined = _joined(directory)
                 if joined is None:
                     return _made_alone(incoming)
-                if not joined.has_failed():
+                if joined.state() is not State.FAILED:
                     return joined
                 bury(directory)
                 joined.close()

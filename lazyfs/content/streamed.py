@@ -24,9 +24,10 @@ from lazyfs.content.coming import Coming
 from lazyfs.content.following import Follower, Outcome
 from lazyfs.content.growing_file import GrowingFile
 from lazyfs.content.incoming import make_private, make_shared, shared_name
-from lazyfs.content.kept import Kept, forget, open_kept
+from lazyfs.content.kept import Kept, forget, open_kept, touch
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.model import Content
+from lazyfs.content.notice import State
 from lazyfs.content.served import Former
 from lazyfs.content.stream_pass import Job, StreamPass
 from lazyfs.content.waiters import NEVER
@@ -80,6 +81,7 @@ class StreamedContent(Content):
         self._lost: list[Kept] = []
         self._size_bytes = self._kept.size_bytes if self._kept is not None else None
         self._proven = self._kept is not None
+        self._led = False
         self._poison: LazyfsError | None = None
         self._pass_scope = trio.CancelScope()
 
@@ -217,7 +219,7 @@ class StreamedContent(Content):
     def _purge(self) -> None:
         if self._kept is not None:
             self._kept.forget()
-        elif self._coming.file is not None and self._job.home is not None:
+        elif self._led and self._coming.file is not None and self._job.home is not None:
             forget(self._job.home, self._coming.file.fd)
 
     def raise_if_condemned(self) -> None:
@@ -231,6 +233,8 @@ class StreamedContent(Content):
             if kept is not None:
                 kept.close()
         self._coming.close()
+        if self._proven and self._job.home is not None:
+            touch(self._job.home)
         self._kept, self._lost = None, []
 
     # -- how it comes here ------------------------------------------------------------------
@@ -278,7 +282,8 @@ class StreamedContent(Content):
     async def _take_part(self, file: GrowingFile) -> Outcome:
         """Lead or follow, until it is whole and later mounts find it, or all begin anew."""
         notice = file.cradle.notice
-        if not file.cradle.lead() and notice is not None:
+        leads = file.cradle.lead() and file.cradle.state() is State.DECODING
+        if notice is not None and not leads:
             follower = Follower(self._job, self._coming, file, notice)
             outcome = await follower.run()
             if outcome is Outcome.WHOLE:
@@ -289,6 +294,7 @@ class StreamedContent(Content):
             log.info("going on to decode %s, which another lazyfs has begun", self._blob.name)
         if not await trio.to_thread.run_sync(file.begin):
             return Outcome.STUCK
+        self._led = True
         work = StreamPass(self._job, self._coming, file)
         decoder = await work.run()
         if decoder is None:

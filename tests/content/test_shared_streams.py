@@ -282,7 +282,7 @@ async def test_who_does_not_go_on_is_given_up(tmp_path: Path) -> None:
                 await setup.content.prove()
             await ended(first, second)
             assert stopped.cradle.is_replaced() is False
-            with pytest.raises(OSError, match="begun anew"):
+            with pytest.raises(OSError, match="removed meanwhile"):
                 stopped.cradle.publish(tmp_path / "layers" / "x", lambda _: None, replace=True)
         assert first.counters.bytes_fetched + second.counters.bytes_fetched == len(DATA)
     assert len(kept_in(tmp_path)) == 1
@@ -304,6 +304,24 @@ async def test_who_was_given_up_follows_when_it_goes_on(tmp_path: Path) -> None:
             assert stopped.content.proven
         gate.open()
     assert stopped.counters.bytes_fetched <= 6 * MIB
+
+
+async def test_who_comes_when_it_is_whole_publishes_it(tmp_path: Path) -> None:
+    """Two daemons have it whole, and have not published it; one of them has led, and is dead."""
+    other = ByHand(tmp_path)
+    user = make_shared(Cache(tmp_path), shared_name(DIGEST, TAG, "here"), lambda: False)
+    assert user is not None
+    other.decode(DATA)
+    other.file.finish()
+    assert other.cradle.notice is not None
+    other.cradle.notice.tell(state=State.WHOLE)
+    other.die()
+    async with streamed(tmp_path, DATA) as setup:
+        assert bytes(await setup.content.read(WHOLE)) == DATA
+        await ended(setup)
+        assert setup.blob.asked == []
+    user.close()
+    assert len(kept_in(tmp_path)) == 1
 
 
 async def test_whole_but_not_published_is_published_by_who_is_left(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Exchange, FaultServer
-from tests.images import Layer
+from tests.faults import Exchange, Fault, FaultServer
 from tests.mount.mounting import Mount, Mounts, Reader, read_at, wait_until
 from tests.mount.published import KIB, MIB, publish
 from tests.mount.test_streams import (
@@ -41,12 +40,16 @@ def mount_all(
 
 
 def half_open(
-    server: FaultServer, mounts: Mounts, tmp_path: Path, layer: Layer, count: int = 3
-) -> tuple[Mount, list[Mount], threading.Event]:
-    """Mount side by side, with the second half held back; return who decodes, and the others."""
-    reference, may_go_on = publish(server, layer), threading.Event()
-    server.always("/blobs/", gate(HALF, may_go_on))
-    all_of_them = mount_all(mounts, tmp_path, reference, count)
+    server: FaultServer,
+    mounts: Mounts,
+    tmp_path: Path,
+    may_go_on: threading.Event,
+    fault: Fault | None = None,
+) -> tuple[Mount, list[Mount]]:
+    """Mount three times, with the second half held back; return who decodes, and the others."""
+    reference = publish(server, GZIP)
+    server.always("/blobs/", fault or gate(HALF, may_go_on))
+    all_of_them = mount_all(mounts, tmp_path, reference, 3)
     wait_until(
         lambda: all(each.status()["here_bytes"] > 7 * MIB for each in all_of_them), "half is here"
     )
@@ -54,7 +57,7 @@ def half_open(
     *others, leader = all_of_them
     assert leader.status()["bytes_fetched"] > 4 * MIB
     assert all(each.status()["bytes_fetched"] <= HEADS_BYTES for each in others)
-    return leader, others, may_go_on
+    return leader, others
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -103,7 +106,8 @@ def is_stopped(leader: Mount) -> None:
 def test_without_who_decodes_it_goes_on(
     server: FaultServer, mounts: Mounts, tmp_path: Path, leader_does: Callable[[Mount], None]
 ) -> None:
-    leader, others, may_go_on = half_open(server, mounts, tmp_path, GZIP)
+    may_go_on = threading.Event()
+    leader, others = half_open(server, mounts, tmp_path, may_go_on)
     waiting = [Reader(each / "pages-1.img", 12 * MIB, MIB) for each in others]
     leader_does(leader)
     for each in others:  # nobody waits for what has come
@@ -128,7 +132,7 @@ def test_who_decodes_is_fed_wrong_bytes(
     server: FaultServer, mounts: Mounts, tmp_path: Path
 ) -> None:
     """It is condemned; the others have served nothing wrong, begin anew, and go on."""
-    leader, others, may_go_on = half_open(server, mounts, tmp_path, GZIP)
+    may_go_on = threading.Event()
     held_back = gate(HALF, may_go_on)
     at, fed = len(GZIP.blob) - 300_000, []
 
@@ -145,14 +149,15 @@ def test_who_decodes_is_fed_wrong_bytes(
         wrong[at - start] ^= 0x10
         exchange.answer(code, sent, bytes(wrong))
 
+    leader, others = half_open(server, mounts, tmp_path, may_go_on, wrong_once)
     mounts.expect_log("CRITICAL .* every read fails from now on")
     mounts.expect_log("WARNING .* what another lazyfs has decoded is not served any more")
     mounts.tolerate_log("WARNING .* not all names are known yet")
-    server.always("/blobs/", wrong_once)
     may_go_on.set()
     for each in others:
         wait_until(lambda each=each: each.status()["blob_proven"], "it is proven", 40)
         assert everything_is_right(each)
         assert each.status()["failed"] is None
-    assert (leader.status()["failed"] is not None) == bool(fed)
+    assert leader.status()["failed"] is not None
+    assert fed
     kept_of(mounts)
