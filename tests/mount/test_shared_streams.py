@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import Exchange, Fault, FaultServer
+from tests.images import Layer
 from tests.mount.mounting import Mount, Mounts, Reader, read_at, wait_until
 from tests.mount.published import KIB, MIB, publish
 from tests.mount.test_streams import (
@@ -45,11 +46,13 @@ def half_open(
     tmp_path: Path,
     may_go_on: threading.Event,
     fault: Fault | None = None,
+    layer: Layer = GZIP,
+    count: int = 3,
 ) -> tuple[Mount, list[Mount]]:
-    """Mount three times, with the second half held back; return who decodes, and the others."""
-    reference = publish(server, GZIP)
+    """Mount side by side, with the second half held back; return who decodes, and the others."""
+    reference = publish(server, layer)
     server.always("/blobs/", fault or gate(HALF, may_go_on))
-    all_of_them = mount_all(mounts, tmp_path, reference, 3)
+    all_of_them = mount_all(mounts, tmp_path, reference, count)
     wait_until(
         lambda: all(each.status()["here_bytes"] > 7 * MIB for each in all_of_them), "half is here"
     )
@@ -60,12 +63,22 @@ def half_open(
     return leader, others
 
 
+def users_of_stream(mounts: Mounts) -> int:
+    """Count who holds the content that comes (proc(5), /proc/locks: inode numbers in decimal)."""
+    inodes = [path.stat().st_ino for path in mounts.cache_dir.glob("incoming/*/content")]
+    lines = Path("/proc/locks").read_text().splitlines()
+    return sum(f":{inode} " in line for inode in inodes for line in lines)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_six_at_once_fetch_it_once(
     server: FaultServer, mounts: Mounts, tmp_path: Path, kind: str
 ) -> None:
     layer = LAYERS[kind]
-    all_of_them = mount_all(mounts, tmp_path, publish(server, layer), 6)
+    may_go_on = threading.Event()
+    leader, others = half_open(server, mounts, tmp_path, may_go_on, layer=layer, count=6)
+    may_go_on.set()
+    all_of_them = [leader, *others]
     with ThreadPoolExecutor(3) as pool:
         assert all(pool.map(everything_is_right, all_of_them))
     kept_of(mounts)
@@ -81,7 +94,15 @@ def test_six_at_once_fetch_it_once(
 def test_verified_before_by_one_for_all(
     server: FaultServer, mounts: Mounts, tmp_path: Path
 ) -> None:
-    all_of_them = mount_all(mounts, tmp_path, publish(server, GZIP), 3, "--verify=full")
+    may_go_on = threading.Event()
+    server.always("/blobs/", gate(HALF, may_go_on))
+    with ThreadPoolExecutor(1) as pool:
+        mounting = pool.submit(
+            mount_all, mounts, tmp_path, publish(server, GZIP), 3, "--verify=full"
+        )
+        wait_until(lambda: users_of_stream(mounts) == 3, "all take part", 40)
+        may_go_on.set()
+        all_of_them = mounting.result()
     for mount in all_of_them:
         assert mount.status()["blob_proven"]
         assert everything_is_right(mount)
