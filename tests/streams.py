@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import trio
 
@@ -103,10 +104,12 @@ class Setup:
     def __init__(
         self,
         blob: MemoryBlob,
-        cache_dir: Path,
+        cache: Path | Cache,
         digest: Digest | None,
         stream: StreamIndex,
         transport: TransportSettings = FAST,
+        settings: ContentSettings = SETTINGS,
+        source_key: str | None = "here",
     ) -> None:
         self.blob = blob
         self.counters = Counters()
@@ -115,10 +118,11 @@ class Setup:
             blob,
             stream,
             digest,
-            Cache(cache_dir),
-            Lanes(SETTINGS),
+            cache if isinstance(cache, Cache) else Cache(cache),
+            Lanes(settings),
             Fetcher(transport, self.counters),
-            SETTINGS,
+            settings,
+            source_key=source_key,
         )
 
     async def run(self) -> None:
@@ -128,16 +132,17 @@ class Setup:
 
 @asynccontextmanager
 async def streamed(
-    cache_dir: Path,
+    cache: Path | Cache,
     blob: MemoryBlob | bytes,
     stream: StreamIndex | None = None,
     digest: Digest | str | None = "right",
+    **more: Any,
 ) -> AsyncIterator[Setup]:
     """Run a streamed content; what is not said is as it should be."""
     blob = blob if isinstance(blob, MemoryBlob) else MemoryBlob(blob)
     if isinstance(digest, str):
         digest = Digest.of(blob.data)
-    setup = Setup(blob, cache_dir, digest, stream or stream_index())
+    setup = Setup(blob, cache, digest, stream or stream_index(), **more)
     try:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(setup.run)

@@ -62,6 +62,7 @@ class OpenedLayer:
                 desk.lanes,
                 desk.fetcher,
                 config.content,
+                source_key=_source_key(desk),
             )
             return
         self.walker = Walker(index.walk, index.entries, self.look)
@@ -190,11 +191,16 @@ class OpenedLayer:
             await at_once([partial(self.content.ensure, item, lane) for item in merged])
 
 
+def _source_key(desk: Desk) -> str:
+    """Return what names the source in the cache, of bytes that nothing has proven yet."""
+    return Digest.of(desk.source_name.encode()).hex[:16]
+
+
 def _open_cache(desk: Desk, descriptor: LayerDescriptor, index: LayerIndex) -> CacheFile | None:
     chunks = index.chunks
     tag = index.cache_tag
     if not chunks.proven:
-        tag += "-" + Digest.of(desk.source_name.encode()).hex[:16]
+        tag += "-" + _source_key(desk)
     try:
         return open_cache_file(
             desk.config.cache, descriptor.digest, tag, chunks.content_size_bytes, len(chunks)

@@ -1,7 +1,7 @@
 """Where content is kept: a directory that all daemons of a host share, or memory.
 
 DIR/layers/<digest>.<tag>/   the content of one layer (`cache_file.py`, `kept.py`)
-/incoming/                what is not whole yet (`growing_file.py`), what is being removed
+/incoming/                what is not whole yet (`incoming.py`), what is being removed
 """
 
 import mmap
@@ -10,6 +10,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from lazyfs.content.room import Room
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.settings import MIB
@@ -21,6 +22,7 @@ class Cache:
     def __init__(self, directory: Path | None) -> None:
         """Touch nothing yet. Without a `directory` all is kept in memory, and for nobody else."""
         self.directory = directory
+        self.room = Room()
 
     def __str__(self) -> str:
         return str(self.directory) if self.directory is not None else "memory"

@@ -23,6 +23,10 @@ class Waiters:
         """The nearest address that somebody waits for. Read by the decoding thread."""
         self._waiters: dict[trio.Event, tuple[int, list[LazyfsError]]] = {}
 
+    def __bool__(self) -> bool:
+        """Whether anybody waits."""
+        return bool(self._waiters)
+
     async def wait(self, stop: int, position: Callable[[], int]) -> None:
         """Come back when there is news for who needs the content up to `stop`.
 

@@ -72,6 +72,8 @@ class ContentSettings:
     patience_s: float = 0.4
     """A reader that waits for somebody else's fetch and sees no byte of it for so long asks
     for itself."""
+    stream_patience_s: float = 5.0
+    """A daemon that decodes a stream for others, and shows no life for so long, is given up."""
     idle_s: float = 2.0
     """The background pass over an unproven layer begins when nobody missed for so long."""
     completion_connections: int = 2

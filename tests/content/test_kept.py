@@ -12,6 +12,7 @@ import trio
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import open_cache_file
 from lazyfs.content.growing_file import STRETCH_BYTES, GrowingFile
+from lazyfs.content.incoming import make_private
 from lazyfs.content.kept import find_restart_index, forget, open_kept
 from lazyfs.content.lanes import Lanes
 from lazyfs.content.layer_content import LayerContent
@@ -171,14 +172,21 @@ async def test_while_the_publisher_lives_nobody_writes_to_its_file(tmp_path: Pat
 
 
 async def test_of_two_passes_at_once_one_is_kept(tmp_path: Path) -> None:
+    """Of mounts that know the image by different names each makes its own."""
     gates = []
-    blobs = [MemoryBlob(DATA), MemoryBlob(DATA)]
-    for blob in blobs:
-        gate = blob.before = Gate()
-        gates.append(gate)
+
+    async def run(key: str, blob: MemoryBlob) -> None:
+        async with streamed(tmp_path, blob, source_key=key) as setup:
+            await setup.content.prove()
+            while not setup.ended:  # noqa: ASYNC110 - for a test
+                await trio.sleep(0.01)
+
     async with trio.open_nursery() as nursery:
-        for blob in blobs:
-            nursery.start_soon(whole_run, tmp_path, blob, stream_index())
+        for key in ("here", "there"):
+            blob = MemoryBlob(DATA)
+            gate = blob.before = Gate()
+            gates.append(gate)
+            nursery.start_soon(run, key, blob)
         for gate in gates:
             await trio.to_thread.run_sync(gate.wait_entered)
         assert len(growing_in(tmp_path)) == 2
@@ -202,14 +210,16 @@ def test_leftovers_are_cleaned_and_the_living_spared(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path\n"
         "from lazyfs.content.cache import Cache\n"
-        "from lazyfs.content.growing_file import GrowingFile\n"
-        "file = GrowingFile(Cache(Path(sys.argv[1]))); file.append(bytes(5000)); os._exit(0)"
+        "from lazyfs.content.incoming import make_private\n"
+        "os.write(make_private(Cache(Path(sys.argv[1]))).fd, bytes(5000)); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
-    (tmp_path / "incoming" / "half-made").mkdir()
+    half_made = tmp_path / "incoming" / "half-made"
+    half_made.mkdir()
+    os.utime(half_made, (0, 0))
     assert len(list(tmp_path.glob("incoming/*/"))) == 2
-    living = GrowingFile(Cache(tmp_path))
-    other = GrowingFile(Cache(tmp_path))
+    living = make_private(Cache(tmp_path))
+    other = make_private(Cache(tmp_path))
     assert set(tmp_path.glob("incoming/*/")) == {living.directory, other.directory}
     other.close()
     living.close()
@@ -217,7 +227,8 @@ def test_leftovers_are_cleaned_and_the_living_spared(tmp_path: Path) -> None:
 
 
 def test_a_growing_file_keeps_slices_of_all_its_mappings(tmp_path: Path) -> None:
-    file = GrowingFile(Cache(tmp_path))
+    cache = Cache(tmp_path)
+    file = GrowingFile(make_private(cache), cache.room, "it")
     piece = random.Random(4).randbytes(MIB)
     slices = []
     for count in range(1, 131):

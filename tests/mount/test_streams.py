@@ -531,7 +531,7 @@ def test_archives(
 
 
 def test_two_at_once(server: FaultServer, mounts: Mounts, layer: Layer, tmp_path: Path) -> None:
-    """Each decodes for itself, and one of them leaves it for later mounts."""
+    """One decodes for both, and leaves it for later mounts."""
     reference = publish(server, layer)
     first = mounts.mount(reference)
     second = mounts.mount(reference, at=tmp_path / "other")
