@@ -87,6 +87,7 @@ class GrowingFile:
             except OSError:
                 shutil.rmtree(self.directory, ignore_errors=True)
                 raise
+        self._room = cache.room
         self.size_bytes = 0
         self.strides = Strides()
         self.published = False
@@ -105,6 +106,7 @@ class GrowingFile:
         if stop > self._look_at_bytes:
             self._leave_free(len(piece))
             self._look_at_bytes = stop + _LOOK_EVERY_BYTES
+        self._room.take(len(piece))
         if stop > len(self._view):
             self._map(max(_MAP_FIRST_BYTES, 2 * len(self._view), stop))
         write_all(self.fd, self.size_bytes, [piece])
