@@ -17,7 +17,7 @@ from lazyfs.ground.settings import KIB, MIB
 from tests.shelves import layers_in, put_layer, using
 
 USER = """
-import fcntl, os, random, sys
+import fcntl, os, random, sys, time
 content, data = sys.argv[1] + "/content", open(sys.argv[2], "rb").read()
 dice, found, missed = random.Random(int(sys.argv[3])), 0, 0
 print("ready", flush=True)
@@ -40,6 +40,7 @@ while not os.path.exists(sys.argv[2] + ".end"):
             found += 1
     finally:
         os.close(file)
+    time.sleep(dice.random() / 50)  # or there would always be one who uses it
 print(found, missed, flush=True)
 """
 """Uses a layer by the rules, again and again: lock, look whether it still is the layer, read."""
