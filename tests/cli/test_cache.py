@@ -1,11 +1,14 @@
 """`lazyfs cache`: what is listed, removed and compared, and what is said about it."""
 
+import io
 import json
 import os
 import pty
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,22 @@ def cache(tmp_path: Path) -> Path:
     return directory
 
 
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_here(*arguments: str | Path) -> Done:
+    """Run a command in this process."""
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        code = run([*map(str, arguments)])
+    return Done(code, out.getvalue(), err.getvalue())
+
+
 def homes(cache: Path) -> list[Path]:
     """The layers, by age."""
     return sorted(layers_in(cache), key=lambda home: (home / "used").stat().st_mtime)
@@ -39,10 +58,8 @@ def digest_of(home: Path) -> str:
     return home.name.partition(".")[0].replace("-", ":")
 
 
-def lazyfs(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*LAZYFS, "cache", *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+def lazyfs(*arguments: str | Path) -> Done:
+    return run_here("cache", *arguments)
 
 
 def listed(cache: Path, capsys: pytest.CaptureFixture[str], *options: str) -> Any:
@@ -155,15 +172,15 @@ def test_prune_by_itself_removes_what_nobody_will_ever_use(cache: Path) -> None:
     (left / "content").write_bytes(bytes(MIB))
     before = homes(cache)
     done = lazyfs("prune", f"--cache-dir={cache}")
-    assert done.stdout == "removed 1.0 MiB that were left unfinished\nfreed 1.0 MiB\n"
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.out == "removed 1.0 MiB that were left unfinished\nfreed 1.0 MiB\n"
+    assert (done.code, done.err) == (0, "")
     assert homes(cache) == before
     assert not left.exists()
 
 
 def test_prune_by_itself_holds_to_the_size(cache: Path) -> None:
     before = homes(cache)
-    assert lazyfs("prune", f"--cache-dir={cache}", "--cache-size=2M").returncode == 0
+    assert lazyfs("prune", f"--cache-dir={cache}", "--cache-size=2M").code == 0
     assert homes(cache) == before[1:]
 
 
@@ -171,45 +188,45 @@ def test_prune_all_leaves_what_is_in_use(cache: Path) -> None:
     middle = homes(cache)[1]
     with using(middle):
         done = lazyfs("prune", "--all", f"--cache-dir={cache}")
-    assert done.returncode == 0
+    assert done.code == 0
     assert homes(cache) == [middle]
-    assert f"in use: {digest_of(middle)[:19]} (tar, 5" in done.stdout
-    assert done.stdout.count("removed ") == 2
-    assert done.stdout.endswith("freed 2.0 MiB\n")
+    assert f"in use: {digest_of(middle)[:19]} (tar, 5" in done.out
+    assert done.out.count("removed ") == 2
+    assert done.out.endswith("freed 2.0 MiB\n")
 
 
 def test_prune_older_than(cache: Path) -> None:
     before = homes(cache)
-    assert lazyfs("prune", "--older-than=7d", f"--cache-dir={cache}").returncode == 0
+    assert lazyfs("prune", "--older-than=7d", f"--cache-dir={cache}").code == 0
     assert homes(cache) == before[1:]
-    assert lazyfs("prune", "--older-than=12h", f"--cache-dir={cache}").returncode == 0
+    assert lazyfs("prune", "--older-than=12h", f"--cache-dir={cache}").code == 0
     assert homes(cache) == before[2:]
 
 
 def test_prune_to_a_size(cache: Path) -> None:
     before = homes(cache)
-    assert lazyfs("prune", "--to-size=2M", f"--cache-dir={cache}").returncode == 0
+    assert lazyfs("prune", "--to-size=2M", f"--cache-dir={cache}").code == 0
     assert homes(cache) == before[1:]
     with using(before[2]):
         done = lazyfs("prune", "--to-size=0", f"--cache-dir={cache}")
-    assert (done.returncode, done.stderr) == (1, "lazyfs: what is left is in use\n")
+    assert (done.code, done.err) == (1, "lazyfs: what is left is in use\n")
     assert homes(cache) == before[2:]
 
 
 def test_prune_what_is_named(cache: Path) -> None:
     before = homes(cache)
     digest = digest_of(before[0])
-    assert lazyfs("prune", digest, f"--cache-dir={cache}").returncode == 0
+    assert lazyfs("prune", digest, f"--cache-dir={cache}").code == 0
     assert homes(cache) == before[1:]
     short = digest_of(before[1])[7:15]
     with using(before[1]):
-        assert lazyfs("prune", short, f"--cache-dir={cache}").returncode == 1
-    assert lazyfs("prune", short, f"--cache-dir={cache}").returncode == 0
+        assert lazyfs("prune", short, f"--cache-dir={cache}").code == 1
+    assert lazyfs("prune", short, f"--cache-dir={cache}").code == 0
     assert homes(cache) == before[2:]
     for unknown in (digest, "sha256:", "zz", "f" * 64):
         done = lazyfs("prune", unknown, f"--cache-dir={cache}")
-        assert done.returncode == 2
-        assert "is no layer in the cache: `lazyfs cache ls` lists them" in done.stderr
+        assert done.code == 2
+        assert "is no layer in the cache: `lazyfs cache ls` lists them" in done.err
 
 
 @pytest.mark.parametrize("options", [["--all"], ["--older-than=1s"], ["--to-size=0"]])
@@ -221,22 +238,22 @@ def test_a_dry_run_removes_nothing(cache: Path, options: list[str]) -> None:
         done = lazyfs("prune", "--dry-run", *options, f"--cache-dir={cache}")
     assert homes(cache) == before
     assert (cache / "incoming/left").exists()
-    assert done.stdout.count("would remove") == 3
-    assert done.stdout.count("in use: ") == 1
-    assert done.stdout.endswith("would free 3.0 MiB\n")
+    assert done.out.count("would remove") == 3
+    assert done.out.count("in use: ") == 1
+    assert done.out.endswith("would free 3.0 MiB\n")
 
 
 def test_prune_wants_one_way(cache: Path) -> None:
     done = lazyfs("prune", "--all", "--to-size=1G", f"--cache-dir={cache}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "choose one" in done.stderr
-    assert lazyfs("prune", "--older-than=soon", f"--cache-dir={cache}").returncode == 2
+    assert (done.code, done.out) == (2, "")
+    assert "choose one" in done.err
+    assert lazyfs("prune", "--older-than=soon", f"--cache-dir={cache}").code == 2
     assert len(homes(cache)) == 3
 
 
 def test_prune_of_nothing(tmp_path: Path) -> None:
     done = lazyfs("prune", "--all", f"--cache-dir={tmp_path}/none")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.code, done.out, done.err) == (0, "", "")
 
 
 # -- verify --------------------------------------------------------------------------------------
@@ -250,8 +267,8 @@ def flip(path: Path, offset: int) -> None:
 
 def test_verify_finds_all_as_it_was(cache: Path) -> None:
     done = lazyfs("verify", f"--cache-dir={cache}")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    assert (done.code, done.err) == (0, "")
+    lines = done.out.splitlines()
     assert lines[0].endswith("(tar): 1.0 MiB in 4 chunks, as stored, as its digest promises")
     assert lines[1].endswith("(tar): 512 KiB in 2 chunks, as stored")
 
@@ -262,14 +279,14 @@ def test_verify_finds_damage_and_drops_it(cache: Path) -> None:
     flip(latest / "content", 0)
     with using(latest):
         done = lazyfs("verify", f"--cache-dir={cache}")
-    assert done.returncode == 5
-    lines = done.stdout.splitlines()
+    assert done.code == 5
+    lines = done.out.splitlines()
     assert "1 place of it damaged; dropped, and fetched anew by the next mount" in lines[0]
     assert "left alone, since a mount is using it" in lines[2]
-    assert lazyfs("verify", digest_of(oldest), f"--cache-dir={cache}").returncode == 0
+    assert lazyfs("verify", digest_of(oldest), f"--cache-dir={cache}").code == 0
     done = lazyfs("verify", "--json", digest_of(latest), f"--cache-dir={cache}")
-    assert done.returncode == 5
-    found = json.loads(done.stdout)
+    assert done.code == 5
+    found = json.loads(done.out)
     assert found["damaged_chunks"] == 1
     (row,) = found["layers"]
     assert row["damaged"] == [{"start": 0, "stop": CHUNK}]
@@ -288,8 +305,8 @@ def test_verify_shows_progress_on_a_terminal(cache: Path) -> None:
 def test_verify_says_what_it_cannot_know(tmp_path: Path) -> None:
     put_layer(tmp_path, b"x" * 1000, tag="zstd-chunked-1-" + "a" * 64)
     done = lazyfs("verify", f"--cache-dir={tmp_path}")
-    assert done.returncode == 0
-    assert "(zstd:chunked): not compared: nothing here tells" in done.stdout
+    assert done.code == 0
+    assert "(zstd:chunked): not compared: nothing here tells" in done.out
 
 
 # -- whose ---------------------------------------------------------------------------------------
@@ -299,8 +316,8 @@ def test_verify_says_what_it_cannot_know(tmp_path: Path) -> None:
 def test_a_cache_that_others_may_write_to_is_refused(cache: Path, words: list[str]) -> None:
     cache.chmod(0o777)
     done = lazyfs(*words, f"--cache-dir={cache}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
+    assert (done.code, done.out) == (2, "")
+    assert done.err == (
         f"lazyfs: {cache} cannot be the cache, which holds secrets: others may write to it; "
         "`chmod 700` keeps them out\n"
     )
@@ -311,17 +328,16 @@ def test_opening_a_checkpoint_refuses_it_too(cache: Path) -> None:
     cache.chmod(0o770)
     sample = Path(__file__).parents[2] / "contrib/demo/sample"
     for command in (["ls"], ["inspect"]):
-        words = [*LAZYFS, *command, f"oci:{sample}", f"--cache-dir={cache}"]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert "others may write to it" in done.stderr
-        memory = subprocess.run([*words, "--cache=memory"], capture_output=True, check=False)
-        assert memory.returncode == 0, "it is not used then"
+        words = [*command, f"oci:{sample}", f"--cache-dir={cache}"]
+        done = run_here(*words)
+        assert (done.code, done.out) == (2, "")
+        assert "others may write to it" in done.err
+        memory = run_here(*words, "--cache=memory")
+        assert memory.code == 0, "it is not used then"
 
 
 def test_in_memory_nothing_is_written_at_all(tmp_path: Path) -> None:
     sample = Path(__file__).parents[2] / "contrib/demo/sample"
-    words = [*LAZYFS, "inspect", f"oci:{sample}", f"--cache-dir={tmp_path}/c", "--cache=memory"]
-    done = subprocess.run(words, capture_output=True, check=False)
-    assert done.returncode == 0, done
+    done = run_here("inspect", f"oci:{sample}", f"--cache-dir={tmp_path}/c", "--cache=memory")
+    assert done.code == 0, done
     assert not (tmp_path / "c").exists()
