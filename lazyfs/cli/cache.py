@@ -20,7 +20,7 @@ from lazyfs.cli.options import (
 )
 from lazyfs.cli.sizes import age, size
 from lazyfs.cli.text import human_bytes, plural
-from lazyfs.ground.errors import UsageError
+from lazyfs.ground.errors import LazyfsError, UsageError
 from lazyfs.ground.settings import Limit
 
 if TYPE_CHECKING:
@@ -261,7 +261,10 @@ def _prune(
             with janitor.sole_user(layer.home) as fd:
                 removed_bytes = layer.disk_bytes if fd is not None else None
         else:
-            removed_bytes = janitor.remove(directory, layer)
+            try:
+                removed_bytes = janitor.remove(directory, layer)
+            except OSError as error:
+                raise LazyfsError(f"{layer.home} cannot be removed: {error.strerror}") from None
         what = f"{_short(layer)} ({layer.format_name}, {human_bytes(layer.disk_bytes)})"
         if removed_bytes is None:
             kept += 1
@@ -339,8 +342,9 @@ def _verdict(found: "Audit") -> str:
     what = f"{checked}, {plural(len(found.damaged), 'place')} of it damaged"
     if found.digest_matches is False:
         what = f"{checked}: not what its digest promises"
-    after = "dropped, and fetched anew by the next mount"
-    return f"{what}; {after if found.repaired else 'left alone, since a mount is using it'}"
+    if found.repaired:
+        return f"{what}; dropped, and fetched anew by the next mount"
+    return f"{what}; left alone: a mount is using it, or it cannot be written"
 
 
 def _audit_json(found: "Audit") -> Mapping[str, Any]:

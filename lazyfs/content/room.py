@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from lazyfs.content import janitor, shelf
+from lazyfs.content.memory_left import memory_left
 from lazyfs.ground.settings import CACHE_LIMIT, GIB, KIB, MIB, Limit
 
 _CREDIT_MOST_BYTES = 16 * MIB
@@ -171,11 +172,12 @@ class DiskBounds:
         self._limit = limit
         self._free_bytes = 0
         """Of the disk, at the last look."""
+        self._credit_bytes = _CREDIT_LEAST_BYTES
 
     @property
     def credit_bytes(self) -> int:
         """How much may be written between two looks."""
-        return _credit_of(self._limit)
+        return self._credit_bytes
 
     def have(self, wanted_bytes: int) -> int:
         """Return how many bytes may be written; unused layers make room, if they have to.
@@ -185,10 +187,13 @@ class DiskBounds:
         """
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         level = level_of(self._directory, self._limit)
-        enough_bytes = wanted_bytes + self.credit_bytes
+        self._credit_bytes = _credit_of(level.limit_bytes)
+        enough_bytes = wanted_bytes + self._credit_bytes
         if level.spare_bytes < enough_bytes:
-            with janitor.locked(self._directory / "lock", _LOCK_PATIENCE_S) as alone:
-                level = level_of(self._directory, self._limit)  # another may have made room
+            # Who can go on does not wait for another that makes room already.
+            patience_s = _LOCK_PATIENCE_S if level.room_bytes < wanted_bytes else 0
+            with janitor.locked(self._directory / "lock", patience_s) as alone:
+                level = level_of(self._directory, self._limit)
                 if alone and level.spare_bytes < enough_bytes:
                     janitor.make_room(self._directory, enough_bytes - level.spare_bytes)
                     level = level_of(self._directory, self._limit)
@@ -214,15 +219,16 @@ class MemoryBounds:
 
     def __init__(self, limit: Limit = CACHE_LIMIT) -> None:
         """Look how much memory is available: a part of that may be the limit."""
-        self._all_bytes, available_bytes = _memory()
-        self._limit_bytes = limit.of(available_bytes)
+        memory = memory_left()
+        self._floor_bytes = min(_FLOOR_BYTES, memory.all_bytes // _FLOOR_SHARE)
+        self._limit_bytes = limit.of(memory.available_bytes)
         if limit.count_bytes is None:  # the least of a part is for disks: memory ends
-            self._limit_bytes = min(self._limit_bytes, available_bytes)
+            self._limit_bytes = min(self._limit_bytes, memory.available_bytes)
 
     @property
     def credit_bytes(self) -> int:
         """How much may be written between two looks."""
-        return _credit_of(Limit(self._limit_bytes))
+        return _credit_of(self._limit_bytes)
 
     def have(self, wanted_bytes: int) -> int:
         """Return how many bytes may be written.
@@ -236,8 +242,7 @@ class MemoryBounds:
             raise OSError(
                 errno.EDQUOT, f"the cache in memory has reached its limit of {limit_mib} MiB"
             )
-        _, available_bytes = _memory()
-        free_bytes = available_bytes - min(_FLOOR_BYTES, self._all_bytes // _FLOOR_SHARE)
+        free_bytes = memory_left().available_bytes - self._floor_bytes
         if free_bytes < wanted_bytes:
             raise OSError(errno.ENOSPC, "No space left in memory but what others need")
         return min(left_bytes, free_bytes)
@@ -247,23 +252,5 @@ class MemoryBounds:
         return False
 
 
-def _credit_of(limit: Limit) -> int:
-    if limit.count_bytes is None:
-        return _CREDIT_MOST_BYTES
-    return max(_CREDIT_LEAST_BYTES, min(_CREDIT_MOST_BYTES, limit.count_bytes // _CREDIT_SHARE))
-
-
-def _memory() -> tuple[int, int]:
-    """Return all memory of the machine and what of it is available, in bytes.
-
-    Source: proc_meminfo(5). Where it tells nothing (no /proc), there is room.
-    """
-    found = {"MemTotal": 1 << 62, "MemAvailable": 1 << 62}
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in found:
-                found[name] = int(value.split()[0]) * KIB
-    except OSError:
-        pass
-    return found["MemTotal"], found["MemAvailable"]
+def _credit_of(limit_bytes: int) -> int:
+    return max(_CREDIT_LEAST_BYTES, min(_CREDIT_MOST_BYTES, limit_bytes // _CREDIT_SHARE))
