@@ -202,7 +202,9 @@ class DiskBounds:
             return level.room_bytes
         if level.limit_bytes - level.used_bytes < wanted_bytes:
             limit_mib = level.limit_bytes >> 20
-            raise OSError(errno.EDQUOT, f"the cache has reached its limit of {limit_mib} MiB")
+            raise OSError(
+                errno.EDQUOT, f"the cache has reached its limit of {limit_mib} MiB (--cache-size)"
+            )
         raise OSError(errno.ENOSPC, "No space left but what the cache leaves to others")
 
     def has_changed(self) -> bool:
@@ -240,7 +242,8 @@ class MemoryBounds:
         if left_bytes < wanted_bytes:
             limit_mib = self._limit_bytes >> 20
             raise OSError(
-                errno.EDQUOT, f"the cache in memory has reached its limit of {limit_mib} MiB"
+                errno.EDQUOT,
+                f"the cache in memory has reached its limit of {limit_mib} MiB (--cache-size)",
             )
         free_bytes = memory_left().available_bytes - self._floor_bytes
         if free_bytes < wanted_bytes:
