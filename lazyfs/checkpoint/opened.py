@@ -222,6 +222,7 @@ class OpenedCheckpoint:
         """
         self.layers.append(layer)
         self.do(layer.run)
+        self.do(layer.leave_note)
         if of_image:
             self.image_layers.append(layer)
             self.do(partial(self._watch, layer))

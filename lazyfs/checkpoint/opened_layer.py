@@ -2,12 +2,17 @@
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
+
+import trio
 
 from lazyfs.checkpoint.desk import Desk
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.walker import Walker
 from lazyfs.content.cache_file import CacheFile, open_cache_file
+from lazyfs.content.chunk_note import leave_note
 from lazyfs.content.completion import Completion
 from lazyfs.content.decoded_completion import DecodedCompletion
 from lazyfs.content.lanes import Lane
@@ -20,6 +25,7 @@ from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.ranges import ByteRange, coalesce
 from lazyfs.ground.settings import MIB
 from lazyfs.layers import table
+from lazyfs.layers.chunks import FixedChunks
 from lazyfs.layers.model import Entry, LayerDescriptor, LayerIndex, StreamIndex
 from lazyfs.layers.tar import walk_tar_stream
 from lazyfs.transport.blob import Blob
@@ -50,6 +56,8 @@ class OpenedLayer:
         """Finds its entries."""
         self.content: LayerContent | StreamedContent
         self._readahead: Readahead | None = None
+        self._noted_in: Path | None = None
+        """Where the cache wants to know how the layer is cut, if it cannot know that."""
         config = desk.config
         if isinstance(index, StreamIndex):
             entries: list[Entry] = []
@@ -66,10 +74,14 @@ class OpenedLayer:
             )
             return
         self.walker = Walker(index.walk, index.entries, self.look)
+        cache_file = _open_cache(desk, descriptor, index)
+        kept = cache_file is not None and cache_file.persistent
+        if kept and descriptor.digest is not None and not isinstance(index.chunks, FixedChunks):
+            self._noted_in = config.cache.home(descriptor.digest, _cache_tag(desk, index))
         self.content = LayerContent(
             blob,
             index.chunks,
-            _open_cache(desk, descriptor, index),
+            cache_file,
             desk.lanes,
             desk.fetcher,
             config.content,
@@ -128,6 +140,16 @@ class OpenedLayer:
             await self.content.run()
         elif self._readahead is not None:
             await self._readahead.run()
+
+    async def leave_note(self) -> None:
+        """Leave a note in the cache of how the layer is cut, for `lazyfs cache verify`."""
+        if self._noted_in is None or not isinstance(self.content, LayerContent):
+            return
+        job = partial(
+            leave_note, self._noted_in, self.content.chunks, trio.from_thread.check_cancelled
+        )
+        with suppress(OSError):
+            await trio.to_thread.run_sync(job)
 
     async def wait_end(self) -> None:
         """Come back when a stream is all here, and proven if it can be; raises as its reads do."""
@@ -198,9 +220,7 @@ def _source_key(desk: Desk) -> str:
 
 def _open_cache(desk: Desk, descriptor: LayerDescriptor, index: LayerIndex) -> CacheFile | None:
     chunks = index.chunks
-    tag = index.cache_tag
-    if not chunks.proven:
-        tag += "-" + _source_key(desk)
+    tag = _cache_tag(desk, index)
     try:
         return open_cache_file(
             desk.config.cache, descriptor.digest, tag, chunks.content_size_bytes, len(chunks)
@@ -209,3 +229,10 @@ def _open_cache(desk: Desk, descriptor: LayerDescriptor, index: LayerIndex) -> C
         where = desk.config.cache
         log.warning("no cache in %s (%s): what is read is kept in memory", where, error)
         return None
+
+
+def _cache_tag(desk: Desk, index: LayerIndex) -> str:
+    """Return what names all that proves the chunks, or else the source that they come from."""
+    if index.chunks.proven:
+        return index.cache_tag
+    return f"{index.cache_tag}-{_source_key(desk)}"

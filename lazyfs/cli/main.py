@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, _Lazy] = {
     "inspect": _Lazy("lazyfs.cli.inspect:inspect_command", "Tell what a checkpoint is."),
     "ls": _Lazy("lazyfs.cli.ls:ls_command", "List the files of a checkpoint."),
     "cat": _Lazy("lazyfs.cli.cat:cat_command", "Write a file of a checkpoint to standard output."),
+    "cache": _Lazy("lazyfs.cli.cache:cache_command", "Look after what mounts have kept."),
     "completion": _Lazy(
         "lazyfs.cli.completion:completion_command", "Print the completion script for a shell."
     ),

@@ -14,6 +14,7 @@ from lazyfs.cli.daemon import log_to, run_detached
 from lazyfs.cli.opening import proof_bar
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
 from lazyfs.cli.text import printable
+from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def mount_command(
     """Show a checkpoint as a directory, fetched as it is read.
 
     Returns when DIR answers; a daemon stays until DIR is unmounted. DIR must exist and be empty.
-    What is fetched is kept in the cache directory, so that it is fetched once. What the image's
+    What is fetched is kept in the cache, so that it is fetched once. What the image's
     annotations let fear of a restore on this machine is told; `lazyfs inspect --check` knows more.
 
     State: `getfattr --only-values --absolute-names -n user.lazyfs.status DIR` prints
@@ -67,6 +68,8 @@ def mount_command(
     parse_reference(reference)
     if log_file is not None:
         _check_writable(log_file)
+    if log_file is None or source.cache_kind == "disk":
+        make_private(source.cache_dir)
     mountpoint.prepare(directory)
     directory = directory.resolve()
 
@@ -108,12 +111,11 @@ def _serve(
 
     from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.cli.main import report
-    from lazyfs.content.cache import Cache
     from lazyfs.mount import MountConfig, serve_mount
 
-    cache_dir = source.cache_dir.absolute()
-    cache = Cache(cache_dir)
-    opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
+    opening = OpenConfig(
+        source.cache(), source.transport, source.content, source.referrers, proof_bar()
+    )
     config = MountConfig(reference, directory, opening, view)
 
     is_ready = False

@@ -30,10 +30,9 @@ def with_checkpoint(
 
     from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.checkpoint.opened import open_checkpoint
-    from lazyfs.content.cache import Cache
 
     config = OpenConfig(
-        Cache(source.cache_dir), source.transport, source.content, source.referrers, proof_bar()
+        source.cache(), source.transport, source.content, source.referrers, proof_bar()
     )
 
     async def main() -> _T:

@@ -6,14 +6,24 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import click
 
 from lazyfs.checkpoint.reference import FORMS
+from lazyfs.cli.sizes import size_or_share
 from lazyfs.cli.text import printable
-from lazyfs.ground.settings import MIRRORS, ContentSettings, TransportSettings
+from lazyfs.ground.settings import (
+    CACHE_LIMIT,
+    MIRRORS,
+    ContentSettings,
+    Limit,
+    TransportSettings,
+)
 from lazyfs.transport.run_directory import run_directory
+
+if TYPE_CHECKING:
+    from lazyfs.content.cache import Cache
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -30,6 +40,22 @@ class SourceOptions:
     transport: TransportSettings
     content: ContentSettings
     referrers: Literal["auto", "always", "never"]
+    cache_kind: Literal["disk", "memory"] = "disk"
+    cache_limit: Limit = CACHE_LIMIT
+
+    def cache(self) -> "Cache":
+        """Return where fetched bytes are to be kept; on disk there is a directory then.
+
+        Raises:
+            UsageError: others could read or change what is put into the directory.
+        """
+        from lazyfs.content.cache import Cache
+        from lazyfs.content.private_dir import make_private
+
+        if self.cache_kind == "memory":
+            return Cache.memory(self.cache_limit)
+        make_private(self.cache_dir)
+        return Cache(self.cache_dir.absolute(), self.cache_limit)
 
 
 def default_cache_dir() -> Path:
@@ -43,18 +69,49 @@ def default_cache_dir() -> Path:
     return (Path(given) if given.startswith("/") else Path.home() / ".cache") / "lazyfs"
 
 
-def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
-    """Give a command the options of everything that opens a checkpoint, as `source`."""
-
-    @click.option(
+def cache_dir_option(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Give a command `--cache-dir`; None if it is not given."""
+    return click.option(
         "--cache-dir",
-        type=click.Path(file_okay=False, path_type=Path),
+        type=click.Path(path_type=Path),
         envvar="LAZYFS_CACHE_DIR",
         show_envvar=True,
         metavar="DIR",
         help="Keep fetched bytes in DIR.  [default: /var/cache/lazyfs for root, "
         "otherwise lazyfs in the user's cache directory]",
+    )(command)
+
+
+def cache_size_option(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Give a command `--cache-size`."""
+    return click.option(
+        "--cache-size",
+        "cache_limit",
+        type=size_or_share,
+        default=CACHE_LIMIT,
+        envvar="LAZYFS_CACHE_SIZE",
+        show_envvar=True,
+        show_default="50% of the filesystem, or of available memory",
+        metavar="SIZE",
+        help="Keep at most so much (50G, 512MiB, 20%). What was used longest ago makes room; what "
+        "is mounted stays, and is read on without being kept where there is no room.",
+    )(command)
+
+
+def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
+    """Give a command the options of everything that opens a checkpoint, as `source`."""
+
+    @click.option(
+        "--cache",
+        "cache_kind",
+        type=click.Choice(["disk", "memory"]),
+        default="disk",
+        show_default=True,
+        help="Keep fetched bytes on disk, for later mounts too; or in this daemon's memory, so "
+        "that no process's memory gets to a disk (but for swap).",
     )
+    @cache_dir_option
+    @cache_size_option
     @click.option(
         "--plain-http",
         is_flag=True,
@@ -135,7 +192,9 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
     @functools.wraps(command)
     def with_source(
         *args: Any,
+        cache_kind: Literal["disk", "memory"],
         cache_dir: Path | None,
+        cache_limit: Limit,
         plain_http: bool,
         authfile: Path | None,
         tls_verify: bool,
@@ -163,6 +222,8 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
             ),
             content=ContentSettings(verify=verify),
             referrers=referrers,
+            cache_kind=cache_kind,
+            cache_limit=cache_limit,
         )
         return command(*args, source=source, **kwargs)
 

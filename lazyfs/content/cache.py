@@ -1,7 +1,12 @@
-"""Where content is kept: a directory that all daemons of a host share, or memory.
+"""Where content is kept: a directory that all daemons of a host share, or memory; and how much.
 
-DIR/layers/<digest>.<tag>/   the content of one layer (`cache_file.py`, `kept.py`)
-/incoming/                what is not whole yet (`incoming.py`), what is being removed
+    DIR/layers/<digest>.<tag>/   the content of one layer (`cache_file.py`, `kept.py`)
+       /incoming/                what is not whole yet (`incoming.py`), what is being removed
+       /lock                     held by who makes room (`room.py`)
+       /log/                     what daemons log
+
+In memory content is in memfds: nothing of it is ever written to a file. The kernel may swap
+their pages, as it may those of the processes that were checkpointed.
 """
 
 import mmap
@@ -9,20 +14,27 @@ import os
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
-from lazyfs.content.room import Room
+from lazyfs.content.room import DiskBounds, MemoryBounds, Room
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.settings import MIB
+from lazyfs.ground.settings import CACHE_LIMIT, MIB, Limit
 
 
 class Cache:
     """One host's cache, as one daemon sees it."""
 
-    def __init__(self, directory: Path | None) -> None:
+    def __init__(self, directory: Path | None, limit: Limit = CACHE_LIMIT) -> None:
         """Touch nothing yet. Without a `directory` all is kept in memory, and for nobody else."""
         self.directory = directory
-        self.room = Room()
+        self.room = Room(MemoryBounds(limit) if directory is None else DiskBounds(directory, limit))
+        """Asked before bytes are written to any file of the cache."""
+
+    @classmethod
+    def memory(cls, limit: Limit = CACHE_LIMIT) -> Self:
+        """Keep everything in memory, for this daemon alone."""
+        return cls(None, limit)
 
     def __str__(self) -> str:
         return str(self.directory) if self.directory is not None else "memory"
@@ -41,6 +53,7 @@ class Cache:
         if size_bytes > MIB and self.directory is not None:
             with suppress(OSError):
                 self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self.room.take(size_bytes)
                 with tempfile.TemporaryFile(dir=self.directory, buffering=0) as file:
                     os.posix_fallocate(file.fileno(), 0, size_bytes)
                     return mmap.mmap(file.fileno(), size_bytes)
@@ -54,8 +67,9 @@ class Cache:
         """
         if self.directory is None:
             return memoryview(bytes(data))
+        view = memoryview(data).cast("B")
+        self.room.take(len(view))
         with tempfile.TemporaryFile(dir=self.directory, buffering=0) as file:
-            view = memoryview(data).cast("B")
             written = 0
             while written < len(view):
                 written += file.write(view[written:])

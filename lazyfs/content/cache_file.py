@@ -32,6 +32,7 @@ from pathlib import Path
 import xxhash
 
 from lazyfs.content.cache import Cache
+from lazyfs.content.room import Room
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 
@@ -71,9 +72,15 @@ class CacheFile:
     """
 
     def __init__(
-        self, content_fd: int, size_bytes: int, home: Path | None = None, marks_fd: int = -1
+        self,
+        content_fd: int,
+        size_bytes: int,
+        home: Path | None = None,
+        marks_fd: int = -1,
+        room: Room | None = None,
     ) -> None:
         """Use `open_cache_file`; a private file has neither `home` nor marks."""
+        self._room = room or Room()
         self._content_fd = content_fd
         self._marks_fd = marks_fd
         self._home = home
@@ -97,6 +104,7 @@ class CacheFile:
 
     def write(self, content_start: int, pieces: Sequence[Data]) -> None:
         """Store `pieces`, one after the other, from `content_start` on."""
+        self._room.take(sum(map(len, pieces)))
         write_all(self._content_fd, content_start, pieces)
 
     def record(self, first: int, marks: Sequence[int]) -> None:
@@ -153,12 +161,12 @@ def open_cache_file(
     if cache.directory is None:
         fd = os.memfd_create("lazyfs", os.MFD_CLOEXEC)
         os.ftruncate(fd, size_bytes)
-        return CacheFile(fd, size_bytes)
+        return CacheFile(fd, size_bytes, room=cache.room)
     layers = cache.directory / "layers"
     layers.mkdir(mode=0o700, parents=True, exist_ok=True)
     home = cache.home(digest, tag) if digest is not None else None
     if home is None:
-        return _open_private(layers, size_bytes)
+        return _open_private(layers, size_bytes, cache.room)
     home.mkdir(mode=0o700, exist_ok=True)
     with ExitStack() as on_error:
         content_fd = os.open(home / "content", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -166,7 +174,7 @@ def open_cache_file(
         try:
             fcntl.flock(content_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            return _open_private(layers, size_bytes)
+            return _open_private(layers, size_bytes, cache.room)
         marks_fd = os.open(home / "marks", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         on_error.callback(os.close, marks_fd)
         for fd, wanted_bytes in ((content_fd, size_bytes), (marks_fd, count * MARK_BYTES)):
@@ -176,15 +184,15 @@ def open_cache_file(
                 os.ftruncate(fd, wanted_bytes)
         if os.fstat(marks_fd).st_size != count * MARK_BYTES:
             os.ftruncate(marks_fd, count * MARK_BYTES)
-        opened = CacheFile(content_fd, size_bytes, home, marks_fd)
+        opened = CacheFile(content_fd, size_bytes, home, marks_fd, cache.room)
         on_error.pop_all()
         return opened
 
 
-def _open_private(directory: Path, size_bytes: int) -> CacheFile:
+def _open_private(directory: Path, size_bytes: int, room: Room) -> CacheFile:
     with tempfile.TemporaryFile(dir=directory, buffering=0) as content:
         os.ftruncate(content.fileno(), size_bytes)
-        return CacheFile(os.dup(content.fileno()), size_bytes)
+        return CacheFile(os.dup(content.fileno()), size_bytes, room=room)
 
 
 def write_all(fd: int, offset: int, pieces: Sequence[Data]) -> None:

@@ -15,7 +15,6 @@ which.
 another thread that looks at the size first may slice the mapping up to there.
 """
 
-import errno
 import mmap
 import os
 from array import array
@@ -35,10 +34,6 @@ from lazyfs.ground.settings import MIB
 STRETCH_BYTES = 4 * MIB
 """Content without chunks of its own is marked by stretches of this size; part of the format."""
 _MAP_FIRST_BYTES = 64 * MIB
-_LEAVE_FREE_BYTES = 256 * MIB
-_LEAVE_FREE_SHARE = 16
-"""So much of a disk stays free, or this part of it if that is less: others write there too."""
-_LOOK_EVERY_BYTES = 16 * MIB
 
 
 class Strides:
@@ -91,7 +86,6 @@ class GrowingFile:
         self._served = Served() if cradle.notice is not None else None
         self._view = memoryview(b"")
         self._there_bytes = 0
-        self._look_at_bytes = 0
         self._withdrawn = False
 
     @property
@@ -198,7 +192,7 @@ class GrowingFile:
         self._compare_formers(start, piece)
         self._compare_known(start, known)
         if len(fresh):
-            self._take_room(len(fresh), stop)
+            self._room.take(len(fresh))
             if stop > len(self._view):
                 self._enlarge(max(_MAP_FIRST_BYTES, 2 * len(self._view), stop))
             write_all(self.fd, start + len(known), [fresh])
@@ -253,15 +247,3 @@ class GrowingFile:
     def _map(self, size_bytes: int) -> None:
         # The old mapping lives for as long as somebody holds a slice of it.
         self._view = memoryview(mmap.mmap(self.fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ))
-
-    def _take_room(self, count: int, stop: int) -> None:
-        self._room.take(count)
-        if stop > self._look_at_bytes and self.cradle.directory is not None:
-            self._leave_free(count)
-            self._look_at_bytes = stop + _LOOK_EVERY_BYTES
-
-    def _leave_free(self, more_bytes: int) -> None:
-        disk = os.fstatvfs(self.fd)
-        floor = min(_LEAVE_FREE_BYTES, disk.f_blocks * disk.f_frsize // _LEAVE_FREE_SHARE)
-        if disk.f_bavail * disk.f_frsize < floor + more_bytes:
-            raise OSError(errno.ENOSPC, f"less than {floor >> 20} MiB would be left free")

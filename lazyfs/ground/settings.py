@@ -6,6 +6,27 @@ from typing import Literal
 KIB = 1024
 MIB = 1024 * KIB
 MIRRORS = ("auto", "containers", "containerd", "none")
+GIB = 1024 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """How large something may become: so many bytes, or a part of what there is."""
+
+    count_bytes: int | None = None
+    percent: float = 100.0
+    least_bytes: int = 0
+    """A part of what there is comes to so much at least."""
+
+    def of(self, whole_bytes: int) -> int:
+        """Return the bytes that it comes to, where there are `whole_bytes` in all."""
+        if self.count_bytes is not None:
+            return self.count_bytes
+        return max(self.least_bytes, int(whole_bytes * self.percent / 100))
+
+
+CACHE_LIMIT = Limit(percent=50, least_bytes=GIB)
+"""Half of the filesystem that the cache is on, or of the memory that is available."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ import zstandard
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import IntegrityError, MalformedError, UnsupportedLayer
 from lazyfs.layers.chunks import DIGEST_BYTES
-from lazyfs.layers.model import Entry, LayerIndex
+from lazyfs.layers.model import ChunkMap, Entry, LayerIndex
 from lazyfs.layers.restart import WINDOW_BYTES, RestartPoint
 from lazyfs.layers.spans import GzipSpans
 from lazyfs.layers.tar import walk_tar
@@ -147,6 +147,19 @@ def open_restart_index(data: Data, blob_bytes: int) -> LayerIndex:
         entries=entries,
         walk=walk_tar(content_bytes, entries),
     )
+
+
+def chunks_in(data: Data) -> ChunkMap:
+    """Return how a restart index cuts its content, of whatever blob it is.
+
+    Raises:
+        MalformedError: it is no index, torn, or of another version.
+        UnsupportedLayer: nothing here can restart.
+    """
+    if len(data) < _HEAD.size:
+        raise MalformedError("the restart index is torn")
+    _, _, blob_bytes, _, _ = _HEAD.unpack_from(data)
+    return open_restart_index(data, blob_bytes).chunks
 
 
 class _Windows:

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from lazyfs.cli.options import SourceOptions, default_cache_dir, source_options
-from lazyfs.ground.settings import ContentSettings, TransportSettings
+from lazyfs.ground.settings import ContentSettings, Limit, TransportSettings
 from lazyfs.transport.run_directory import run_directory
 
 
@@ -95,6 +95,21 @@ def test_the_cache_directory_of_the_environment() -> None:
     env = {"LAZYFS_CACHE_DIR": "/tmp/env"}
     assert settings_of(env=env).cache_dir == Path("/tmp/env")
     assert settings_of("--cache-dir=/tmp/c", env=env).cache_dir == Path("/tmp/c")
+
+
+def test_where_bytes_are_kept_and_how_many() -> None:
+    settings = settings_of("--cache=memory", "--cache-size=2G")
+    assert (settings.cache_kind, settings.cache_limit) == ("memory", Limit(2 << 30))
+    assert settings.cache().directory is None
+    env = {"LAZYFS_CACHE_SIZE": "25%"}
+    assert settings_of(env=env).cache_limit == Limit(percent=25)
+    assert settings_of("--cache-size=1G", env=env).cache_limit == Limit(1 << 30)
+
+
+def test_the_cache_directory_is_made_for_its_owner(tmp_path: Path) -> None:
+    cache = settings_of(f"--cache-dir={tmp_path}/cache").cache()
+    assert cache.directory == tmp_path / "cache"
+    assert cache.directory.stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize(

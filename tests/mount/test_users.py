@@ -134,3 +134,29 @@ def test_a_user_may_not(home: Path) -> None:
     done = as_nobody(home, "lazyfs mount oci:layout mnt", mode="600")
     assert done.code == 1
     assert done.err.startswith("lazyfs: /dev/fuse cannot be opened: Permission denied; ")
+
+
+def test_a_users_cache_is_their_own(home: Path) -> None:
+    """Others cannot look into it, and nobody's cache is another's."""
+    script = """
+        lazyfs mount oci:layout mnt > /dev/null || exit 1
+        cat mnt/pages-1.img > /dev/null
+        lazyfs cache ls
+        lazyfs umount mnt || exit 2
+        lazyfs cache verify
+        lazyfs cache prune --all
+        lazyfs cache ls
+        lazyfs cache ls --cache-dir=root
+        lazyfs mount --cache-dir=root oci:layout mnt
+    """
+    done = as_nobody(home, script)
+    assert done.code == 2
+    listed, verified, removed, freed = done.out.splitlines()
+    assert listed.split("\t")[6] == "1", "a mount uses it"
+    assert verified.endswith(", as stored")
+    assert removed.startswith("removed sha256:")
+    assert freed.startswith("freed ")
+    refusal = "cannot be the cache, which holds secrets: it belongs to another user (uid 0); "
+    assert done.err.count(refusal) == 2
+    assert (home / "xdg/lazyfs").stat().st_mode & 0o777 == 0o700
+    assert list((home / "root").iterdir()) == []
