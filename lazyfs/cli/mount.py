@@ -3,18 +3,22 @@
 import errno
 import logging
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from lazyfs import mountpoint
+from lazyfs.address import Address, parse_address
 from lazyfs.checkpoint.reference import parse_reference
 from lazyfs.cli.daemon import log_to, run_detached
 from lazyfs.cli.opening import proof_bar
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
 from lazyfs.cli.text import printable
 from lazyfs.ground.errors import LazyfsError, UsageError
+from lazyfs.systemd import Notifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -46,6 +50,18 @@ _LOG_NAME_MOST_BYTES = 200
     metavar="FILE",
     help="Where the daemon logs.  [default: log/DIR.log in the cache directory]",
 )
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Take the place of a mount that is on DIR; who has files of it open keeps them, and its "
+    "daemon until they are closed.",
+)
+@click.option(
+    "--metrics",
+    metavar="ADDR",
+    help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
+    "read them: 127.0.0.1 is best.",
+)
 @source_options
 def mount_command(
     reference: str,
@@ -53,6 +69,8 @@ def mount_command(
     view: Literal["criu", "image"],
     foreground: bool,
     log_file: Path | None,
+    replace: bool,
+    metrics: str | None,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -61,24 +79,29 @@ def mount_command(
     What is fetched is kept in the cache directory, so that it is fetched once. What the image's
     annotations let fear of a restore on this machine is told; `lazyfs inspect --check` knows more.
 
-    State: `getfattr --only-values --absolute-names -n user.lazyfs.status DIR` prints
-    it as JSON.
+    DIR may be /dev/fd/N: an open /dev/fuse that the caller has mounted (mount(2) with fd=N) and
+    will unmount.
+
+    State: `lazyfs status DIR`.
     """
     parse_reference(reference)
     if log_file is not None:
         _check_writable(log_file)
-    mountpoint.prepare(directory)
-    directory = directory.resolve()
-
-    def serve(on_ready: "Callable[[str], None]") -> int:
-        return _serve(reference, directory, view, source, on_ready)
-
+    served_at = parse_address(metrics) if metrics is not None else None
+    descriptor = mountpoint.given_descriptor(directory)
+    if descriptor is None:
+        mountpoint.prepare(directory, replace=replace)
+        directory = directory.resolve()
+    job = _Job(reference, directory, view, descriptor, served_at, source)
     if foreground:
+        notifier = Notifier(os.environ)
         if log_file is not None:
             log_to(log_file)
-        return serve(click.echo)
+        return _serve(job, click.echo, notifier)
+    Notifier(os.environ)  # which is the caller's, not its daemon's
     log_file = log_file or _default_log(source.cache_dir, directory)
-    code, message = run_detached(serve, log_file.absolute())
+    kept = [descriptor] if descriptor is not None else []
+    code, message = run_detached(partial(_serve, job), log_file.absolute(), kept)
     if code == 0:
         click.echo(message)
     return code
@@ -96,13 +119,19 @@ def umount_command(directory: Path, lazy: bool) -> None:
     mountpoint.unmount(directory, lazy=lazy)
 
 
-def _serve(
-    reference: str,
-    directory: Path,
-    view: Literal["criu", "image"],
-    source: SourceOptions,
-    on_ready: "Callable[[str], None]",
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What was asked for."""
+
+    reference: str
+    directory: Path
+    view: Literal["criu", "image"]
+    descriptor: int | None
+    metrics: Address | None
+    source: SourceOptions
+
+
+def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | None" = None) -> int:
     """Import what a mount needs (after the fork: the caller does not), and live its life."""
     import trio
 
@@ -111,10 +140,10 @@ def _serve(
     from lazyfs.content.cache import Cache
     from lazyfs.mount import MountConfig, serve_mount
 
-    cache_dir = source.cache_dir.absolute()
-    cache = Cache(cache_dir)
+    source, directory = job.source, job.directory
+    cache = Cache(source.cache_dir.absolute())
     opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
-    config = MountConfig(reference, directory, opening, view)
+    config = MountConfig(job.reference, directory, opening, job.view, job.descriptor, job.metrics)
 
     is_ready = False
 
@@ -131,7 +160,7 @@ def _serve(
         is_ready = True
 
     try:
-        trio.run(serve_mount, config, tell)
+        trio.run(serve_mount, config, tell, notifier)
     except BaseException as error:
         if is_ready:  # a daemon has no standard error any more
             ours = isinstance(error, LazyfsError)
