@@ -56,6 +56,9 @@ class _Candidate:
 def known_mounts() -> list[Known]:
     """Return all mounts of this user, for root of everybody: by directory."""
     found = _ask_all(_candidates(mountpoint.mounts()))
+    pids = {known.told.get("pid") for known in found if known.state != "detached"}
+    # A daemon that was given its mount may not know its device, nor its socket's name tell it.
+    found = [each for each in found if each.state != "detached" or each.told.get("pid") not in pids]
     return sorted(found, key=lambda known: known.directory)
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -304,8 +304,28 @@ def attach(
 
 
 async def serve() -> None:
-    """Answer requests until the mount is gone."""
-    await pyfuse3.main(min_tasks=1, max_tasks=_TASKS_MOST)
+    """Answer requests until the mount is gone.
+
+    Raises:
+        LazyfsError: in a group: what was given as /dev/fd/N has not been mounted.
+    """
+    try:
+        await pyfuse3.main(min_tasks=1, max_tasks=_TASKS_MOST)
+    except* OSError as group:
+        if all(error.errno == errno.EPERM for error in _leaves(group)):
+            raise LazyfsError(
+                "/dev/fuse is open, but nothing has been mounted with it: call mount(2) with its "
+                "number (fd=N) before lazyfs is started"
+            ) from None
+        raise
+
+
+def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[OSError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 def forget_bytes(inode: int) -> None:

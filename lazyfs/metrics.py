@@ -13,6 +13,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
+from lazyfs.ground.counters import Counters
+
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
 _COUNTERS = {
@@ -64,7 +66,8 @@ class _Mount(Collector):
         yield GaugeMetricFamily("lazyfs_mounted_timestamp_seconds", "Since when", mounted_at_s)
         failed = float(state["failed"] is not None)
         yield GaugeMetricFamily("lazyfs_failed", "Whether bytes were found to be wrong", failed)
-        for key, (name, text) in _COUNTERS.items():
+        for key in Counters().snapshot():
+            name, text = _COUNTERS.get(key, (key, key.replace("_", " ")))
             yield CounterMetricFamily(f"lazyfs_{name}", text, state[key])
         for key, (name, text) in _GAUGES.items():
             if state[key] is not None:

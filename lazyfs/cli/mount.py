@@ -32,7 +32,7 @@ _LOG_NAME_MOST_BYTES = 200
 
 @click.command("mount", epilog=REFERENCE_HELP)
 @click.argument("reference", metavar="REF")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--view",
     type=click.Choice(["criu", "image"]),

@@ -196,9 +196,8 @@ def test_what_dead_daemons_left_is_cleared_away(mounts: Mounts, local: str) -> N
     assert left.exists()
     mounts.mount(local, at=mounts.home / "mnt")
     wait_until(lambda: len(all_mounts(mounts.home)) == 1, "one is left")
-    with socket.socket(socket.AF_UNIX) as link:
-        with suppress(FileNotFoundError):  # unless the new one has its name
-            link.connect(str(left))
+    with socket.socket(socket.AF_UNIX) as link, suppress(FileNotFoundError):
+        link.connect(str(left))  # where the new one has its name
 
 
 def test_nonsense_does_not_hurt(mounts: Mounts, local: str) -> None:
