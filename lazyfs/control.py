@@ -122,6 +122,7 @@ class _Conversation:
 
         self._h11 = h11
         self._stream = stream
+        self._wants_head = False
         self._http = h11.Connection(h11.SERVER, max_incomplete_event_size=_RECEIVE_BYTES)
 
     async def hold(self, answer: Callable[[Route], Answer]) -> None:
@@ -134,7 +135,8 @@ class _Conversation:
             return
         path = request.target.partition(b"?")[0].decode("ascii", "replace")
         route = Route(request.method.decode("ascii", "replace"), path)
-        if route.method == "HEAD":
+        self._wants_head = route.method == "HEAD"
+        if self._wants_head:
             route = Route("GET", path)
         await self._send(answer(route))
 
@@ -167,7 +169,8 @@ class _Conversation:
             ("Connection", "close"),
         ]
         out = self._http.send(h11.Response(status_code=answer.code, headers=headers)) or b""
-        out += self._http.send(h11.Data(data=answer.body)) or b""
+        if not self._wants_head:
+            out += self._http.send(h11.Data(data=answer.body)) or b""
         out += self._http.send(h11.EndOfMessage()) or b""
         await self._stream.send_all(out)
 

@@ -14,6 +14,9 @@ _STYLES = {"serving": "green", "detached": "yellow", "silent": "yellow"}
 _BAD = "bold red"
 _SHOWN_MOST = 8
 _DIGEST_SHOWN = 12
+_DIGITS_IN_LIST = 8
+_REFERENCE_MOST = 24
+_NAME_LEAST = 12
 _EXPLAINED = {
     "dead": "its daemon has ended; mount again, or clear it away: lazyfs umount {directory}",
     "stuck": "its daemon does not answer; detach it all the same: lazyfs umount --lazy {directory}",
@@ -54,8 +57,8 @@ def print_list(everything: list[Known]) -> None:
     from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("MOUNT", overflow="fold", ratio=3)
-    table.add_column("CHECKPOINT", overflow="ellipsis", no_wrap=True, ratio=4)
+    table.add_column("MOUNT", overflow="fold", min_width=_NAME_LEAST)
+    table.add_column("CHECKPOINT", no_wrap=True)
     table.add_column("HERE", justify="right", no_wrap=True)
     table.add_column("OFFLINE", no_wrap=True)
     table.add_column("OPEN", justify="right", no_wrap=True)
@@ -73,7 +76,7 @@ def print_list(everything: list[Known]) -> None:
     console.print(table)
     for known in everything:
         if known.state != "serving":
-            console.print(Text(f"\n{printable(known.directory)}: {_why(known)}"))
+            console.print(Text(f"\n{printable(known.directory)}: {printable(_why(known))}"))
 
 
 def print_detail(known: Known) -> None:
@@ -201,10 +204,14 @@ def _troubles(told: Mapping[str, Any]) -> Iterator[Fact]:
 
 
 def short_reference(reference: str) -> str:
-    """Return a reference with its digest cut short, fit for a terminal."""
-    name, at, digest = printable(reference).partition("@")
-    algorithm, colon, digits = digest.partition(":")
-    return f"{name}{at}{algorithm}{colon}{digits[:_DIGEST_SHOWN]}"
+    """Return what tells one checkpoint from another, in 24 columns: `web@19d1f0a2`."""
+    name, _, digest = printable(reference).partition("@")
+    last = name.rpartition("/")[2]
+    digits = digest.rpartition(":")[2][:_DIGITS_IN_LIST]
+    most = _REFERENCE_MOST - (len(digits) + 1 if digits else 0)
+    if len(last) > most:
+        last = last[: most - 1] + "…"
+    return f"{last}@{digits}" if digits else last
 
 
 def _state(known: Known) -> str:
@@ -217,7 +224,7 @@ def _why(known: Known) -> str:
     failed = known.told.get("failed")
     if known.state == "failed" and failed:
         return f"{failed}; every read fails"
-    return printable(_EXPLAINED.get(known.state, "").format(directory=known.directory))
+    return _EXPLAINED.get(known.state, "").format(directory=known.directory)
 
 
 def _style(known: Known) -> str:
