@@ -15,12 +15,13 @@ import lazyfs
 from lazyfs.activity import Activity
 from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.opened_layer import OpenedLayer
+from lazyfs.checkpoint.trust import trust_of
 
 _LISTED_MOST = 64
 _TEXT_MOST = 2000
 _XATTR_MOST_BYTES = 64 * 1024
 """Linux, `include/uapi/linux/limits.h`, XATTR_SIZE_MAX."""
-_LEFT_OUT_FIRST = ("fetches", "reading", "layers", "warnings", "mirrors")
+_LEFT_OUT_FIRST = ("fetches", "reading", "trust", "layers", "warnings", "mirrors")
 """What is shortened, in this order, where all of it would be too long."""
 
 
@@ -73,6 +74,7 @@ class MountState:
             "failed": str(poison) if poison is not None else None,
             "last_error": activity.last_error and activity.last_error[:_TEXT_MOST],
             "last_error_at": _iso(activity.last_error_at_s) if activity.last_error else None,
+            "trust": [asdict(row) for row in trust_of(checkpoint)][:_LISTED_MOST],
             "layers": layers[:_LISTED_MOST],
             **checkpoint.counters.snapshot(),
             "warnings": list(self.warnings),

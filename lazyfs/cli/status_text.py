@@ -99,7 +99,7 @@ def print_detail(known: Known) -> None:
 def facts(known: Known) -> Iterator[Fact]:
     """Yield what is known of a mount, fit for a terminal."""
     for fact in _facts(known):
-        yield fact._replace(text=printable(fact.text))
+        yield Fact(printable(fact.label), printable(fact.text), fact.style)
 
 
 def _facts(known: Known) -> Iterator[Fact]:
@@ -144,23 +144,24 @@ def _content(told: Mapping[str, Any]) -> Iterator[Fact]:
     layers = _mappings(told, "layers")
     for number, layer in enumerate(layers[:_SHOWN_MOST], 1):
         label = "Layer" if len(layers) == 1 else f"Layer {number}"
-        yield Fact(label, f"{_layer(layer)}")
+        yield Fact(label, _layer(layer))
     if len(layers) > _SHOWN_MOST:
         yield Fact("Layers", f"and {len(layers) - _SHOWN_MOST} more")
+    for row in _mappings(told, "trust")[:_SHOWN_MOST]:
+        when = f"; {row.get('when')}" if row.get("when") != "never" else ""
+        yield Fact(f"Proof of {row.get('what')}", f"{row.get('proven_by')}{when}")
 
 
 def _layer(layer: Mapping[str, Any]) -> str:
     digest = str(layer.get("digest") or "without a digest")
     algorithm, colon, digits = digest.partition(":")
     name = f"{algorithm}:{digits[:_DIGEST_SHOWN]}…" if colon else digest
-    proof = {
-        "chunk": "each chunk by its digest, before it is served",
-        "layer": "by the layer's digest",
+    state = {
+        "chunk": "each chunk is proven before it is served",
+        "layer": "proven" if layer.get("blob_proven") is True else "not proven yet",
         "none": "nothing to prove it by",
     }.get(str(layer.get("proof")), "")
-    if layer.get("proof") == "layer":
-        proof += ": done" if layer.get("blob_proven") is True else ": not yet"
-    return f"{name} {layer.get('format')}; proof: {proof}"
+    return f"{name} as {layer.get('format')}, {state}"
 
 
 def _waiting(told: Mapping[str, Any]) -> Iterator[Fact]:

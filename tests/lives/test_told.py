@@ -14,6 +14,7 @@ from lazyfs.metrics import exposition
 from lazyfs.status import bounded
 
 GIB = 1 << 30
+_ASKED_FOR = "the digest asked for"
 REFERENCE = "registry.example/checkpoints/web@sha256:" + "19d1" * 16
 
 
@@ -46,6 +47,7 @@ def told(**more: Any) -> dict[str, Any]:
         "last_error": None,
         "last_error_at": None,
         "layers": [{**layer, "blob_proven": False}],
+        "trust": [{"what": "manifest", "proven_by": _ASKED_FOR, "when": "before it is parsed"}],
         **Counters().snapshot(),
         "warnings": [],
         **more,
@@ -172,7 +174,8 @@ def test_all_about_one() -> None:
     text = text_of(mount)
     for line in (
         "Here: 256 MiB of 1.0 GiB (25%), 0 B of it proven",
-        "Layer: sha256:abababababab… tar; proof: by the layer's digest: not yet",
+        "Layer: sha256:abababababab… as tar, not proven yet",
+        "Proof of manifest: the digest asked for; before it is parsed",
         "Unmount: busy: 2 files and 1 directory held open",
         "Waiting: p: 4.0 KiB at 4096, for 2.2 s",
         "Waiting: and 2 more reads",
