@@ -52,8 +52,9 @@ def wait_command(directory: Path, complete: bool, unused: bool, timeout: float |
     bar = _Bar()
 
     def look(known: "Known") -> None:
-        _raise_if_hopeless(known, directory, complete=complete)
+        _raise_if_hopeless(known, directory)
         if complete:
+            _raise_if_incomplete(known, directory)
             bar.show(known.told)
 
     def is_so(known: "Known") -> bool:
@@ -63,7 +64,7 @@ def wait_command(directory: Path, complete: bool, unused: bool, timeout: float |
         return not unused or told.get("safe_unmount") is True
 
     if complete:
-        look(asking.known_mount(directory))
+        _raise_if_hopeless(asking.known_mount(directory), directory)
         asking.request_completion(directory)
     try:
         asking.wait_for(directory, is_so, look, timeout_s=timeout)
@@ -81,11 +82,13 @@ def _wish(complete: bool, unused: bool) -> str:
     return " and ".join([*words, "unused"] if unused else words)
 
 
-def _raise_if_hopeless(known: "Known", directory: Path, *, complete: bool) -> None:
+def _raise_if_hopeless(known: "Known", directory: Path) -> None:
     if known.state in _CANNOT_BE:
         raise LazyfsError(f"{directory}: {_CANNOT_BE[known.state]}")
-    if not complete:
-        return
+
+
+def _raise_if_incomplete(known: "Known", directory: Path) -> None:
+    """Raise what has come of the wish to have all of it, if that is bad."""
     failed = known.told.get("failed")
     if failed is not None:
         raise IntegrityError(f"{directory} has failed: {failed}")

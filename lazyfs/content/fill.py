@@ -37,6 +37,7 @@ async def fill(
         LazyfsError: there is no room for it.
     """
     size_bytes = content.content_size_bytes
+    readahead.take_fill_error()  # of somebody's who asked before
     for start in range(0, size_bytes, _STEP_BYTES):
         stop = min(start + _STEP_BYTES, size_bytes)
         ahead = ByteRange(start, min(start + _AHEAD_BYTES, size_bytes))

@@ -159,16 +159,17 @@ def test_what_others_have_put_in_the_way_is_not_used(home: Path) -> None:
     """A directory for sockets that somebody else has made: the mount goes without one."""
     script = """
         mkdir -m 777 there
-        XDG_RUNTIME_DIR=$PWD; export XDG_RUNTIME_DIR
+        export XDG_RUNTIME_DIR=$PWD XDG_CACHE_HOME=$PWD/other
         ln -s there lazyfs
         lazyfs mount oci:layout mnt || exit 1
         lazyfs status mnt | grep State || exit 2
         lazyfs wait --complete mnt && exit 3
         lazyfs umount mnt || exit 4
         ls -A there
+        rm -r other
     """
     done = as_nobody(home, script)
-    assert done.code == 0
+    assert done.code == 0, done
     said, state = done.out.splitlines()
     assert said.startswith("mounted ")
     assert state == "State: serving", "by the extended attribute"
