@@ -74,6 +74,10 @@ def _live(
 
         log_to(log_file)
         code = serve(ready)
+    except BaseException as error:  # noqa: BLE001 - nobody else will say it
+        from lazyfs.cli.main import report
+
+        code = report(error)
     finally:
         logging.shutdown()
         os._exit(code)
