@@ -72,22 +72,22 @@ class _Mount(Collector):
         for key, (name, text) in _GAUGES.items():
             if state[key] is not None:
                 yield GaugeMetricFamily(f"lazyfs_{name}", text, float(state[key]))
-        yield from self._mirrors()
+        yield from self._places()
 
-    def _mirrors(self) -> Iterator[Metric]:
-        mirrors = [each for each in self._state["mirrors"] if isinstance(each, Mapping)]
-        if not mirrors:
+    def _places(self) -> Iterator[Metric]:
+        places = [each for each in self._state["places"] if isinstance(each, Mapping)]
+        if not places:
             return
         failures = GaugeMetricFamily(
-            "lazyfs_mirror_failures", "Attempts that failed since one succeeded", labels=["mirror"]
+            "lazyfs_place_failures", "Attempts that failed since one succeeded", labels=["place"]
         )
         lied = GaugeMetricFamily(
-            "lazyfs_mirror_lied",
+            "lazyfs_place_lied",
             "Whether it gave bytes that contradict a digest",
-            labels=["mirror"],
+            labels=["place"],
         )
-        for mirror in mirrors:
-            failures.add_metric([str(mirror.get("name"))], float(mirror.get("failures") or 0))
-            lied.add_metric([str(mirror.get("name"))], float(bool(mirror.get("lie"))))
+        for place in places:
+            failures.add_metric([str(place.get("name"))], float(place.get("failures") or 0))
+            lied.add_metric([str(place.get("name"))], float(bool(place.get("lied"))))
         yield failures
         yield lied

@@ -6,7 +6,7 @@ Keys are kept, new ones may come (`docs/json.md`). Nothing here waits for anythi
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.trust import trust_of
 
 _LISTED_MOST = 64
+_LISTED_PLACES_MOST = 16
 _TEXT_MOST = 2000
 _XATTR_MOST_BYTES = 64 * 1024
 """Linux, `include/uapi/linux/limits.h`, XATTR_SIZE_MAX."""
-_LEFT_OUT_FIRST = ("fetches", "reading", "trust", "layers", "warnings", "mirrors")
+_LEFT_OUT_FIRST = ("fetches", "reading", "trust", "layers", "warnings", "places")
 """What is shortened, in this order, where all of it would be too long."""
 
 
@@ -67,9 +68,9 @@ class MountState:
             "open_directories": activity.open_directories,
             "reads_waiting": activity.reads_waiting,
             "longest_wait_s": round(activity.longest_wait_s, 3),
-            "reading": [_plain(each) for each in activity.reading()],
-            "fetches": _asked(checkpoint.desk.fetcher, "waiting"),
-            "mirrors": _asked(checkpoint.image.source, "healths"),
+            "reading": [_plain(asdict(each)) for each in activity.reading()],
+            "fetches": [_plain(asdict(each)) for each in checkpoint.desk.fetcher.waiting()],
+            "places": _places(checkpoint),
             "completion": self.completion(),
             "failed": str(poison) if poison is not None else None,
             "last_error": activity.last_error and activity.last_error[:_TEXT_MOST],
@@ -122,18 +123,14 @@ def _layer(layer: OpenedLayer) -> dict[str, Any]:
     }
 
 
-def _asked(part: object, question: str) -> list[Any]:
-    """Return what a part of the mount tells of itself, if it can."""
-    answer = getattr(part, question, None)
-    return [_plain(each) for each in answer()][:_LISTED_MOST] if answer is not None else []
+def _places(checkpoint: OpenedCheckpoint) -> list[dict[str, Any]]:
+    source = checkpoint.image.source
+    healths = source.healths() if source is not None else ()
+    return [health.snapshot() for health in healths[:_LISTED_PLACES_MOST]]
 
 
 def _plain(value: Any) -> Any:
     """Return what JSON can hold."""
-    if hasattr(value, "snapshot"):
-        value = value.snapshot()
-    if is_dataclass(value) and not isinstance(value, type):
-        value = asdict(value)
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, float):

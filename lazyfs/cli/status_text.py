@@ -121,7 +121,7 @@ def _facts(known: Known) -> Iterator[Fact]:
     unused = told.get("safe_unmount") is True
     yield Fact("Unmount", "safe: nobody holds a file" if unused else _open_words(told))
     yield from _waiting(told)
-    yield from _mirrors(told)
+    yield from _places(told)
     yield from _troubles(told)
     yield Fact("Daemon", f"process {told.get('pid')}, lazyfs {told.get('version')}")
 
@@ -177,18 +177,39 @@ def _waiting(told: Mapping[str, Any]) -> Iterator[Fact]:
     if more > 0:
         yield Fact("Waiting", f"and {plural(more, 'more read', 'more reads')}")
     for fetch in _mappings(told, "fetches")[:_SHOWN_MOST]:
-        yield Fact("Fetching", ", ".join(f"{key} {value}" for key, value in _filled(fetch)))
+        yield Fact("Fetching", _fetch(fetch))
     completion = told.get("completion")
     if isinstance(completion, Mapping) and completion.get("state") == "running":
         done, whole = (_number(completion, key, 0) for key in ("done_bytes", "all_bytes"))
         yield Fact("Completing", f"{done * 100 // max(1, whole)}% done")
 
 
-def _mirrors(told: Mapping[str, Any]) -> Iterator[Fact]:
-    for mirror in _mappings(told, "mirrors"):
-        others = [f"{key} {value}" for key, value in _filled(mirror) if key != "name"]
-        style = _BAD if mirror.get("lie") else ""
-        yield Fact("Mirror", ", ".join([str(mirror.get("name")), *others]), style)
+def _fetch(fetch: Mapping[str, Any]) -> str:
+    wanted = fetch.get("byte_range")
+    wanted = wanted if isinstance(wanted, Mapping) else {}
+    text = (
+        f"{fetch.get('blob')}, bytes {wanted.get('start')} to {wanted.get('stop')} from "
+        f"{fetch.get('place')}, for {_seconds(fetch, 'since_s')}, silent for "
+        f"{_seconds(fetch, 'silent_s')}, {plural(_number(fetch, 'attempts', 0), 'attempt')}"
+    )
+    return text + (f"; {fetch['last_error']}" if fetch.get("last_error") else "")
+
+
+def _places(told: Mapping[str, Any]) -> Iterator[Fact]:
+    for place in _mappings(told, "places"):
+        words = [str(place.get("name"))]
+        if place.get("first_byte_ms") is not None:
+            words.append(f"answers after {place['first_byte_ms']} ms")
+        if place.get("lied") is True:
+            words.append("gave wrong bytes: it is asked no more")
+        elif place.get("resting") is True:
+            words.append("rests: others are asked first")
+        failures = _number(place, "failures", 0)
+        if failures:
+            attempts = plural(failures, "attempt")
+            words.append(f"{attempts} failed, the last: {place.get('last_error')}")
+        style = _BAD if place.get("lied") is True else "yellow" if failures else ""
+        yield Fact("Place", ", ".join(words), style)
 
 
 def _troubles(told: Mapping[str, Any]) -> Iterator[Fact]:
@@ -255,8 +276,8 @@ def _open_words(told: Mapping[str, Any]) -> str:
     return f"busy: {files} held open"
 
 
-def _seconds(each: Mapping[str, Any]) -> str:
-    waits_s = each.get("waits_s")
+def _seconds(each: Mapping[str, Any], key: str = "waits_s") -> str:
+    waits_s = each.get(key)
     return f"{waits_s:.1f} s" if isinstance(waits_s, int | float) else "?"
 
 
@@ -268,7 +289,3 @@ def _number(told: Mapping[str, Any], key: str, otherwise: Any) -> Any:
 def _mappings(told: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
     value = told.get(key)
     return [each for each in value if isinstance(each, Mapping)] if isinstance(value, list) else []
-
-
-def _filled(each: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(key, value) for key, value in each.items() if value not in (None, "", False, [], {})]

@@ -41,7 +41,7 @@ def told(**more: Any) -> dict[str, Any]:
         "longest_wait_s": 0.0,
         "reading": [],
         "fetches": [],
-        "mirrors": [],
+        "places": [],
         "completion": None,
         "failed": None,
         "last_error": None,
@@ -111,14 +111,14 @@ def test_it_fits_into_an_attribute() -> None:
 
 
 def test_metrics_follow_prometheus_conventions() -> None:
-    mirrors = [{"name": "m.example", "failures": 3, "lie": None}]
-    text = exposition(told(requests=5, mirrors=mirrors, content_bytes=None)).decode()
+    places = [{"name": "m.example", "failures": 3, "lied": False}]
+    text = exposition(told(requests=5, places=places, content_bytes=None)).decode()
     families = {family.name: family for family in text_string_to_metric_families(text)}
     values = {each.name: each.value for family in families.values() for each in family.samples}
     assert values["lazyfs_source_requests_total"] == 5
     assert values["lazyfs_here_bytes"] == GIB // 4
     assert "lazyfs_content_bytes" not in values, "not known yet"
-    assert values["lazyfs_mirror_failures"] == 3
+    assert values["lazyfs_place_failures"] == 3
     assert families["lazyfs_mount_info"].samples[0].labels["reference"] == REFERENCE
     assert values["lazyfs_mounted_timestamp_seconds"] == 1767323045
     for name, family in families.items():
@@ -162,8 +162,21 @@ def test_all_about_one() -> None:
     mount = known(
         reading=[{"path": "p", "offset": 4096, "size_bytes": 4096, "waits_s": 2.25}],
         reads_waiting=3,
-        fetches=[{"blob": "b", "attempts": 2}],
-        mirrors=[{"name": "m.example", "failures": 1}],
+        fetches=[
+            {
+                "blob": "b",
+                "byte_range": {"start": 1, "stop": 9},
+                "place": "m.example",
+                "attempts": 2,
+                "since_s": 3.0,
+                "silent_s": 1.0,
+                "last_error": "reset",
+            }
+        ],
+        places=[
+            {"name": "m.example", "failures": 1, "last_error": "gone", "resting": True},
+            {"name": "r.example", "failures": 0, "lied": True, "first_byte_ms": 7.5},
+        ],
         completion={"state": "running", "done_bytes": 1, "all_bytes": 2},
         last_error="read answered with an error: gone",
         last_error_at="2026-01-02T03:04:06+00:00",
@@ -179,8 +192,9 @@ def test_all_about_one() -> None:
         "Unmount: busy: 2 files and 1 directory held open",
         "Waiting: p: 4.0 KiB at 4096, for 2.2 s",
         "Waiting: and 2 more reads",
-        "Fetching: blob b, attempts 2",
-        "Mirror: m.example, failures 1",
+        "Fetching: b, bytes 1 to 9 from m.example, for 3.0 s, silent for 1.0 s, 2 attempts; reset",
+        "Place: m.example, rests: others are asked first, 1 attempt failed, the last: gone",
+        "Place: r.example, answers after 7.5 ms, gave wrong bytes: it is asked no more",
         "Completing: 50% done",
         "Failed: 1 read answered with an error",
         "Last error: read answered with an error: gone (2026-01-02T03:04:06+00:00)",
@@ -200,7 +214,7 @@ def test_one_of_which_little_is_known(state: str) -> None:
 
 def test_a_daemon_that_lies_hurts_no_terminal() -> None:
     """Another user's, or another version's: whatever it tells is shown or left out."""
-    wrong = {"layers": [1, {}], "reading": [{}], "mirrors": {}}
+    wrong = {"layers": [1, {}], "reading": [{}], "places": {}}
     nasty = dict.fromkeys(told(), "\x1b[2J") | wrong
     for lie in (nasty, dict.fromkeys(told()), {"layers": {"a": 1}}, told(content_bytes=0)):
         mount = Known("/mnt/\x1b", "r\n", "serving", lie)
