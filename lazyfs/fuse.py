@@ -8,17 +8,17 @@ number of links may change, of a directory and of a container's files, while nam
 """
 
 import errno
-import json
 import logging
 import os
 import stat
 import time
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import suppress
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
+import trio
 from pyfuse3 import (
     EntryAttributes,
     FileHandleT,
@@ -34,8 +34,9 @@ from pyfuse3 import (
     XAttrNameT,
 )
 
+from lazyfs.activity import Activity
 from lazyfs.checkpoint.overlay import OPAQUE_XATTRS
-from lazyfs.checkpoint.tree import Node
+from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.content.model import Reader
 from lazyfs.ground.counters import Counters
@@ -105,15 +106,19 @@ class CheckpointOperations(pyfuse3.Operations):
         view: View,
         open_reader: Callable[[Node], Reader],
         counters: Counters,
-        status: Callable[[], Mapping[str, Any]],
+        activity: Activity,
+        status: Callable[[], bytes],
     ) -> None:
-        """`status` gives what `STATUS_XATTR` shows."""
+        """`status` gives what `STATUS_XATTR` shows: JSON of at most 64 KiB."""
         super().__init__()
         self._view = view
         self._open_reader = open_reader
         self._counters = counters
+        self._activity = activity
         self._status = status
         self._is_root = os.geteuid() == 0
+        self.begun = trio.Event()
+        """Set when the kernel and we have agreed on how to talk."""
         self._readers: dict[int, Reader] = {}
         self._next_handle = 1
         self._failure, self._failure_at_s = "", 0.0
@@ -126,10 +131,15 @@ class CheckpointOperations(pyfuse3.Operations):
         """Count a request that is answered with an error, and log it; repetitions now and then."""
         self._counters.failed_reads += operation == "read"
         text = f"{operation} answered with an error: {error}"
+        self._activity.failed(text)
         now_s = time.monotonic()
         if text != self._failure or now_s - self._failure_at_s >= _SAY_AGAIN_S:
             self._failure, self._failure_at_s = text, now_s
             log.error("%s", text)
+
+    def init(self) -> None:
+        """The kernel's first message has been answered."""
+        self.begun.set()
 
     # -- names ------------------------------------------------------------------------------
 
@@ -154,6 +164,7 @@ class CheckpointOperations(pyfuse3.Operations):
     @_guarded
     async def opendir(self, inode: InodeT, ctx: RequestContext) -> FileHandleT:
         """The handle of a directory is its inode."""
+        self._activity.open_directories += 1
         return FileHandleT(inode)
 
     @_guarded
@@ -172,6 +183,7 @@ class CheckpointOperations(pyfuse3.Operations):
     @_guarded
     async def releasedir(self, fh: FileHandleT) -> None:
         """Listings are kept: they are small and cannot change."""
+        self._activity.open_directories -= 1
 
     # -- bytes ------------------------------------------------------------------------------
 
@@ -182,13 +194,19 @@ class CheckpointOperations(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         handle = self._next_handle
         self._next_handle += 1
-        self._readers[handle] = self._open_reader(self._view.node(inode))
+        node = self._view.node(inode)
+        self._readers[handle] = self._open_reader(node)
+        self._activity.opened(handle, path_of(node), ctx.pid)
         return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> Data:  # type: ignore[override]
         """Exactly the bytes that the file's size promises, or an error; a view, not a copy."""
-        data = await self._readers[fh].read(off, size)
+        number = self._activity.read_begins(fh, off, size)
+        try:
+            data = await self._readers[fh].read(off, size)
+        finally:
+            self._activity.read_ends(number)
         self._counters.reads += 1
         self._counters.bytes_read += len(data)
         return data
@@ -196,6 +214,7 @@ class CheckpointOperations(pyfuse3.Operations):
     @_guarded
     async def release(self, fh: FileHandleT) -> None:
         """Forget an open file."""
+        self._activity.released(fh)
         self._readers.pop(fh, None)
 
     # -- the whole --------------------------------------------------------------------------
@@ -217,7 +236,7 @@ class CheckpointOperations(pyfuse3.Operations):
         """The root's are the mount's state and its daemon; a container's files have their own."""
         if inode == pyfuse3.ROOT_INODE:
             if name == STATUS_XATTR.encode():
-                return json.dumps(self._status()).encode()
+                return self._status()
             if name == PID_XATTR.encode():
                 return str(os.getpid()).encode()
         wanted = decode_name(name)
@@ -285,8 +304,28 @@ def attach(
 
 
 async def serve() -> None:
-    """Answer requests until the mount is gone."""
-    await pyfuse3.main(min_tasks=1, max_tasks=_TASKS_MOST)
+    """Answer requests until the mount is gone.
+
+    Raises:
+        LazyfsError: in a group: what was given as /dev/fd/N has not been mounted.
+    """
+    try:
+        await pyfuse3.main(min_tasks=1, max_tasks=_TASKS_MOST)
+    except* OSError as group:
+        if all(error.errno == errno.EPERM for error in _leaves(group)):
+            raise LazyfsError(
+                "/dev/fuse is open, but nothing has been mounted with it: call mount(2) with its "
+                "number (fd=N) before lazyfs is started"
+            ) from None
+        raise
+
+
+def _leaves(group: BaseExceptionGroup[OSError]) -> Iterator[OSError]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
 
 
 def forget_bytes(inode: int) -> None:

@@ -9,23 +9,31 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
 from lazyfs import fuse
+from lazyfs.activity import Activity
+from lazyfs.address import Address
 from lazyfs.checkpoint.desk import OpenConfig
 from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
-from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
+from lazyfs.control import Answer, Route, Server, as_json, listen
 from lazyfs.ground.errors import LazyfsError, NotACheckpoint, raise_sole_error
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.model import EntryType
+from lazyfs.mountpoint import device_of
+from lazyfs.rundir import ListeningSocket
+from lazyfs.status import MountState
+from lazyfs.systemd import Notifier
+from lazyfs.whole import Whole
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.findings import Finding
@@ -34,9 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0005
-_LISTED_LAYERS_MOST = 64
-"""In the status: an extended attribute holds 64 KiB."""
-_LISTED_PLACES_MOST = 16
+_METRICS = Route("GET", "/metrics")
 _SMALL_FILE_BYTES = MIB
 _SMALL_FILES_BYTES = 32 * MIB
 _READAHEAD_KIB = 1024
@@ -54,6 +60,10 @@ class MountConfig:
     directory: Path
     open: OpenConfig
     view: Literal["criu", "image"] = "criu"
+    descriptor: int | None = None
+    """An open /dev/fuse that somebody has mounted; `directory` is `/dev/fd/N` then."""
+    metrics: Address | None = None
+    """Where to serve metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +77,12 @@ class Ready:
     """What may keep it from being restored here, as far as the annotations tell."""
 
 
-async def serve_mount(config: MountConfig, on_ready: Callable[[Ready], None]) -> None:
+async def serve_mount(
+    config: MountConfig, on_ready: Callable[[Ready], None], notifier: Notifier | None = None
+) -> None:
     """Mount, call `on_ready` once the directory answers, return when it is unmounted.
 
-    SIGTERM, SIGINT and SIGHUP unmount.
+    SIGTERM, SIGINT and SIGHUP unmount. `notifier`: who is told how things are, beside.
 
     Raises:
         LazyfsError: whatever keeps it from being mounted.
@@ -80,13 +92,15 @@ async def serve_mount(config: MountConfig, on_ready: Callable[[Ready], None]) ->
         async with trio.open_nursery() as nursery:
             doubts = _Doubts()
             nursery.start_soon(doubts.look_at_host)
-            await _serve(config, doubts, on_ready)
+            await _serve(config, doubts, on_ready, notifier or Notifier({}))
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise_sole_error(group)
 
 
-async def _serve(config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None]) -> None:
+async def _serve(
+    config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None], notifier: Notifier
+) -> None:
     is_image = config.view == "image"
     async with open_checkpoint(config.reference, config.open, unpack=is_image) as checkpoint:
         view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
@@ -94,7 +108,8 @@ async def _serve(config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Rea
             async with trio.open_nursery() as nursery:
                 await nursery.start(_stop_on_signal, nursery.cancel_scope)
                 nursery.start_soon(_warm, checkpoint, view)
-                await _mounted(config, checkpoint, view, doubts, on_ready)
+                mount = _Mount(config, checkpoint, view, doubts, notifier)
+                await mount.live(on_ready)
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise_sole_error(group)
@@ -152,52 +167,122 @@ def _host() -> "Host":
     return collect_host()
 
 
-async def _mounted(
-    config: MountConfig,
-    checkpoint: OpenedCheckpoint,
-    view: View,
-    doubts: _Doubts,
-    on_ready: Callable[[Ready], None],
-) -> None:
-    operations = fuse.CheckpointOperations(
-        view,
-        checkpoint.reader,
-        checkpoint.counters,
-        lambda: {**status(config, checkpoint), "warnings": doubts.messages},
-    )
-    directory = str(config.directory)
-    fuse.attach(operations, directory, checkpoint.reference, allow_other=os.geteuid() == 0)
-    try:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_announce, config, checkpoint, doubts, on_ready)
-            nursery.start_soon(_withdraw, checkpoint, view)
-            for layer in checkpoint.layers:
-                if layer.completion is not None:
-                    nursery.start_soon(layer.completion.run)
-            await fuse.serve()
-            nursery.cancel_scope.cancel()
-    finally:
-        fuse.detach()
-        log.info("unmounted %s", directory)
+class _Mount:
+    """One mount of an opened checkpoint, and all that runs beside it."""
 
+    def __init__(
+        self,
+        config: MountConfig,
+        checkpoint: OpenedCheckpoint,
+        view: View,
+        doubts: _Doubts,
+        notifier: Notifier,
+    ) -> None:
+        self._config = config
+        self._checkpoint = checkpoint
+        self._view = view
+        self._doubts = doubts
+        self._notifier = notifier
+        self._whole = Whole(checkpoint)
+        activity = Activity()
+        self._state = MountState(
+            config.directory,
+            config.view,
+            checkpoint,
+            activity,
+            doubts.messages,
+            time.time(),
+            self._whole.as_json,
+        )
+        self._operations = fuse.CheckpointOperations(
+            view, checkpoint.reader, checkpoint.counters, activity, self._state.as_xattr
+        )
 
-async def _announce(
-    config: MountConfig,
-    checkpoint: OpenedCheckpoint,
-    doubts: _Doubts,
-    on_ready: Callable[[Ready], None],
-) -> None:
-    """Wait until the kernel and we have agreed, then raise its limits and tell."""
-    # Abandoned on the way out: whoever stops serving would wait for an answer of his own.
-    answer = await trio.to_thread.run_sync(config.directory.stat, abandon_on_cancel=True)
-    raise_kernel_limits(answer.st_dev)
-    checkpoint.raise_if_condemned()  # it may have been found wrong already
-    log.info("mounted %s on %s", checkpoint.reference, config.directory)
-    await doubts.look_at_annotations(checkpoint)
-    checkpoint.raise_if_condemned()
-    directory = checkpoint.images_directory or ""
-    on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages)))
-    await doubts.look_inside(checkpoint)
+    async def live(self, on_ready: Callable[[Ready], None]) -> None:
+        """Mount; come back when that has ended."""
+        config, checkpoint = self._config, self._checkpoint
+        directory = str(config.directory)
+        with ExitStack() as stack:
+            listening = await listen(config.metrics) if config.metrics is not None else []
+            for each in listening:
+                stack.callback(each.close)
+            fuse.attach(
+                self._operations, directory, checkpoint.reference, allow_other=os.geteuid() == 0
+            )
+            stack.callback(log.info, "unmounted %s", directory)
+            stack.callback(fuse.detach)
+            stack.callback(self._notifier.tell, STOPPING="1")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._announce, on_ready, nursery)
+                nursery.start_soon(_withdraw, checkpoint, self._view)
+                nursery.start_soon(self._whole.run)
+                for each in listening:
+                    nursery.start_soon(Server({_METRICS: self._tell_metrics}).serve, each)
+                for layer in checkpoint.layers:
+                    if layer.completion is not None:
+                        nursery.start_soon(layer.completion.run)
+                await fuse.serve()
+                nursery.cancel_scope.cancel()
+
+    async def _announce(self, on_ready: Callable[[Ready], None], nursery: trio.Nursery) -> None:
+        """Wait until the kernel and we have agreed, then raise its limits and tell."""
+        config, checkpoint, doubts = self._config, self._checkpoint, self._doubts
+        if config.descriptor is not None:
+            await self._operations.begun.wait()
+            device = device_of(config.descriptor)
+        else:
+            # Abandoned on the way out: whoever stops serving would wait for an answer of his own.
+            answer = await trio.to_thread.run_sync(config.directory.stat, abandon_on_cancel=True)
+            device = answer.st_dev
+        if device is not None:
+            raise_kernel_limits(device)
+        checkpoint.raise_if_condemned()  # it may have been found wrong already
+        log.info("mounted %s on %s", checkpoint.reference, config.directory)
+        await doubts.look_at_annotations(checkpoint)
+        checkpoint.raise_if_condemned()
+        await nursery.start(self._be_controlled, device)
+        directory = checkpoint.images_directory or ""
+        on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages)))
+        self._notifier.tell(READY="1")
+        nursery.start_soon(self._notifier.keep_telling, self._describe)
+        await doubts.look_inside(checkpoint)
+
+    async def _be_controlled(
+        self, device: int | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        """Answer on the control socket, if there can be one."""
+        try:
+            listening = await trio.to_thread.run_sync(ListeningSocket, device)
+        except OSError as error:
+            log.warning("there is no control socket: %s", error)
+            task_status.started()
+            return
+        handlers = {
+            Route("GET", "/status"): lambda: as_json(self._state.as_json()),
+            _METRICS: self._tell_metrics,
+            Route("POST", "/complete"): self._complete,
+        }
+        try:
+            task_status.started()
+            await Server(handlers, only_user=os.geteuid()).serve(listening.socket)
+        finally:
+            listening.close()
+
+    def _tell_metrics(self) -> Answer:
+        from lazyfs import metrics
+
+        return Answer(metrics.exposition(self._state.as_json()), metrics.CONTENT_TYPE)
+
+    def _complete(self) -> Answer:
+        self._whole.ask()
+        return as_json({"completion": self._whole.as_json()}, 202)
+
+    def _describe(self) -> str:
+        state = self._state.as_json()
+        if state["failed"] is not None:
+            return f"failed: {state['failed']}"
+        safe = ", safe to go offline" if state["safe_offline"] else ""
+        return f"{state['reference']}: {state['here_bytes'] // MIB} MiB here{safe}"
 
 
 async def _withdraw(checkpoint: OpenedCheckpoint, view: View) -> None:
@@ -271,51 +356,3 @@ async def _root(checkpoint: OpenedCheckpoint, view: Literal["criu", "image"]) ->
             f"it is {described}"
         )
     return checkpoint.tree.root if view == "image" else checkpoint.images.node
-
-
-def status(config: MountConfig, checkpoint: OpenedCheckpoint) -> Mapping[str, Any]:
-    """What a mount tells of itself; keys are kept, new ones may come."""
-    layers = [_layer_status(layer) for layer in checkpoint.image_layers]
-    main = layers[checkpoint.images.layer if checkpoint.images is not None else 0]
-    poison = checkpoint.poison
-    return {
-        "reference": checkpoint.reference,
-        "directory": str(config.directory),
-        "view": config.view,
-        "pid": os.getpid(),
-        "layer_digest": main["digest"],
-        "layer_format": main["format"],
-        "layer_bytes": sum(layer["size_bytes"] for layer in layers),
-        "content_bytes": _sum(layer["content_bytes"] for layer in layers),
-        "here_bytes": sum(layer["here_bytes"] for layer in layers),
-        "chunks_proven": all(layer["proof"] == "chunk" for layer in layers),
-        "blob_proven": all(layer["blob_proven"] for layer in layers),
-        "failed": str(poison) if poison is not None else None,
-        "layers": layers[:_LISTED_LAYERS_MOST],
-        "places": _places(checkpoint),
-        **checkpoint.counters.snapshot(),
-    }
-
-
-def _places(checkpoint: OpenedCheckpoint) -> list[dict[str, Any]]:
-    source = checkpoint.image.source
-    healths = source.healths() if source is not None else ()
-    return [health.snapshot() for health in healths[:_LISTED_PLACES_MOST]]
-
-
-def _layer_status(layer: OpenedLayer) -> dict[str, Any]:
-    return {
-        "digest": str(layer.descriptor.digest) if layer.descriptor.digest else None,
-        "format": layer.format_name,
-        "proof": layer.proof,
-        "size_bytes": layer.descriptor.size_bytes,
-        "content_bytes": layer.content_bytes,
-        "here_bytes": layer.content.here_bytes(),
-        "blob_proven": layer.blob_proven,
-    }
-
-
-def _sum(sizes: Iterable[int | None]) -> int | None:
-    """Add up, unless one is not known yet."""
-    known = list(sizes)
-    return None if None in known else sum(size for size in known if size is not None)

@@ -9,6 +9,7 @@ import os
 import re
 import select
 import shutil
+import stat
 import subprocess
 import threading
 import time
@@ -24,7 +25,12 @@ from lazyfs.ground.errors import LazyfsError, UsageError
 _T = TypeVar("_T")
 
 FUSE_DEVICE = Path("/dev/fuse")
+_FUSE_NUMBER = os.makedev(10, 229)
+"""Linux, `Documentation/admin-guide/devices.txt`."""
 _FILESYSTEM = "fuse.lazyfs"
+_USER_ID = re.compile(r"(?:^|,)user_id=(\d+)")
+_GIVEN = re.compile(r"/dev/fd/(\d{1,9})")
+_CONNECTION = re.compile(r"^fuse_connection:\s*(\d+)$", re.MULTILINE)
 _OCTAL = re.compile(r"\\([0-7]{3})")
 _PROGRAM_TIMEOUT_S = 30
 _ANSWER_TIMEOUT_S = 5
@@ -38,6 +44,15 @@ class Mounted:
     directory: str
     filesystem: str
     source: str
+    device: int = 0
+    """As `st_dev` of what is mounted: there is one for each mount of a FUSE filesystem."""
+    user_id: int = 0
+    """For whom a FUSE filesystem was mounted."""
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is a lazyfs mount, as far as its type tells."""
+        return self.filesystem == _FILESYSTEM
 
 
 def mounts() -> list[Mounted]:
@@ -45,8 +60,19 @@ def mounts() -> list[Mounted]:
     found = []
     for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
         left, _, right = line.partition(" - ")
-        filesystem, source, *_ = right.split(" ")
-        found.append(Mounted(_unescape(left.split(" ")[4]), filesystem, _unescape(source)))
+        filesystem, source, *options = right.split(" ")
+        words = left.split(" ")
+        major, _, minor = words[2].partition(":")
+        user = _USER_ID.search(options[0]) if options else None
+        found.append(
+            Mounted(
+                _unescape(words[4]),
+                filesystem,
+                _unescape(source),
+                os.makedev(int(major), int(minor)),
+                int(user[1]) if user else 0,
+            )
+        )
     return found
 
 
@@ -56,21 +82,60 @@ def mounted_at(directory: Path) -> Mounted | None:
     return next((item for item in reversed(mounts()) if item.directory == path), None)
 
 
-def prepare(directory: Path) -> None:
+def given_descriptor(directory: Path) -> int | None:
+    """Return N if the mount point is `/dev/fd/N`: somebody else has mounted, and hands us the end.
+
+    They have opened /dev/fuse as N and have called mount(2) with `fd=N`; they will unmount too.
+    Source: libfuse, `lib/fuse_lowlevel.c`, `fuse_session_mount`.
+
+    Raises:
+        UsageError: N is not open, or is something else.
+    """
+    found = _GIVEN.fullmatch(str(directory))
+    if found is None:
+        return None
+    number = int(found[1])
+    try:
+        answer = os.fstat(number)
+    except OSError:
+        raise UsageError(
+            f"{directory} is not open: pass it on when starting lazyfs, with the filesystem mounted"
+        ) from None
+    if not stat.S_ISCHR(answer.st_mode) or answer.st_rdev != _FUSE_NUMBER:
+        raise UsageError(f"{directory} is not open on {FUSE_DEVICE}")
+    return number
+
+
+def device_of(descriptor: int) -> int | None:
+    """Return the device of the mount that an open /dev/fuse serves, where the kernel tells."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/self/fdinfo/{descriptor}").read_text()
+        found = _CONNECTION.search(text)
+        if found is not None:
+            return os.makedev(0, int(found[1]))
+    return None
+
+
+def prepare(directory: Path, *, replace: bool = False) -> None:
     """See that a directory can be mounted on; a dead mount of an earlier daemon is cleared.
+
+    `replace`: so is a living one; who has files of it open keeps them, and its daemon.
 
     Raises:
         UsageError: it is missing, no directory, not empty or a mount already.
         LazyfsError: FUSE is not to be had.
     """
     mounted = mounted_at(directory)
-    if mounted is not None and mounted.filesystem == _FILESYSTEM and is_dead(directory):
+    if mounted is not None and mounted.is_ours and (replace or is_dead(directory)):
         detach(directory, lazy=True)
         mounted = mounted_at(directory)
     if mounted is not None:
         advice = "mount on an empty directory"
-        if mounted.filesystem == _FILESYSTEM:
-            advice = f"unmount it first: lazyfs umount {directory}"
+        if mounted.is_ours:
+            advice = (
+                f"unmount it first: lazyfs umount {directory}; or take its place: "
+                f"lazyfs mount --replace"
+            )
         raise UsageError(
             f"{directory} is a mount already ({mounted.filesystem} of {mounted.source}); {advice}"
         )
@@ -134,7 +199,7 @@ def unmount(directory: Path, *, lazy: bool, timeout_s: float = 20.0) -> None:
         LazyfsError: it is busy, or not ours to unmount.
     """
     mounted = mounted_at(directory)
-    if mounted is None or mounted.filesystem != _FILESYSTEM:
+    if mounted is None or not mounted.is_ours:
         what = f"a mount of {mounted.filesystem}" if mounted else "not a mount point"
         raise UsageError(f"{directory} is not a lazyfs mount: it is {what}")
     try:

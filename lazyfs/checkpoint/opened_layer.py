@@ -15,6 +15,7 @@ from lazyfs.content.cache_file import CacheFile, open_cache_file
 from lazyfs.content.chunk_note import leave_note
 from lazyfs.content.completion import Completion
 from lazyfs.content.decoded_completion import DecodedCompletion
+from lazyfs.content.fill import fill
 from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent, at_once
 from lazyfs.content.model import Reader
@@ -124,6 +125,26 @@ class OpenedLayer:
             return self.content.proven
         return self.content.holdings.sealed
 
+    @property
+    def is_local(self) -> bool:
+        """Whether all of it is here, and was found whole by this daemon."""
+        size_bytes = self.content.content_size_bytes
+        if size_bytes is None:
+            return False
+        if isinstance(self.content, StreamedContent):
+            return self.content.peek(ByteRange(0, size_bytes)) is not None
+        return self.content.here_bytes() >= size_bytes
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing of it remains to be proven: it is, or nothing promises a digest."""
+        return self.content.proven or self.blob_proven or self.descriptor.digest is None
+
+    def proven_bytes(self) -> int:
+        """How much of the content is here and proven by a digest."""
+        proven = self.content.proven or self.blob_proven
+        return self.content.here_bytes() if proven else 0
+
     def reader(
         self, content_start: int, size_bytes: int, family: ByteRange | None = None
     ) -> Reader:
@@ -174,6 +195,32 @@ class OpenedLayer:
             await self.completion.prove(eager=True, on_progress=on_progress)
         if self.descriptor.digest is None:
             log.warning("the archive has no digest that it could be verified by")
+
+    async def complete(
+        self, on_progress: Callable[[int, int], None] | None = None, *, alone: bool = False
+    ) -> None:
+        """Come back when all of it is here, and proven as far as it can be.
+
+        `on_progress` is told bytes done, and bytes in all. `alone`: nobody else reads, and the
+        layer's `completion` is not running.
+
+        Raises:
+            IntegrityError: it is not what its digest promises.
+            FetchError, SourceError: it could not be had.
+            LazyfsError: there is no room for it.
+        """
+        if isinstance(self.content, StreamedContent):
+            await self.content.prove(on_progress)
+            return
+        if self._readahead is None:
+            raise AssertionError("a layer that is read at random has a readahead")
+        if self.completion is not None and not self.content.holdings.sealed:
+            if alone:
+                await self.completion.prove(eager=True, on_progress=on_progress)
+            else:
+                await self.completion.hurry(on_progress)
+            on_progress = None
+        await fill(self.content, self._readahead, eager=alone, on_progress=on_progress)
 
     async def look(self, wanted: Sequence[ByteRange]) -> list[bytes]:
         """Return the bytes of content ranges, fetched at once, and nothing ahead of them.

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lazyfs.cli.options import OneLine
@@ -19,12 +19,16 @@ _READY_LIMIT_BYTES = 64 * 1024
 _INTERRUPTED = 130
 
 
-def run_detached(serve: Callable[[Callable[[str], None]], int], log_file: Path) -> tuple[int, str]:
+def run_detached(
+    serve: Callable[[Callable[[str], None]], int],
+    log_file: Path,
+    kept: Collection[int] = (),
+) -> tuple[int, str]:
     """Run `serve` in a child that lives on; return when it is ready or has failed.
 
     `serve` is given a function to call once, with a message for the caller, when it is ready;
     what it returns is the child's exit code. Returned are the exit code for the caller (0 when
-    ready) and that message.
+    ready) and that message. The child keeps the descriptors `kept`, and no other of the caller's.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -32,7 +36,7 @@ def run_detached(serve: Callable[[Callable[[str], None]], int], log_file: Path) 
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _live(serve, writing, log_file)
+        _live(serve, writing, log_file, kept)
     os.close(writing)
     try:
         with open(reading, "rb") as pipe:
@@ -50,12 +54,14 @@ def run_detached(serve: Callable[[Callable[[str], None]], int], log_file: Path) 
     return abs(code) or 1, ""
 
 
-def _live(serve: Callable[[Callable[[str], None]], int], pipe: int, log_file: Path) -> None:
+def _live(
+    serve: Callable[[Callable[[str], None]], int], pipe: int, log_file: Path, kept: Collection[int]
+) -> None:
     """Be the child; never returns."""
     code = 1
     try:
         os.setsid()
-        _close_inherited(pipe)
+        _close_inherited({pipe, *kept})
 
         def ready(message: str) -> None:
             os.write(pipe, message.encode())
@@ -68,6 +74,10 @@ def _live(serve: Callable[[Callable[[str], None]], int], pipe: int, log_file: Pa
 
         log_to(log_file)
         code = serve(ready)
+    except BaseException as error:  # noqa: BLE001 - nobody else will say it
+        from lazyfs.cli.main import report
+
+        code = report(error)
     finally:
         logging.shutdown()
         os._exit(code)
@@ -87,9 +97,9 @@ def log_to(path: Path) -> None:
         logger.addHandler(to_file)
 
 
-def _close_inherited(kept: int) -> None:
+def _close_inherited(kept: Collection[int]) -> None:
     """Let go of the caller's descriptors: a lock of its shell must not live as long as we do."""
     for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
-        if descriptor > 2 and descriptor != kept:
+        if descriptor > 2 and descriptor not in kept:
             with contextlib.suppress(OSError):
                 os.close(descriptor)

@@ -36,6 +36,18 @@ COMMANDS: Mapping[str, _Lazy] = {
         "lazyfs.cli.mount:mount_command", "Show a checkpoint as a directory, fetched as it is read."
     ),
     "umount": _Lazy("lazyfs.cli.mount:umount_command", "End a mount, or clear away a dead one."),
+    "status": _Lazy(
+        "lazyfs.cli.status:status_command",
+        "Show how mounts are: what is here, who waits, what failed.",
+    ),
+    "wait": _Lazy(
+        "lazyfs.cli.wait:wait_command",
+        "Come back when a mount is safe to go offline, or safe to unmount.",
+    ),
+    "warm": _Lazy(
+        "lazyfs.cli.warm:warm_command",
+        "Fetch all of a checkpoint into the cache, proven, so that mounts need no network.",
+    ),
     "inspect": _Lazy("lazyfs.cli.inspect:inspect_command", "Tell what a checkpoint is."),
     "ls": _Lazy("lazyfs.cli.ls:ls_command", "List the files of a checkpoint."),
     "cat": _Lazy("lazyfs.cli.cat:cat_command", "Write a file of a checkpoint to standard output."),

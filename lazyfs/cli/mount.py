@@ -3,12 +3,15 @@
 import errno
 import logging
 import os
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from lazyfs import mountpoint
+from lazyfs.address import Address, parse_address
 from lazyfs.checkpoint.reference import parse_reference
 from lazyfs.cli.daemon import log_to, run_detached
 from lazyfs.cli.opening import proof_bar
@@ -16,6 +19,7 @@ from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, ve
 from lazyfs.cli.text import printable
 from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
+from lazyfs.systemd import Notifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +33,7 @@ _LOG_NAME_MOST_BYTES = 200
 
 @click.command("mount", epilog=REFERENCE_HELP)
 @click.argument("reference", metavar="REF")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(readable=False, path_type=Path))
 @click.option(
     "--view",
     type=click.Choice(["criu", "image"]),
@@ -47,6 +51,18 @@ _LOG_NAME_MOST_BYTES = 200
     metavar="FILE",
     help="Where the daemon logs.  [default: log/DIR.log in the cache directory]",
 )
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Take the place of a mount that is on DIR; who has files of it open keeps them, and its "
+    "daemon until they are closed.",
+)
+@click.option(
+    "--metrics",
+    metavar="ADDR",
+    help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
+    "read them: 127.0.0.1 is best.",
+)
 @source_options
 def mount_command(
     reference: str,
@@ -54,6 +70,8 @@ def mount_command(
     view: Literal["criu", "image"],
     foreground: bool,
     log_file: Path | None,
+    replace: bool,
+    metrics: str | None,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -62,26 +80,31 @@ def mount_command(
     What is fetched is kept in the cache, so that it is fetched once. What the image's
     annotations let fear of a restore on this machine is told; `lazyfs inspect --check` knows more.
 
-    State: `getfattr --only-values --absolute-names -n user.lazyfs.status DIR` prints
-    it as JSON.
+    DIR may be /dev/fd/N: an open /dev/fuse that the caller has mounted (mount(2) with fd=N) and
+    will unmount.
+
+    State: `lazyfs status DIR`.
     """
     parse_reference(reference)
     if log_file is not None:
         _check_writable(log_file)
     if log_file is None or source.cache_kind == "disk":
         make_private(source.cache_dir)
-    mountpoint.prepare(directory)
-    directory = directory.resolve()
-
-    def serve(on_ready: "Callable[[str], None]") -> int:
-        return _serve(reference, directory, view, source, on_ready)
-
+    served_at = parse_address(metrics) if metrics is not None else None
+    descriptor = mountpoint.given_descriptor(directory)
+    if descriptor is None:
+        mountpoint.prepare(directory, replace=replace)
+        directory = directory.resolve()
+    job = _Job(reference, directory, view, descriptor, served_at, source)
     if foreground:
+        notifier = Notifier(os.environ)
         if log_file is not None:
             log_to(log_file)
-        return serve(click.echo)
+        return _serve(job, click.echo, notifier)
+    Notifier(os.environ)  # which is the caller's, not its daemon's
     log_file = log_file or _default_log(source.cache_dir, directory)
-    code, message = run_detached(serve, log_file.absolute())
+    kept = [descriptor] if descriptor is not None else []
+    code, message = run_detached(partial(_serve, job), log_file.absolute(), kept)
     if code == 0:
         click.echo(message)
     return code
@@ -99,13 +122,19 @@ def umount_command(directory: Path, lazy: bool) -> None:
     mountpoint.unmount(directory, lazy=lazy)
 
 
-def _serve(
-    reference: str,
-    directory: Path,
-    view: Literal["criu", "image"],
-    source: SourceOptions,
-    on_ready: "Callable[[str], None]",
-) -> int:
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What was asked for."""
+
+    reference: str
+    directory: Path
+    view: Literal["criu", "image"]
+    descriptor: int | None
+    metrics: Address | None
+    source: SourceOptions
+
+
+def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | None" = None) -> int:
     """Import what a mount needs (after the fork: the caller does not), and live its life."""
     import trio
 
@@ -113,10 +142,10 @@ def _serve(
     from lazyfs.cli.main import report
     from lazyfs.mount import MountConfig, serve_mount
 
-    opening = OpenConfig(
-        source.cache(), source.transport, source.content, source.referrers, proof_bar()
-    )
-    config = MountConfig(reference, directory, opening, view)
+    source, directory = job.source, job.directory
+    cache = source.cache()
+    opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
+    config = MountConfig(job.reference, directory, opening, job.view, job.descriptor, job.metrics)
 
     is_ready = False
 
@@ -133,7 +162,7 @@ def _serve(
         is_ready = True
 
     try:
-        trio.run(serve_mount, config, tell)
+        trio.run(serve_mount, config, tell, notifier)
     except BaseException as error:
         if is_ready:  # a daemon has no standard error any more
             ours = isinstance(error, LazyfsError)

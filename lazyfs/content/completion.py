@@ -43,6 +43,35 @@ class BlobProof(ABC):
         self._digest = digest
         self._name = name
         self.hashed_bytes = 0
+        self.hurried = False
+        """Somebody waits for the proof: `run` fetches what is missing while others read, too."""
+        self._trouble: LazyfsError | None = None
+
+    async def hurry(self, on_progress: Callable[[int, int], None] | None = None) -> None:
+        """Come back when `run`, which must be running, has proven the blob; sooner than else.
+
+        Raises:
+            IntegrityError: it is not what its digest promises.
+            FetchError, SourceError: it could not be had; `run` goes on trying.
+        """
+        self.hurried = True
+        self._trouble = None
+        try:
+            while not self._content.holdings.sealed:
+                self._content.raise_if_condemned()
+                if self._trouble is not None:
+                    raise self._trouble
+                with trio.move_on_after(_LOOK_AGAIN_S):
+                    await self._content.wait_news()
+                if on_progress is not None:
+                    on_progress(self.hashed_bytes, self.all_bytes)
+        finally:
+            self.hurried = False
+
+    @property
+    @abstractmethod
+    def all_bytes(self) -> int:
+        """What `hashed_bytes` comes to."""
 
     async def run(self) -> None:
         """Prove the blob at leisure, and again whenever its proof is lost; for ever."""
@@ -55,7 +84,7 @@ class BlobProof(ABC):
                 except IntegrityError:
                     continue  # said, and the content condemned, where it was found
                 except LazyfsError as error:
-                    log.warning("%s is not proven yet: %s", self._name, error)
+                    self._complain(error)
                     await trio.sleep(_REST_S)
                 except Exception:  # a bug must not end the mount
                     log.exception("%s cannot be proven: please report this", self._name)
@@ -74,6 +103,10 @@ class BlobProof(ABC):
             IntegrityError: the blob is not what its digest promises; the content is condemned.
             FetchError, SourceError: `eager`, and it could not be had.
         """
+
+    def _complain(self, error: LazyfsError) -> None:
+        log.warning("%s is not proven yet: %s", self._name, error)
+        self._trouble = error
 
     def _settle(self, hasher: "_Hash") -> None:
         """Compare, and seal or condemn."""
@@ -98,6 +131,11 @@ class Completion(BlobProof):
         """`readahead` must be running; `name` is the blob's, for messages."""
         super().__init__(content, digest, name)
         self._readahead = readahead
+
+    @property
+    def all_bytes(self) -> int:
+        """Of the content, which is the blob."""
+        return self._content.chunks.content_size_bytes
 
     async def prove(
         self, *, eager: bool, on_progress: Callable[[int, int], None] | None = None
@@ -126,12 +164,13 @@ class Completion(BlobProof):
             if error is not None:
                 if eager:
                     raise error
-                log.warning("%s is not proven yet: %s", self._name, error)
+                self._complain(error)
                 await trio.sleep(_REST_S)
-            if eager or lanes.idle_for_s >= idle_s:
+            is_idle = lanes.idle_for_s >= idle_s
+            if eager or self.hurried or is_idle:
                 if not self._content.holdings.keeps_all:
                     return  # what is fetched ahead would have to go before it is hashed
-                self._readahead.fill(ahead, eager=eager)
+                self._readahead.fill(ahead, eager=eager or (self.hurried and is_idle))
             with trio.move_on_after(_LOOK_AGAIN_S):
                 await self._content.wait_change(step)
 

@@ -46,6 +46,11 @@ class DecodedCompletion(BlobProof):
         super().__init__(content, digest, name)
         self._stream = stream
 
+    @property
+    def all_bytes(self) -> int:
+        """Of the blob."""
+        return self._content.blob.size_bytes
+
     async def prove(
         self, *, eager: bool, on_progress: Callable[[int, int], None] | None = None
     ) -> None:
@@ -103,12 +108,10 @@ class DecodedCompletion(BlobProof):
     def _connections(self) -> int:
         """Keep out of the way of readers and of what is fetched for them."""
         lanes, settings = self._content.lanes, self._content.settings
-        if lanes.idle_for_s < settings.idle_s or self._content.is_fetching:
+        is_idle = lanes.idle_for_s >= settings.idle_s and not self._content.is_fetching
+        if not is_idle and not self.hurried:
             return 0
         return 1 if lanes.yielding else settings.completion_connections
-
-    def _complain(self, error: LazyfsError) -> None:
-        log.warning("%s is not proven yet: %s", self._name, error)
 
     def _hashed(self, count: int) -> None:
         self.hashed_bytes += count

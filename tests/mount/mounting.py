@@ -155,6 +155,10 @@ except OSError as error:
         with self._process.stdout as out:
             return out.read().strip() or self.said
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def is_waiting(self) -> bool:
         return self._process.poll() is None
 
@@ -172,6 +176,9 @@ class Mount:
         self.directory = directory
         self.said = said
         self.pid = pid or int(os.getxattr(directory, "user.lazyfs.pid"))
+
+    def __str__(self) -> str:
+        return str(self.directory)
 
     def __truediv__(self, name: str) -> Path:
         return self.directory / name

@@ -124,6 +124,59 @@ def test_a_users_mount_ends(home: Path) -> None:
     assert done.out.splitlines()[-1] == str(len(FILES["checkpoint/inventory.img"]))
 
 
+def test_a_users_mount_tells_of_itself(home: Path) -> None:
+    """To the user, by a socket in a directory of the user's own; where there is none, in /tmp."""
+    script = """
+        set -e
+        state() { "$PYTHON" -c 'import json, sys; print(json.load(sys.stdin)["state"])'; }
+        lazyfs mount oci:layout mnt > /dev/null
+        lazyfs status --json mnt | state
+        lazyfs wait --complete --unused mnt
+        lazyfs status mnt | grep Offline
+        stat --format='%a %u' "$RUN" "$RUN"/mount-*.sock
+        lazyfs status | cut -f 2
+        lazyfs umount mnt
+        ls "$RUN"
+        lazyfs status
+    """
+    for setting, run_dir in (
+        ("XDG_RUNTIME_DIR=$PWD/xdg-run; mkdir -m 700 $XDG_RUNTIME_DIR", f"{home}/xdg-run/lazyfs"),
+        ("unset XDG_RUNTIME_DIR; XDG_RUNTIME_DIR=", f"/tmp/lazyfs-{NOBODY}"),
+    ):
+        setup = f"{setting}; export XDG_RUNTIME_DIR; RUN={run_dir};"
+        done = as_nobody(home, setup + script)
+        assert (done.code, done.err) == (0, "")
+        assert done.out.splitlines() == [
+            "serving",
+            "Offline: safe: all is here and proven",
+            f"700 {NOBODY}",
+            f"600 {NOBODY}",
+            "serving",
+        ]
+
+
+def test_what_others_have_put_in_the_way_is_not_used(home: Path) -> None:
+    """A directory for sockets that somebody else has made: the mount goes without one."""
+    script = """
+        mkdir -m 777 there
+        export XDG_RUNTIME_DIR=$PWD XDG_CACHE_HOME=$PWD/other
+        ln -s there lazyfs
+        lazyfs mount oci:layout mnt || exit 1
+        lazyfs status mnt | grep State || exit 2
+        lazyfs wait --complete mnt && exit 3
+        lazyfs umount mnt || exit 4
+        ls -A there
+        rm -r other
+    """
+    done = as_nobody(home, script)
+    assert done.code == 0, done
+    said, state = done.out.splitlines()
+    assert said.startswith("mounted ")
+    assert state == "State: serving", "by the extended attribute"
+    assert "there is no control socket: " in done.err
+    assert "its daemon has no control socket" in done.err
+
+
 def test_a_user_may_not(home: Path) -> None:
     """Mount on what is not theirs, or without the right to open the device."""
     done = as_nobody(home, "lazyfs mount oci:layout root")

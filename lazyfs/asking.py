@@ -1,0 +1,228 @@
+"""Questions to the daemons of this machine's mounts, from outside; none may hold up who asks.
+
+Light imports only. What a daemon says is another process's word, for root perhaps another user's:
+it is bounded in size and time, and not believed to be text for a terminal.
+"""
+
+import http.client
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Literal
+
+from lazyfs import mountpoint, rundir
+from lazyfs.ground.errors import LazyfsError, UsageError
+from lazyfs.mountpoint import Mounted
+
+ANSWER_TIMEOUT_S = 5.0
+_ANSWER_MOST_BYTES = 4 << 20
+_STATUS_XATTR = "user.lazyfs.status"
+
+State = Literal["serving", "failed", "stuck", "dead", "silent", "detached"]
+
+
+@dataclass(frozen=True)
+class Known:
+    """A mount as it is seen from outside."""
+
+    directory: str
+    reference: str
+    state: State
+    told: Mapping[str, Any]
+    """What its daemon tells (`docs/json.md`); empty if it tells nothing."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Return all that is known; what the daemon says of itself, if it does."""
+        return {
+            **self.told,
+            "reference": self.reference,
+            "directory": self.directory,
+            "state": self.state,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    mounted: Mounted | None
+    socket: rundir.Found | None
+
+
+def known_mounts() -> list[Known]:
+    """Return all mounts of this user, for root of everybody: by directory."""
+    found = _ask_all(_candidates(mountpoint.mounts()))
+    pids = {known.told.get("pid") for known in found if known.state != "detached"}
+    # A daemon that was given its mount may not know its device, nor its socket's name tell it.
+    found = [each for each in found if each.state != "detached" or each.told.get("pid") not in pids]
+    return sorted(found, key=lambda known: known.directory)
+
+
+def known_mount(directory: Path) -> Known:
+    """Return the mount on a directory.
+
+    Raises:
+        UsageError: there is none.
+    """
+    mounted = mountpoint.mounted_at(directory)
+    if mounted is not None:
+        candidates = [each for each in _candidates([mounted]) if each.mounted is not None]
+        for known in _ask_all(candidates):
+            return known
+    what = f"a mount of {mounted.filesystem}" if mounted is not None else "not a mount point"
+    raise UsageError(f"{directory} is not a lazyfs mount: it is {what}")
+
+
+def request_completion(directory: Path) -> None:
+    """Have the daemon of a mount fetch all of it.
+
+    Raises:
+        UsageError: there is no mount.
+        LazyfsError: its daemon cannot be asked.
+    """
+    mounted = mountpoint.mounted_at(directory)
+    found = [each.socket for each in _candidates([mounted] if mounted else []) if each.mounted]
+    if mounted is None or not found:
+        known_mount(directory)  # which says what is there
+    if not found or found[0] is None:
+        raise LazyfsError(f"{directory}: its daemon has no control socket, see its log")
+    try:
+        _ask(found[0], "POST", "/complete")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise LazyfsError(f"{directory}: its daemon does not answer: {error}") from None
+
+
+def _candidates(mounts: Iterable[Mounted]) -> list[_Candidate]:
+    """Put mounts and sockets together by device; a mount's own type is not needed for that."""
+    sockets = {each.path: each for each in rundir.find_sockets()}
+    by_device = {each.device: each for each in sockets.values() if each.device is not None}
+    found: list[_Candidate] = []
+    topmost: dict[str, Mounted] = {}
+    for mounted in mounts:
+        topmost[mounted.directory] = mounted
+    seen = set()
+    for mounted in topmost.values():
+        socket = by_device.get(mounted.device)
+        if mounted.device in seen or not (mounted.is_ours or socket is not None):
+            continue
+        if os.geteuid() not in (0, mounted.user_id) and socket is None:
+            continue
+        seen.add(mounted.device)
+        found.append(_Candidate(mounted, socket))
+    here = {each.socket for each in found}
+    found += [_Candidate(None, each) for each in sockets.values() if each not in here]
+    return found
+
+
+def _ask_all(candidates: Sequence[_Candidate]) -> list[Known]:
+    """Ask all of them at once: one that is stuck holds up no other."""
+    answers: SimpleQueue[tuple[_Candidate, Known | None]] = SimpleQueue()
+
+    def look(candidate: _Candidate) -> None:
+        answers.put((candidate, _look(candidate)))
+
+    for candidate in candidates:
+        threading.Thread(target=look, args=(candidate,), daemon=True).start()
+    deadline_s = time.monotonic() + 2 * ANSWER_TIMEOUT_S
+    waiting = list(candidates)
+    known = []
+    with suppress(Empty):
+        while waiting:
+            candidate, answer = answers.get(timeout=max(0.0, deadline_s - time.monotonic()))
+            waiting.remove(candidate)
+            known.append(answer)
+    known += [_seen(each, "stuck") for each in waiting]
+    return [each for each in known if each is not None]
+
+
+def _look(candidate: _Candidate) -> Known | None:
+    """Return what is to be known of a mount; None if there is none any more."""
+    told = None
+    if candidate.socket is not None:
+        try:
+            told = _ask(candidate.socket, "GET", "/status")
+        except (ConnectionRefusedError, FileNotFoundError):
+            return _seen(candidate, "dead") if candidate.mounted is not None else None
+        except TimeoutError:
+            return _seen(candidate, "stuck")
+        except (OSError, http.client.HTTPException, ValueError):
+            pass
+    elif candidate.mounted is not None:
+        directory = Path(candidate.mounted.directory)
+        if mountpoint.is_dead(directory):
+            return _seen(candidate, "dead")
+        with suppress(OSError, ValueError):
+            told = _mapping(os.getxattr(directory, _STATUS_XATTR))
+    if told is None:
+        return _seen(candidate, "silent")
+    if candidate.mounted is None:
+        return _seen(candidate, "detached", told)
+    return _seen(candidate, "serving" if told.get("failed") is None else "failed", told)
+
+
+def _seen(
+    candidate: _Candidate, state: State, told: Mapping[str, Any] | None = None
+) -> Known | None:
+    told = told or {}
+    mounted = candidate.mounted
+    if mounted is None and not told:
+        return None
+    directory = mounted.directory if mounted is not None else str(told.get("directory", ""))
+    source = mounted.source if mounted is not None else ""
+    return Known(directory, str(told.get("reference") or source), state, told)
+
+
+def _ask(found: rundir.Found, method: str, path: str) -> Mapping[str, Any]:
+    """Ask a daemon for something in JSON.
+
+    Raises:
+        OSError, http.client.HTTPException, ValueError: it gives no good answer.
+    """
+    link = rundir.connect(found, ANSWER_TIMEOUT_S)
+    connection = http.client.HTTPConnection("localhost")
+    connection.sock = link
+    try:
+        connection.request(method, path)
+        answer = connection.getresponse()
+        text = answer.read(_ANSWER_MOST_BYTES)
+        if answer.status not in (200, 202):
+            raise ValueError(f"{answer.status} {answer.reason}")
+        return _mapping(text)
+    finally:
+        connection.close()
+
+
+def _mapping(text: bytes) -> Mapping[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise ValueError("an object was expected")  # noqa: TRY004 - as for what is no JSON
+    return value
+
+
+def wait_for(
+    directory: Path,
+    is_so: Callable[[Known], bool],
+    on_look: Callable[[Known], None],
+    *,
+    timeout_s: float | None,
+    pause_s: float = 0.25,
+) -> Known:
+    """Look at a mount until something is so; `on_look` is told what was seen, and may raise.
+
+    Raises:
+        UsageError: there is no mount any more.
+        TimeoutError: it is not so in time.
+    """
+    deadline_s = time.monotonic() + timeout_s if timeout_s is not None else float("inf")
+    while True:
+        known = known_mount(directory)
+        on_look(known)
+        if is_so(known):
+            return known
+        if time.monotonic() >= deadline_s:
+            raise TimeoutError
+        time.sleep(min(pause_s, max(0.0, deadline_s - time.monotonic())))

@@ -1,0 +1,215 @@
+"""Where the sockets of running mounts are: a directory that nobody else can write or look into.
+
+`/run/lazyfs` for root; `$XDG_RUNTIME_DIR/lazyfs` for others, and without one `/tmp/lazyfs-UID`,
+believed only if it is a directory, theirs and closed to all others. `LAZYFS_RUN_DIR` names
+another. A socket is called after its mount's device number, which no two mounts share.
+
+Light imports only: used by commands that import nothing else of lazyfs.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import re
+import socket
+import stat
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+log = logging.getLogger(__name__)
+
+_SOCKET_NAME = re.compile(r"(?:mount-(\d+)|pid-\d+)\.sock")
+_LOCK_TIMEOUT_S = 1.0
+_BACKLOG = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The socket of a mount that is, or was."""
+
+    path: Path
+    device: int | None
+    """Of the mount, as `st_dev`; None if its daemon does not know it."""
+    user_id: int
+    """Whose it is."""
+
+
+def own_directory() -> Path:
+    """Return where this user's sockets are; it may not exist."""
+    given = os.environ.get("LAZYFS_RUN_DIR", "")
+    if given.startswith("/"):
+        return Path(given)
+    user = os.geteuid()
+    if user == 0:
+        return Path("/run/lazyfs")
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/") and Path(runtime).is_dir():
+        return Path(runtime) / "lazyfs"
+    return Path(f"/tmp/lazyfs-{user}")  # noqa: S108 - looked at before it is believed
+
+
+def open_directory(path: Path) -> int:
+    """Make the directory if need be, and return it open.
+
+    Raises:
+        OSError: it cannot be made, is another's, or open to others.
+    """
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    answer = os.fstat(descriptor)
+    if answer.st_uid != os.geteuid() or stat.S_IMODE(answer.st_mode) & 0o077:
+        os.close(descriptor)
+        raise OSError(errno.EPERM, f"{path} is not yours alone (its owner and mode)")
+    return descriptor
+
+
+class ListeningSocket:
+    """This daemon's socket, to be found by its mount's device."""
+
+    def __init__(self, device: int | None, directory: Path | None = None) -> None:
+        """Listen; what dead daemons left behind is cleared away.
+
+        Raises:
+            OSError: the directory is not to be used.
+        """
+        self.name = f"mount-{device}.sock" if device is not None else f"pid-{os.getpid()}.sock"
+        self._directory = open_directory(directory or own_directory())
+        self.socket = socket.socket(socket.AF_UNIX)
+        try:
+            os.fchmod(self.socket.fileno(), 0o600)
+            temporary = f".{os.getpid()}.new"
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=self._directory)
+            self.socket.bind(_path_in(self._directory, temporary))
+            self.socket.listen(_BACKLOG)
+            with _locked(self._directory) as is_locked:
+                if is_locked:
+                    _clear(self._directory)
+                os.rename(
+                    temporary,
+                    self.name,
+                    src_dir_fd=self._directory,
+                    dst_dir_fd=self._directory,
+                )
+            self._inode = os.stat(self.name, dir_fd=self._directory).st_ino
+        except BaseException:
+            self.socket.close()
+            os.close(self._directory)
+            raise
+
+    def close(self) -> None:
+        """Stop listening, and leave nothing behind."""
+        self.socket.close()
+        with contextlib.suppress(OSError):
+            if os.stat(self.name, dir_fd=self._directory).st_ino == self._inode:
+                os.unlink(self.name, dir_fd=self._directory)
+        os.close(self._directory)
+
+
+def find_sockets() -> list[Found]:
+    """Return the sockets of this user's mounts; for root, of everybody's."""
+    user = os.geteuid()
+    directories = {own_directory(): user}
+    if user == 0:
+        for path in Path("/run/user").glob("*/lazyfs"):
+            with contextlib.suppress(ValueError):
+                directories[path] = int(path.parent.name)
+        for path in Path("/tmp").glob("lazyfs-*"):  # noqa: S108 - looked at before it is believed
+            with contextlib.suppress(ValueError):
+                directories[path] = int(path.name.removeprefix("lazyfs-"))
+    found = []
+    for directory, owner in directories.items():
+        with contextlib.suppress(OSError):
+            answer = directory.lstat()
+            is_theirs = stat.S_ISDIR(answer.st_mode) and answer.st_uid == owner
+            if is_theirs and not answer.st_mode & 0o077:
+                found += list(_sockets_in(directory, owner))
+    return found
+
+
+def connect(found: Found, timeout_s: float) -> socket.socket:
+    """Connect to a daemon.
+
+    Raises:
+        ConnectionRefusedError, FileNotFoundError: it is dead.
+        TimeoutError: it has too much to do.
+        OSError: it is not to be reached, or is somebody else.
+    """
+    descriptor = os.open(found.path.parent, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    link = socket.socket(socket.AF_UNIX)
+    try:
+        link.settimeout(timeout_s)
+        link.connect(_path_in(descriptor, found.path.name))
+        _expect_user(link, found)
+    except BaseException:
+        link.close()
+        raise
+    finally:
+        os.close(descriptor)
+    return link
+
+
+class _Link(Protocol):
+    def getsockopt(self, level: int, option: int, size: int, /) -> bytes: ...
+
+
+def peer_user(link: _Link) -> int:
+    """Return the user at the other end. Source: unix(7), SO_PEERCRED; three ints."""
+    answer = link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    return int.from_bytes(answer[4:8], sys.byteorder)
+
+
+def _expect_user(link: socket.socket, found: Found) -> None:
+    if peer_user(link) not in (0, found.user_id):
+        raise PermissionError(errno.EPERM, f"{found.path} is served by another user")
+
+
+def _sockets_in(directory: Path, owner: int) -> Iterator[Found]:
+    for path in sorted(directory.iterdir()):
+        name = _SOCKET_NAME.fullmatch(path.name)
+        if name is not None:
+            yield Found(path, int(name[1]) if name[1] else None, owner)
+
+
+def _clear(directory: int) -> None:
+    """Remove sockets on which nobody listens. The directory must be locked."""
+    for name in os.listdir(directory):
+        if _SOCKET_NAME.fullmatch(name) is None:
+            continue
+        with socket.socket(socket.AF_UNIX) as link, contextlib.suppress(OSError):
+            link.setblocking(False)
+            try:
+                link.connect(_path_in(directory, name))
+            except ConnectionRefusedError:
+                os.unlink(name, dir_fd=directory)
+                log.debug("%s was left behind", name)
+
+
+@contextlib.contextmanager
+def _locked(directory: int) -> Iterator[bool]:
+    """Hold the directory's lock, if it can be had soon; yield whether it is held."""
+    deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
+    is_locked = False
+    while not is_locked and time.monotonic() < deadline_s:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            is_locked = True
+        except BlockingIOError:
+            time.sleep(0.01)
+    try:
+        yield is_locked
+    finally:
+        if is_locked:
+            fcntl.flock(directory, fcntl.LOCK_UN)
+
+
+def _path_in(directory: int, name: str) -> str:
+    """Return a short path: a socket's is at most 107 bytes, and this one cannot be redirected."""
+    return f"/proc/self/fd/{directory}/{name}"
