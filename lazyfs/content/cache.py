@@ -10,6 +10,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from lazyfs.content.room import Room
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.settings import MIB
@@ -21,6 +22,7 @@ class Cache:
     def __init__(self, directory: Path | None) -> None:
         """Touch nothing yet. Without a `directory` all is kept in memory, and for nobody else."""
         self.directory = directory
+        self.room = Room()
 
     def __str__(self) -> str:
         return str(self.directory) if self.directory is not None else "memory"

@@ -1,7 +1,8 @@
-"""One fetch under way: which chunks, on which lane, and who waits for them."""
+"""One fetch under way: which chunks, how they come, on which lane, and who waits for them."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import TypeAlias
 
 import trio
@@ -11,7 +12,20 @@ from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 
-Landed: TypeAlias = Callable[[int, Sequence[int], Sequence[bytes] | None], None]
+Memory: TypeAlias = Sequence[bytes | None] | None
+"""Chunks that the disk would not take; None for one, or for all: it has."""
+Landed: TypeAlias = Callable[[int, Sequence[int], Memory], None]
+
+
+class Task(Enum):
+    """How the chunks of a flight come to be here."""
+
+    FETCH = "fetch"
+    """From the source."""
+    CHECK = "check"
+    """From the cache's disk, if they are what their marks say."""
+    AWAIT = "await"
+    """Another daemon fetches them."""
 
 
 class Flight:
@@ -21,13 +35,21 @@ class Flight:
     """
 
     def __init__(
-        self, holdings: Holdings, landed: Landed, first: int, last: int, lane: Lane
+        self,
+        holdings: Holdings,
+        landed: Landed,
+        first: int,
+        last: int,
+        lane: Lane,
+        task: Task = Task.FETCH,
     ) -> None:
         """`landed` is told on the trio thread what has been stored."""
         self.first = first
         self.last = last
         self.lane = lane
-        self.checks_cache = False
+        self.task = task
+        self.holds_lock = False
+        """Whether other daemons know that these chunks are being fetched."""
         self.error: LazyfsError | None = None
         self.moved_at_s = time.monotonic()
         self._holdings = holdings
@@ -68,7 +90,7 @@ class Flight:
         """Keep a large chunk and tell the trio thread."""
         self._publish(index, *self._holdings.store_large(index, decode))
 
-    def _publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
+    def _publish(self, first: int, marks: Sequence[int], memory: Memory) -> None:
         self._claims.difference_update(range(first, first + len(marks)))
         self._token.run_sync_soon(self._landed, first, marks, memory)
 
