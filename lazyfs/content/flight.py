@@ -12,6 +12,9 @@ from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 
+_BEAT_EVERY_S = 0.1
+"""Often enough for whoever is patient for `patience_s`, and slower than anybody looks."""
+
 Memory: TypeAlias = Sequence[bytes | None] | None
 """Chunks that the disk would not take; None for one, or for all: it has."""
 Landed: TypeAlias = Callable[[int, Sequence[int], Memory], None]
@@ -48,8 +51,12 @@ class Flight:
         self.last = last
         self.lane = lane
         self.task = task
+        self.rank = 0
+        """Of the lock that is held, or awaited (`host_locks.py`)."""
         self.holds_lock = False
         """Whether other daemons know that these chunks are being fetched."""
+        self._beat_at_s = time.monotonic()
+        self._beats = 0
         self.error: LazyfsError | None = None
         self.moved_at_s = time.monotonic()
         self._holdings = holdings
@@ -72,8 +79,12 @@ class Flight:
         self.let_go(self.first, self.last)
 
     def moved(self) -> None:
-        """Note that bytes have come."""
-        self.moved_at_s = time.monotonic()
+        """Note that bytes have come, and let other daemons know now and then."""
+        self.moved_at_s = now_s = time.monotonic()
+        if self.holds_lock and now_s - self._beat_at_s >= _BEAT_EVERY_S:
+            self._beat_at_s = now_s
+            self._beats += 1
+            self._holdings.locks.beat(self.first, self.last, turn=self._beats % 2 == 1)
 
     def claim(self, index: int) -> bool:
         """Take the right to store a chunk, for as long as the flight lasts."""

@@ -7,9 +7,13 @@ of its own. Within one open file locks do not count; there `Holdings.claim` deci
 
 On a layer's `marks`, by number of chunk (part of the protocol: all daemons agree on them):
 
-    STORE   8 x number       looking at a mark and storing the chunk; short
-    FETCH   2**40 + number   "I am fetching this"; a courtesy, on which no byte's rightness rests
-    LEAD    2**41            "I am proving the whole blob"; a courtesy
+    STORE   8 x number                    looking at a mark and storing the chunk; short
+    FETCH   2**40 + 2**36 x rank + number "I am fetching this"; a courtesy, on which no byte's
+                                          rightness rests. Rank 0; who has waited in vain for the
+                                          holder of one rank fetches under the next
+    LEAD    2**41                         "I am proving the whole blob"; a courtesy
+    BEAT    2**42 + number                taken and let go by turns, for as long as bytes come to
+                                          whoever has locked the chunk to fetch it
 """
 
 import contextlib
@@ -21,8 +25,11 @@ import time
 from collections.abc import Iterator
 
 STORE_BYTES = 8
+RANKS = 8
 _FETCH_BASE = 1 << 40
+_FETCH_RANK = 1 << 36
 _LEAD = 1 << 41
+_BEAT_BASE = 1 << 42
 _FLOCK = struct.Struct("@hhqqi4x")
 """Linux' struct flock: l_type, l_whence, l_start, l_len, l_pid (0 for such locks)."""
 _POLL_FIRST_S = 0.0005
@@ -40,30 +47,34 @@ class HostLocks:
         """`fd` is open for writing, and stays the caller's."""
         self._fd = fd
 
-    def take_fetch(self, first: int, last: int) -> bool:
+    def take_fetch(self, first: int, last: int, rank: int) -> bool:
         """Take the chunks from number `first` up to `last`, unless somebody has one of them."""
-        return self._take(_FETCH_BASE + first, last - first, if_unknown=True)
+        return self._take(_fetch_byte(first, rank), last - first, if_unknown=True)
 
-    def leave_fetch(self, first: int, last: int) -> None:
+    def leave_fetch(self, first: int, last: int, rank: int) -> None:
         """Let go of chunks."""
-        self._leave(_FETCH_BASE + first, last - first)
+        self._leave(_fetch_byte(first, rank), last - first)
+        self._leave(_BEAT_BASE + first, last - first)
 
-    def fetched_by_others(self, first: int, last: int) -> tuple[int, int] | None:
+    def fetched_by_others(self, first: int, last: int, rank: int) -> tuple[int, int] | None:
         """Return which chunks (first, behind the last) somebody fetches who is in the way.
 
         It may reach beyond what was asked for. None: nobody is.
         """
-        if self._fd is None:
-            return None
-        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, _FETCH_BASE + first, last - first, 0)
-        try:
-            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
-        except OSError:
-            return None
-        kind, _, start, size, _ = _FLOCK.unpack(answer)
-        if kind == fcntl.F_UNLCK:
-            return None
-        return start - _FETCH_BASE, start - _FETCH_BASE + size
+        found = self._holder(_fetch_byte(first, rank), last - first)
+        base = _fetch_byte(0, rank)
+        return (found[0] - base, found[1] - base) if found is not None else None
+
+    def beat(self, first: int, last: int, *, turn: bool) -> None:
+        """Show others that bytes come; `turn` is another each time."""
+        if turn:
+            self._take(_BEAT_BASE + first, last - first, if_unknown=True)
+        else:
+            self._leave(_BEAT_BASE + first, last - first)
+
+    def beat_of_others(self, index: int) -> bool:
+        """Return what changes while bytes come to whoever fetches a chunk."""
+        return self._holder(_BEAT_BASE + index, 1) is not None
 
     @contextlib.contextmanager
     def storing(self, first: int, last: int, patience_s: float) -> Iterator[bool]:
@@ -86,6 +97,18 @@ class HostLocks:
     def leave_lead(self) -> None:
         """Give it back."""
         self._leave(_LEAD, 1)
+
+    def _holder(self, start: int, size: int) -> tuple[int, int] | None:
+        """Return the bytes (first, behind the last) of a lock that is in the way."""
+        if self._fd is None:
+            return None
+        asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, size, 0)
+        try:
+            answer = fcntl.fcntl(self._fd, fcntl.F_OFD_GETLK, asked)
+        except OSError:
+            return None
+        kind, _, start, size, _ = _FLOCK.unpack(answer)
+        return (start, start + size) if kind != fcntl.F_UNLCK else None
 
     def _take_soon(self, start: int, size: int, patience_s: float) -> bool:
         if self._take(start, size, if_unknown=False):
@@ -118,3 +141,7 @@ class HostLocks:
         if self._fd is not None:
             lock = _FLOCK.pack(kind, os.SEEK_SET, start, size, 0)
             fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, lock)
+
+
+def _fetch_byte(index: int, rank: int) -> int:
+    return _FETCH_BASE + _FETCH_RANK * rank + index

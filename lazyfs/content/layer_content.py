@@ -158,9 +158,9 @@ class LayerContent(Content):
         It may be shorter than the run: other daemons fetch the same layer.
         """
         first, last = run
-        task, last, holds_lock = self._others.divide(first, last)
-        flight = Flight(self.holdings, self._landed, first, last, lane, task)
-        flight.holds_lock = holds_lock
+        part = self._others.divide(first, last)
+        flight = Flight(self.holdings, self._landed, first, part.last, lane, part.task)
+        flight.rank, flight.holds_lock = part.rank, part.locked
         self._flights.append(flight)
         self._changed.unpark_all()
         for index in range(flight.first, flight.last):

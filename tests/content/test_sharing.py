@@ -6,6 +6,7 @@ daemons are.
 
 import os
 import random
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -287,6 +288,39 @@ async def test_a_stalled_one_costs_patience_once_not_for_each_read(tmp_path: Pat
             gate.open()
 
 
+async def test_one_to_whom_bytes_come_slowly_is_waited_for(tmp_path: Path) -> None:
+    """A chunk takes longer than anybody is patient, but the bytes of it come."""
+    settings = replace(SETTINGS, patience_s=0.7)
+    with daemons(tmp_path, 2, settings) as (one, two):
+        one.blob.cut_after = one.blob.piece_bytes
+        one.blob.before = lambda _: time.sleep(0.4)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.expect, 0, CHUNK)
+            await until(lambda: len(one.blob.asked) > 0)
+            await two.expect(0, CHUNK)
+        assert two.blob.asked == []
+
+
+async def test_of_many_who_waited_in_vain_one_asks(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, patience_s=0.5)
+    with daemons(tmp_path, 6, settings) as (stalled, *rest):
+        gate, second = Gate(), Gate()
+        stalled.blob.before = gate
+        for daemon in rest:
+            daemon.blob.before = second
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(stalled.expect, 0, CHUNK)
+            await trio.to_thread.run_sync(gate.wait_entered)
+            for daemon in rest:
+                nursery.start_soon(daemon.expect, 0, CHUNK)
+            await trio.to_thread.run_sync(second.wait_entered)
+            second.open()
+            for daemon in rest:
+                await daemon.expect(0, CHUNK)
+            gate.open()
+        assert sum(len(daemon.blob.asked) for daemon in rest) == 1
+
+
 async def test_one_that_is_stopped_while_it_stores_holds_nobody_up(tmp_path: Path) -> None:
     """Its lock is not to be had: the others keep their bytes in memory."""
     with daemons(tmp_path, 1) as (two,):
@@ -485,28 +519,35 @@ def test_locks_are_the_files_and_go_with_it(tmp_path: Path) -> None:
     with ExitStack() as files:
         fds = [files.enter_context(open(path, "r+b", buffering=0)) for _ in range(2)]
         one, two = (HostLocks(file.fileno()) for file in fds)
-        assert one.take_fetch(3, 7)
-        assert not two.take_fetch(6, 9)
-        assert two.fetched_by_others(0, 100) == (3, 7)
-        assert one.fetched_by_others(0, 100) is None
-        assert two.take_fetch(7, 9)
-        one.leave_fetch(3, 5)
-        assert two.fetched_by_others(0, 100) == (5, 7)
+        assert one.take_fetch(3, 7, 0)
+        assert not two.take_fetch(6, 9, 0)
+        assert two.fetched_by_others(0, 100, 0) == (3, 7)
+        assert one.fetched_by_others(0, 100, 0) is None
+        assert two.take_fetch(7, 9, 0)
+        assert two.take_fetch(3, 7, 1), "that is for who has waited in vain"
+        one.beat(3, 7, turn=True)
+        assert two.beat_of_others(6)
+        assert not two.beat_of_others(7)
+        one.leave_fetch(3, 5, 0)
+        assert two.fetched_by_others(0, 100, 0) == (5, 7)
+        assert not two.beat_of_others(3)
         with one.storing(5, 6, 0.1) as has_it, two.storing(5, 6, 0.01) as has_it_too:
             assert (has_it, has_it_too) == (True, False)
         assert one.take_lead()
         assert not two.take_lead()
         fds[0].close()
         assert two.take_lead()
-        assert two.take_fetch(0, 100)
+        assert two.take_fetch(0, 100, 0)
 
 
 def test_without_a_file_there_is_nobody_to_ask() -> None:
     locks = HostLocks(None)
-    assert locks.take_fetch(0, 5)
-    assert locks.fetched_by_others(0, 5) is None
+    assert locks.take_fetch(0, 5, 0)
+    assert locks.fetched_by_others(0, 5, 0) is None
+    locks.beat(0, 5, turn=True)
+    assert not locks.beat_of_others(0)
     assert locks.take_lead()
     with locks.storing(0, 1, 0.0) as has_it:
         assert has_it
-    locks.leave_fetch(0, 5)
+    locks.leave_fetch(0, 5, 0)
     locks.leave_lead()
