@@ -252,6 +252,7 @@ class Holdings:
         if self._cache is not None:
             try:
                 self._cache.seal(little_endian(self._marks[:]).tobytes())
+                self._seen_stamp = self._cache.seal_stamp()
             except OSError as problem:
                 log.warning("the cache could not be sealed: %s", problem)
 
@@ -267,13 +268,13 @@ class Holdings:
             packed = self._cache.marks(0, len(self.state))
         except OSError:
             return False
-        if self.sealed or not self._cache.is_sealed(packed):
-            return False
+        if self.sealed or self._refused or not self._cache.is_sealed(packed):
+            return False  # who has found damage proves for himself what he has fetched instead
         marks = little_endian(array("Q", packed))
         if any(not self._agrees(index, mark) for index, mark in enumerate(marks)):
             return False
         for index, mark in enumerate(marks):
-            if self.state[index] == ABSENT and mark and self._refused.get(index) != mark:
+            if self.state[index] == ABSENT and mark:
                 self.state[index] = UNCHECKED
                 self._shared[index] = 1
             self._bind(index, mark)

@@ -4,6 +4,7 @@ A `LayerContent` has files and locks of its own, so two in one process are to ea
 daemons are.
 """
 
+import errno
 import os
 import random
 import time
@@ -23,6 +24,7 @@ from lazyfs.content.host_locks import HostLocks
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.layer_content import LayerContent
 from lazyfs.content.readahead import FileReader, Readahead
+from lazyfs.content.room import Room
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import FetchError, IntegrityError
@@ -495,6 +497,44 @@ async def test_who_learns_of_a_proof_keeps_to_it(tmp_path: Path) -> None:
         assert two.content.proven
         await two.expect()
         assert two.counters.bytes_fetched == 0
+
+
+async def test_who_has_found_damage_proves_for_himself(tmp_path: Path) -> None:
+    with daemons(tmp_path) as (one, two):
+        await one.expect(0, MIB)
+        poke(tmp_path, "content", 10, bytes([DATA[10] ^ 1]))
+        assert await two.read(0, MIB) == DATA[:MIB]
+        assert two.counters.cache_refused == 1
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.readahead.run)
+            nursery.start_soon(two.readahead.run)
+            await one.completion().prove(eager=True)
+            assert not two.content.note_seal()
+            await two.completion().prove(eager=True)
+            nursery.cancel_scope.cancel()
+        assert two.content.proven
+
+
+class NoRoom(Room):
+    """A cache at its bound."""
+
+    def take(self, count: int) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+async def test_without_room_nothing_is_written_and_all_is_served(tmp_path: Path) -> None:
+    with daemons(tmp_path, 1) as (before,):
+        await before.expect(0, MIB)
+    cache = Cache(tmp_path)
+    cache.room = NoRoom()
+    chunks = FixedChunks(len(DATA))
+    file = open_cache_file(cache, Digest.of(DATA), TAG, len(DATA), len(chunks))
+    blob, fetcher = MemoryBlob(DATA), Fetcher(FAST, Counters())
+    content = LayerContent(blob, chunks, file, Lanes(SETTINGS), fetcher, SETTINGS)
+    assert bytes(await content.read(WHOLE)) == DATA
+    assert content.counters.chunks_from_cache == 4
+    assert content.counters.cache_write_errors > 0
+    content.close()
 
 
 async def test_when_the_leader_ends_another_goes_on(tmp_path: Path) -> None:
