@@ -1,8 +1,8 @@
 """One layer's content on disk: a sparse file in the content address space, and a mark per chunk.
 
 Written with `pwritev` (a full disk is then an OSError, not a SIGBUS) and read through a read-only
-mapping (a reply is a slice of it, without a copy). Nothing is ever fsynced: a chunk that an
-earlier daemon left counts only if its bytes still give the mark, the xxh3 of what was stored, so
+mapping (a reply is a slice of it, without a copy). Nothing is ever fsynced: a chunk that a daemon
+did not store itself counts only if its bytes still give the mark, the xxh3 of what was stored, so
 a torn write or a SIGKILL at any moment costs a fetch and never a wrong byte.
 
 The tag names all that proves the chunks, or, where nothing does, the source they came from: what
@@ -12,26 +12,28 @@ a hostile image has put here is never found by another.
                                        /marks     one u64 (little-endian) a chunk; 0: not here
                                        /proven    xxh3-128 of `marks`, once the whole blob was
                                                   found to match its digest
+                                       /used      its time is that of the last use
 
-One daemon owns a layer's files at a time (flock on `content`, gone with its holder however it
-ends). Whoever comes second gets a private, nameless file: two writers that were told different
-bytes by an unproven source must never see each other's.
+All daemons of a host use the files at once (`layer_home.py`). What is in `content` under a mark
+may be in somebody's reply at any moment: who may write what, and when, is `chunk_store.py`'s; the
+locks are `host_locks.py`'s.
 """
 
 import contextlib
-import fcntl
+import errno
 import mmap
 import os
 import sys
 import tempfile
 from array import array
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 
 import xxhash
 
 from lazyfs.content.cache import Cache
+from lazyfs.content.host_locks import HostLocks
+from lazyfs.content.layer_home import LayerHome, open_home
 from lazyfs.content.room import Room
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
@@ -48,13 +50,13 @@ def mark_of(data: Data) -> int:
 def is_sealed(home: Path, marks: Data) -> bool:
     """Whether the blob that these marks describe was once proven whole by its digest."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        return (home / "proven").read_text() == xxhash.xxh3_128_hexdigest(marks)
+        return (home / "proven").read_text() == _proof_of(marks)
     return False
 
 
 def seal(home: Path, marks: Data) -> None:
     """Note that the whole blob matches its digest, its content being as in `marks`."""
-    (home / "proven").write_text(xxhash.xxh3_128_hexdigest(marks))
+    (home / "proven").write_text(_proof_of(marks))
 
 
 def little_endian(marks: "array[int]") -> "array[int]":
@@ -67,43 +69,60 @@ def little_endian(marks: "array[int]") -> "array[int]":
 class CacheFile:
     """The content of one layer, as far as it is here.
 
-    Every method may raise OSError; the caller then goes on without it. `write`, `record` and
-    `read_into` may be called from several threads at once, for different chunks.
+    Every method may raise OSError; the caller then goes on without it. `write`, `record`,
+    `marks` and `read_into` may be called from several threads at once.
     """
 
     def __init__(
         self,
         content_fd: int,
         size_bytes: int,
-        home: Path | None = None,
-        marks_fd: int = -1,
+        home: LayerHome | None = None,
         room: Room | None = None,
     ) -> None:
-        """Use `open_cache_file`; a private file has neither `home` nor marks."""
-        self._room = room or Room()
+        """Use `open_cache_file`; a private file has no `home`, and no marks."""
         self._content_fd = content_fd
-        self._marks_fd = marks_fd
         self._home = home
+        self._room = room or Room()
         self._map = (
             mmap.mmap(content_fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
             if size_bytes
             else None
         )
         self.view = memoryview(self._map) if self._map is not None else memoryview(b"")
+        shared = home is not None and home.writable
+        self.locks = HostLocks(home.marks_fd if home is not None and shared else None)
 
     @property
     def persistent(self) -> bool:
-        """Whether a later mount will find what is stored."""
+        """Whether others have the same file, or later mounts will: it has marks."""
         return self._home is not None
 
-    def marks(self, count: int) -> bytes:
-        """Return the marks as an earlier daemon left them, `count` u64 in little-endian."""
+    @property
+    def writable(self) -> bool:
+        """Whether it takes anything."""
+        return self._home is None or self._home.writable
+
+    @property
+    def is_found(self) -> bool:
+        """Whether later mounts will find this file."""
+        return self._home is not None and self._home.is_found
+
+    def marks(self, first: int, last: int) -> bytes:
+        """Return the marks of chunks as they are now on disk, u64 in little-endian."""
+        count = (last - first) * MARK_BYTES
         if self._home is None:
-            return bytes(count * MARK_BYTES)
-        return os.pread(self._marks_fd, count * MARK_BYTES, 0).ljust(count * MARK_BYTES, b"\0")
+            return bytes(count)
+        return os.pread(self._home.marks_fd, count, first * MARK_BYTES).ljust(count, b"\0")
+
+    def marks_changed_ns(self) -> int:
+        """Return when any daemon last recorded a mark."""
+        return os.fstat(self._home.marks_fd).st_mtime_ns if self._home is not None else 0
 
     def write(self, content_start: int, pieces: Sequence[Data]) -> None:
         """Store `pieces`, one after the other, from `content_start` on."""
+        if not self.writable:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         self._room.take(sum(map(len, pieces)))
         write_all(self._content_fd, content_start, pieces)
 
@@ -111,7 +130,8 @@ class CacheFile:
         """Vouch for the chunks from number `first` on; only after `write` has returned."""
         if self._home is not None:
             data = b"".join(mark.to_bytes(MARK_BYTES, "little") for mark in marks)
-            write_all(self._marks_fd, first * MARK_BYTES, [data])
+            write_all(self._home.marks_fd, first * MARK_BYTES, [data])
+            self._home.note_use()
 
     def read_into(self, content_start: int, buffer: memoryview) -> int:
         """Read stored bytes with a system call: a bad disk is then an OSError, not a SIGBUS."""
@@ -119,33 +139,35 @@ class CacheFile:
 
     def is_sealed(self, marks: bytes) -> bool:
         """Whether the blob that these marks describe was once proven whole by its digest."""
-        if self._home is None:
-            return False
-        return is_sealed(self._home, marks)
+        return self._home is not None and self._home.proof() == _proof_of(marks)
+
+    def seal_stamp(self) -> int:
+        """Return a number that changes when any daemon seals; 0 if none has."""
+        return self._home.proof_stamp() if self._home is not None else 0
 
     def seal(self, marks: bytes) -> None:
         """Note that the whole blob matches its digest, chunk by chunk as in `marks`."""
         if self._home is not None:
-            seal(self._home, marks)
+            self._home.prove(_proof_of(marks))
 
     def purge(self) -> None:
-        """Forget every chunk: the bytes have been found to be wrong."""
-        if self._home is None:
-            return
-        (self._home / "proven").unlink(missing_ok=True)
-        size_bytes = os.fstat(self._marks_fd).st_size
-        os.ftruncate(self._marks_fd, 0)
-        os.ftruncate(self._marks_fd, size_bytes)
+        """Have nobody find the layer any more: its bytes have been found to be wrong.
+
+        Those who have it open keep it, and their own judgement.
+        """
+        if self._home is not None:
+            self._home.discard()
 
     def close(self) -> None:
-        """Let go of the file and its lock. Slices of `view` still held keep the mapping alive."""
+        """Let go of the file and its locks. Slices of `view` still held keep the mapping alive."""
         self.view = memoryview(b"")
         if self._map is not None:
             with contextlib.suppress(BufferError):
                 self._map.close()
-        os.close(self._content_fd)
-        if self._marks_fd >= 0:
-            os.close(self._marks_fd)
+        if self._home is not None:
+            self._home.close()
+        else:
+            os.close(self._content_fd)
 
 
 def open_cache_file(
@@ -153,7 +175,7 @@ def open_cache_file(
 ) -> CacheFile:
     """Open or create the cache of one layer.
 
-    Without a `digest`, or when another daemon has it, the file is private and begins empty.
+    Without a `digest`, or where it cannot be shared, the file is private and begins empty.
 
     Raises:
         OSError: there is no place for it (no directory, read-only, no rights).
@@ -162,37 +184,23 @@ def open_cache_file(
         fd = os.memfd_create("lazyfs", os.MFD_CLOEXEC)
         os.ftruncate(fd, size_bytes)
         return CacheFile(fd, size_bytes, room=cache.room)
-    layers = cache.directory / "layers"
-    layers.mkdir(mode=0o700, parents=True, exist_ok=True)
-    home = cache.home(digest, tag) if digest is not None else None
+    path = cache.home(digest, tag) if digest is not None else None
+    home = open_home(path, size_bytes, count * MARK_BYTES) if path is not None else None
     if home is None:
-        return _open_private(layers, size_bytes, cache.room)
-    home.mkdir(mode=0o700, exist_ok=True)
-    with ExitStack() as on_error:
-        content_fd = os.open(home / "content", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        on_error.callback(os.close, content_fd)
-        try:
-            fcntl.flock(content_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return _open_private(layers, size_bytes, cache.room)
-        marks_fd = os.open(home / "marks", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        on_error.callback(os.close, marks_fd)
-        for fd, wanted_bytes in ((content_fd, size_bytes), (marks_fd, count * MARK_BYTES)):
-            if os.fstat(fd).st_size != wanted_bytes:
-                os.ftruncate(marks_fd, 0)
-                os.ftruncate(fd, 0)
-                os.ftruncate(fd, wanted_bytes)
-        if os.fstat(marks_fd).st_size != count * MARK_BYTES:
-            os.ftruncate(marks_fd, count * MARK_BYTES)
-        opened = CacheFile(content_fd, size_bytes, home, marks_fd, cache.room)
-        on_error.pop_all()
-        return opened
+        layers = cache.directory / "layers"
+        layers.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=layers, buffering=0) as content:
+            os.ftruncate(content.fileno(), size_bytes)
+            return CacheFile(os.dup(content.fileno()), size_bytes, room=cache.room)
+    try:
+        return CacheFile(home.content_fd, size_bytes, home, cache.room)
+    except BaseException:
+        home.close()
+        raise
 
 
-def _open_private(directory: Path, size_bytes: int, room: Room) -> CacheFile:
-    with tempfile.TemporaryFile(dir=directory, buffering=0) as content:
-        os.ftruncate(content.fileno(), size_bytes)
-        return CacheFile(os.dup(content.fileno()), size_bytes, room=room)
+def _proof_of(marks: Data) -> str:
+    return xxhash.xxh3_128_hexdigest(marks)
 
 
 def write_all(fd: int, offset: int, pieces: Sequence[Data]) -> None:

@@ -4,6 +4,10 @@ It hashes the content in order, as it was served (what is held, not what the sou
 now), and has fetched what nobody asked for once readers have been idle for a while; what readers
 bring in is hashed at once. A mismatch condemns the content.
 
+Of the daemons that share the content one makes the pass at leisure, and the others learn from
+what it notes in the cache (`Holdings.learn_seal`). One whose directory in the cache has been taken
+away, by a proof that failed, makes its own.
+
 `Completion` is for content and blob that are the same bytes (a plain tar); for others see
 `decoded_completion.py`.
 """
@@ -32,6 +36,9 @@ _STEP_BYTES = 4 << 20
 _AHEAD_BYTES = 32 << 20
 _LOOK_AGAIN_S = 0.5
 _REST_S = 5.0
+_LEADER_PATIENCE_S = 30.0
+_SLOWEST_BYTES_PER_S = 200e6
+"""Who has all of a blob and does not hash it at this speed is not at it."""
 
 
 class BlobProof(ABC):
@@ -78,6 +85,8 @@ class BlobProof(ABC):
         while True:
             if self._content.holdings.sealed or self._content.poison is not None:
                 await self._content.wait_news()
+            elif await self._led_by_another():
+                continue
             else:
                 try:
                     await self.prove(eager=False)
@@ -89,6 +98,36 @@ class BlobProof(ABC):
                 except Exception:  # a bug must not end the mount
                     log.exception("%s cannot be proven: please report this", self._name)
                     await trio.sleep(_REST_S)
+                finally:
+                    self._content.holdings.locks.leave_lead()
+
+    async def _led_by_another(self) -> bool:
+        """Wait while another daemon is proving the blob; say whether the proof is settled by that.
+
+        False: this one is to do it, and has the lead if that was to be had.
+        """
+        content, holdings = self._content, self._content.holdings
+        patience_s = _LEADER_PATIENCE_S + content.content_size_bytes / _SLOWEST_BYTES_PER_S
+        moved_ns, moved_at_s = holdings.marks_changed_ns(), trio.current_time()
+        while content.poison is None and not holdings.sealed:
+            if self._has_been_proven():
+                return True
+            if holdings.locks.take_lead() or not holdings.is_found:
+                return self._has_been_proven()
+            if holdings.marks_changed_ns() != moved_ns:
+                moved_ns, moved_at_s = holdings.marks_changed_ns(), trio.current_time()
+            if trio.current_time() - moved_at_s >= patience_s:
+                return False
+            with trio.move_on_after(_LOOK_AGAIN_S):
+                await content.condemned.wait()
+        return True
+
+    def _has_been_proven(self) -> bool:
+        """Whether another daemon has proven the blob meanwhile."""
+        if not self._content.note_seal():
+            return False
+        log.info("%s is whole and matches its digest: another daemon has found so", self._name)
+        return True
 
     @abstractmethod
     async def prove(
@@ -145,9 +184,13 @@ class Completion(BlobProof):
         size_bytes = self._content.chunks.content_size_bytes
         self.hashed_bytes = 0
         while self.hashed_bytes < size_bytes:
+            if self._has_been_proven():
+                return
             start = self.hashed_bytes
             step = ByteRange(start, min(start + _STEP_BYTES, size_bytes))
             await self._obtain(step, ByteRange(start, min(start + _AHEAD_BYTES, size_bytes)), eager)
+            if self._content.holdings.sealed:
+                return
             data = await self._content.read(step, Lane.COMPLETION)
             await trio.to_thread.run_sync(_update, hasher, data)
             self.hashed_bytes = step.stop
@@ -158,7 +201,7 @@ class Completion(BlobProof):
     async def _obtain(self, step: ByteRange, ahead: ByteRange, eager: bool) -> None:
         """Come back when `step` is here, or when its time has come to be read."""
         lanes, idle_s = self._content.lanes, self._content.settings.idle_s
-        while not self._content.is_here(step):
+        while not self._content.is_here(step) and not self._has_been_proven():
             self._content.raise_if_condemned()
             error = self._readahead.take_fill_error()
             if error is not None:

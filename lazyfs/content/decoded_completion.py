@@ -45,6 +45,7 @@ class DecodedCompletion(BlobProof):
         """`stream`: how the layer is decoded from its start; `name`: the blob's, for messages."""
         super().__init__(content, digest, name)
         self._stream = stream
+        self._was_proven = False
 
     @property
     def all_bytes(self) -> int:
@@ -58,6 +59,7 @@ class DecodedCompletion(BlobProof):
         content = self._content
         hasher = self._digest.hasher()
         self.hashed_bytes = 0
+        self._was_proven = False
         chunks = _Chunks(content)
         stream = BlobStream(
             content.blob,
@@ -78,6 +80,8 @@ class DecodedCompletion(BlobProof):
             self._raise(group)
         finally:
             chunks.close()
+        if self._was_proven:
+            return
         if on_progress is not None:
             on_progress(self.hashed_bytes, content.blob.size_bytes)
         self._settle(hasher)
@@ -97,12 +101,13 @@ class DecodedCompletion(BlobProof):
     async def _watch(
         self, on_progress: Callable[[int, int], None] | None, scope: trio.CancelScope
     ) -> None:
-        """Tell how far it is; end the pass when the content is condemned meanwhile."""
-        while self._content.poison is None:
+        """Tell how far it is; end the pass when it has become idle: condemned, or proven."""
+        while self._content.poison is None and not self._was_proven:
             if on_progress is not None:
                 on_progress(self.hashed_bytes, self._content.blob.size_bytes)
             with trio.move_on_after(_PROGRESS_S):
                 await self._content.condemned.wait()
+            self._was_proven = self._has_been_proven()
         scope.cancel()
 
     def _connections(self) -> int:

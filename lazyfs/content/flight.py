@@ -1,7 +1,8 @@
-"""One fetch under way: which chunks, on which lane, and who waits for them."""
+"""One fetch under way: which chunks, how they come, on which lane, and who waits for them."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from typing import TypeAlias
 
 import trio
@@ -11,7 +12,23 @@ from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 
-Landed: TypeAlias = Callable[[int, Sequence[int], Sequence[bytes] | None], None]
+_BEAT_EVERY_S = 0.1
+"""Often enough for whoever is patient for `patience_s`, and slower than anybody looks."""
+
+Memory: TypeAlias = Sequence[bytes | None] | None
+"""Chunks that the disk would not take; None for one, or for all: it has."""
+Landed: TypeAlias = Callable[[int, Sequence[int], Memory], None]
+
+
+class Task(Enum):
+    """How the chunks of a flight come to be here."""
+
+    FETCH = "fetch"
+    """From the source."""
+    CHECK = "check"
+    """From the cache's disk, if they are what their marks say."""
+    AWAIT = "await"
+    """Another daemon fetches them."""
 
 
 class Flight:
@@ -21,13 +38,25 @@ class Flight:
     """
 
     def __init__(
-        self, holdings: Holdings, landed: Landed, first: int, last: int, lane: Lane
+        self,
+        holdings: Holdings,
+        landed: Landed,
+        first: int,
+        last: int,
+        lane: Lane,
+        task: Task = Task.FETCH,
     ) -> None:
         """`landed` is told on the trio thread what has been stored."""
         self.first = first
         self.last = last
         self.lane = lane
-        self.checks_cache = False
+        self.task = task
+        self.rank = 0
+        """Of the lock that is held, or awaited (`host_locks.py`)."""
+        self.holds_lock = False
+        """Whether other daemons know that these chunks are being fetched."""
+        self._beat_at_s = time.monotonic()
+        self._beats = 0
         self.error: LazyfsError | None = None
         self.moved_at_s = time.monotonic()
         self._holdings = holdings
@@ -50,8 +79,12 @@ class Flight:
         self.let_go(self.first, self.last)
 
     def moved(self) -> None:
-        """Note that bytes have come."""
-        self.moved_at_s = time.monotonic()
+        """Note that bytes have come, and let other daemons know now and then."""
+        self.moved_at_s = now_s = time.monotonic()
+        if self.holds_lock and now_s - self._beat_at_s >= _BEAT_EVERY_S:
+            self._beat_at_s = now_s
+            self._beats += 1
+            self._holdings.locks.beat(self.first, self.last, turn=self._beats % 2 == 1)
 
     def claim(self, index: int) -> bool:
         """Take the right to store a chunk, for as long as the flight lasts."""
@@ -68,7 +101,7 @@ class Flight:
         """Keep a large chunk and tell the trio thread."""
         self._publish(index, *self._holdings.store_large(index, decode))
 
-    def _publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
+    def _publish(self, first: int, marks: Sequence[int], memory: Memory) -> None:
         self._claims.difference_update(range(first, first + len(marks)))
         self._token.run_sync_soon(self._landed, first, marks, memory)
 

@@ -3,6 +3,9 @@
 States change only on the trio thread, between two checkpoints, so no reader sees half a change.
 Worker threads take the right to store a chunk (`claim`, the one lock here), store it, and hand
 the rest to `publish` on the trio thread. Whoever claims a chunk stores it or gives it back.
+
+A mark is *hearsay* while it is only what the disk says, of an earlier mount or of another daemon.
+It binds once the chunk has been served, or proven: other bytes are then an error.
 """
 
 import logging
@@ -11,9 +14,9 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
-import xxhash
-
 from lazyfs.content.cache_file import CacheFile, little_endian, mark_of
+from lazyfs.content.chunk_store import ChunkStore
+from lazyfs.content.host_locks import HostLocks
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import FetchError, IntegrityError
@@ -23,13 +26,11 @@ from lazyfs.layers.model import ChunkMap
 log = logging.getLogger(__name__)
 
 ABSENT, UNCHECKED, FLYING, READY, IN_MEMORY = range(5)
-"""States of a chunk, the last two being here. UNCHECKED: an earlier mount left it in the cache.
-FLYING: somebody is fetching or checking it. READY: in the cache file. IN_MEMORY: the disk would
-not take it."""
+"""States of a chunk, the last two being here. UNCHECKED: an earlier mount or another daemon has
+put it into the cache. FLYING: somebody is fetching or checking it. READY: in the cache file.
+IN_MEMORY: the disk would not take it."""
 
-_PIECE_BYTES = 1 << 20
 _MEMORY_CHUNK_MOST_BYTES = 256 << 20
-_ZEROS = bytes(_PIECE_BYTES)
 
 
 class Holdings:
@@ -50,23 +51,33 @@ class Holdings:
         self._cache = cache
         self._counters = counters
         self._source_name = source_name
+        self._store = ChunkStore(chunks, cache, counters, source_name)
+        self.locks = cache.locks if cache is not None else HostLocks(None)
         self._memory: OrderedDict[int, bytes] = OrderedDict()
         self._memory_bytes = 0
         self._memory_limit_bytes = memory_limit_bytes
-        self._purged = False
         self._holes_left = False
         self._lock = threading.Lock()
         self._claimed = bytearray(len(chunks))
         self._served = bytearray(len(chunks))
         """Whether readers have been let in at a chunk, ever."""
-        marks = cache.marks(len(chunks)) if cache is not None else bytes(8 * len(chunks))
+        self._hearsay = bytearray(len(chunks))
+        """Whether a chunk's mark does not bind yet."""
+        self._shared = bytearray(len(chunks))
+        """Whether another daemon has stored a chunk since this began."""
+        self._refused: dict[int, int] = {}
+        """Marks of chunks on disk whose bytes were found to be otherwise."""
+        self._seen_stamp = cache.seal_stamp() if cache is not None else 0
+        marks = cache.marks(0, len(chunks)) if cache is not None else bytes(8 * len(chunks))
         self._marks = little_endian(array("Q", marks))
         self.sealed = cache is not None and cache.is_sealed(marks)
-        """Whether an earlier mount found the whole blob, chunk by chunk as held, to match."""
+        """Whether the whole blob, chunk by chunk as held, was found to match its digest."""
         fresh = not any(marks)
         if not fresh:
             for index, mark in enumerate(self._marks):
-                self.state[index] = UNCHECKED if mark else ABSENT
+                if mark:
+                    self.state[index] = UNCHECKED
+                    self._hearsay[index] = 1
         on_disk = READY if fresh else UNCHECKED
         for index in chunks.zero_chunks():
             self.state[index] = IN_MEMORY if cache is None else on_disk
@@ -76,7 +87,13 @@ class Holdings:
     @property
     def keeps_all(self) -> bool:
         """Whether what lands stays; no longer so once the disk has refused something."""
-        return self._cache is not None and not self._counters.cache_write_errors
+        cache = self._cache
+        return cache is not None and cache.writable and not self._counters.cache_write_errors
+
+    @property
+    def is_found(self) -> bool:
+        """Whether others find what is kept here, now and later."""
+        return self._cache is not None and self._cache.is_found
 
     def all_on_disk(self, first: int, last: int) -> bool:
         """Whether the chunks `first` up to `last` may be read through `view`."""
@@ -101,21 +118,24 @@ class Holdings:
         self._memory.move_to_end(index)
         return memoryview(self._memory[index])[wanted.start - start : wanted.stop - start]
 
-    def publish(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> bool:
+    def publish(
+        self, first: int, marks: Sequence[int], memory: Sequence[bytes | None] | None
+    ) -> bool:
         """Let readers at chunks that have been stored. Must not raise.
 
         Returns False, and lets nobody at it, if one is other than it was or must be.
         """
         for offset, mark in enumerate(marks):
             index = first + offset
-            if self._marks[index] not in (0, mark):
+            if not self._agrees(index, mark):
                 return False
-            self._marks[index] = mark
+            self._bind(index, mark)
             self._served[index] = 1
-            if memory is None:
+            kept = memory[offset] if memory is not None else None
+            if kept is None:
                 self.state[index] = READY
             else:
-                self._remember(index, memory[offset])
+                self._remember(index, kept)
         if memory is not None and not self._holes_left:
             self._leave_holes()
         return True
@@ -130,17 +150,57 @@ class Holdings:
                 if self._served[index]:
                     return False
                 if self.state[index] == UNCHECKED:
-                    self.refuse(index)
-            self._marks[index] = mark  # whoever is checking the chunk compares it with this now
+                    self.refuse(index, self._marks[index])
+            self._bind(index, mark)  # whoever is checking the chunk compares it with this now
         return True
 
     def contradiction(self, first: int, last: int) -> IntegrityError:
         """Return what there is to say if chunks `first` up to `last` are not what they were."""
-        start, stop = self._chunks.blob_range(first).start, self._chunks.blob_range(last - 1).stop
-        return IntegrityError(
-            f"{self._source_name}: the source gave other bytes than before for "
-            f"{ByteRange(start, stop)}"
-        )
+        return self._store.contradiction(first, last)
+
+    def refresh(self, first: int, last: int) -> bool:
+        """Look at what other daemons have stored since: absent chunks of it are unchecked now.
+
+        Of chunks that fly nothing is said. Returns whether there is anything new.
+        """
+        news = self._news(first, last, ABSENT)
+        for index, mark in news:
+            if self._marks[index] != mark:
+                self._marks[index] = mark
+                self._hearsay[index] = 1
+            self.state[index] = UNCHECKED
+        return bool(news)
+
+    def landed_elsewhere(self, first: int, last: int) -> list[tuple[int, int]]:
+        """Return the chunks that fly here and that others have stored: number and mark."""
+        return self._news(first, last, FLYING)
+
+    def _news(self, first: int, last: int, state: int) -> list[tuple[int, int]]:
+        if self._cache is None or not self._cache.persistent:
+            return []
+        try:
+            packed = self._cache.marks(first, last)
+        except OSError:
+            return []
+        if packed == bytes(len(packed)):
+            return []
+        marks = little_endian(array("Q", packed))
+        news = []
+        index = self.state.find(state, first, last)
+        while index >= 0:
+            mark = marks[index - first]
+            if mark and self._agrees(index, mark) and self._refused.get(index) != mark:
+                self._shared[index] = not self._served[index]
+                news.append((index, mark))
+            index = self.state.find(state, index + 1, last)
+        return news
+
+    def _agrees(self, index: int, mark: int) -> bool:
+        return self._marks[index] in (0, mark) or bool(self._hearsay[index])
+
+    def _bind(self, index: int, mark: int) -> None:
+        self._marks[index] = mark
+        self._hearsay[index] = 0
 
     def _leave_holes(self) -> None:
         """Read chunks of zeros from the file no more: on a full tmpfs a hole is a SIGBUS."""
@@ -149,18 +209,32 @@ class Holdings:
             if self.state[index] == READY:
                 self.state[index] = IN_MEMORY
 
-    def accept(self, index: int) -> None:
-        """Believe a chunk of an earlier mount: `verify` found it as it was."""
+    def mark(self, index: int) -> int:
+        """Return the mark that a chunk has or must have; 0 if none is known."""
+        return self._marks[index]
+
+    def accept(self, index: int, mark: int) -> bool:
+        """Believe a chunk that this daemon did not store: `verify` found it as `mark` says.
+
+        Returns False, and lets nobody at it, if it must be otherwise by now.
+        """
+        if not self._agrees(index, mark):
+            return False
+        self._bind(index, mark)
         self._claimed[index] = 1
         self._served[index] = 1
         self.state[index] = READY
         self._counters.chunks_from_cache += 1
+        self._counters.chunks_shared += self._shared[index]
+        return True
 
-    def refuse(self, index: int) -> None:
-        """Forget a chunk of an earlier mount: its bytes have changed."""
+    def refuse(self, index: int, mark: int) -> None:
+        """Forget a chunk that this daemon did not store: its bytes are not those of `mark`."""
         log.warning("cached chunk %d has changed on disk; fetching it anew", index)
         self._counters.cache_refused += 1
-        self._marks[index] = 0
+        self._refused[index] = mark
+        if not self._served[index]:
+            self._marks[index] = self._hearsay[index] = 0
         self.sealed = False
         self.state[index] = IN_MEMORY if self._is_zeros(index) else ABSENT
 
@@ -178,18 +252,46 @@ class Holdings:
         if self._cache is not None:
             try:
                 self._cache.seal(little_endian(self._marks[:]).tobytes())
+                self._seen_stamp = self._cache.seal_stamp()
             except OSError as problem:
                 log.warning("the cache could not be sealed: %s", problem)
 
+    def learn_seal(self) -> bool:
+        """Whether another daemon has proven the whole blob, chunk by chunk as it is held here.
+
+        Asks the disk only if somebody has sealed the layer since it was last asked.
+        """
+        if self._cache is None or (stamp := self._cache.seal_stamp()) == self._seen_stamp:
+            return False
+        self._seen_stamp = stamp
+        try:
+            packed = self._cache.marks(0, len(self.state))
+        except OSError:
+            return False
+        if self.sealed or self._refused or not self._cache.is_sealed(packed):
+            return False  # who has found damage proves for himself what he has fetched instead
+        marks = little_endian(array("Q", packed))
+        if any(not self._agrees(index, mark) for index, mark in enumerate(marks)):
+            return False
+        for index, mark in enumerate(marks):
+            if self.state[index] == ABSENT and mark:
+                self.state[index] = UNCHECKED
+                self._shared[index] = 1
+            self._bind(index, mark)
+        self.sealed = True
+        return True
+
+    def marks_changed_ns(self) -> int:
+        """Return when any daemon last stored a chunk of the layer."""
+        return self._cache.marks_changed_ns() if self._cache is not None else 0
+
     def purge(self) -> None:
         """Leave nothing of this layer for later mounts to find."""
-        with self._lock:  # nobody may be between a look at `_purged` and a mark
-            self._purged = True
-            if self._cache is not None:
-                try:
-                    self._cache.purge()
-                except OSError as problem:
-                    log.warning("the cache could not be cleared: %s", problem)
+        if self._cache is not None:
+            try:
+                self._cache.purge()
+            except OSError as problem:
+                log.warning("the cache could not be cleared: %s", problem)
 
     def close(self) -> None:
         """Let go of the cache file."""
@@ -228,39 +330,33 @@ class Holdings:
 
     def store(
         self, first: int, pieces: Sequence[Data]
-    ) -> tuple[Sequence[int], Sequence[bytes] | None]:
+    ) -> tuple[Sequence[int], Sequence[bytes | None] | None]:
         """Store claimed neighbours, a piece each; return what `publish` wants.
 
         Raises:
-            IntegrityError: a chunk was here before (in memory) and was different.
+            IntegrityError: a chunk was here before, or with another daemon, and was different.
         """
         marks = [mark_of(piece) for piece in pieces]
         for index, mark in enumerate(marks, first):
             self._compare(index, mark)
-        if self._write(self._chunks.content_start(first), pieces):
-            self._record(first, marks)
+        stored = self._store.put(first, marks, pieces)
+        if all(stored):
             return marks, None
-        return marks, [bytes(piece) for piece in pieces]
+        return marks, [
+            None if is_there else bytes(piece)
+            for is_there, piece in zip(stored, pieces, strict=True)
+        ]
 
     def store_large(
         self, index: int, decode: Callable[[], Iterator[Data]]
-    ) -> tuple[Sequence[int], Sequence[bytes] | None]:
+    ) -> tuple[Sequence[int], Sequence[bytes | None] | None]:
         """Store a claimed chunk that comes in pieces; return what `publish` wants.
 
         Raises:
-            IntegrityError: as `decode` does at its end; nothing is recorded then.
+            IntegrityError: as `decode` does at its end, or `store`; nothing is recorded then.
         """
-        hasher = xxhash.xxh3_64()
-        start = self._chunks.content_start(index)
-        stored = True
-        for piece in decode():
-            hasher.update(piece)
-            stored = stored and self._write(start, [piece])
-            start += len(piece)
-        mark = hasher.intdigest() or 1
-        self._compare(index, mark)
+        mark, stored = self._store.put_large(index, decode, self._compare)
         if stored:
-            self._record(index, [mark])
             return [mark], None
         size_bytes = self._chunks.content_size(index)
         if size_bytes > _MEMORY_CHUNK_MOST_BYTES:
@@ -274,48 +370,10 @@ class Holdings:
             whole += piece
         return [mark], [bytes(whole)]
 
-    def verify(self, index: int) -> bool:
-        """Whether the cache file still holds what the chunk's mark says."""
-        if self._cache is None:
-            return False
-        hasher = xxhash.xxh3_64()
-        start = self._chunks.content_start(index)
-        stop = start + self._chunks.content_size(index)
-        zeros = self._is_zeros(index)
-        buffer = memoryview(bytearray(min(_PIECE_BYTES, stop - start)))
-        try:
-            while start < stop:
-                count = self._cache.read_into(start, buffer[: stop - start])
-                if count <= 0 or (zeros and buffer[:count] != _ZEROS[:count]):
-                    return False
-                hasher.update(buffer[:count])
-                start += count
-        except OSError as problem:
-            log.warning("cached chunk %d cannot be read: %s", index, problem)
-            return False
-        return zeros or (hasher.intdigest() or 1) == self._marks[index]
+    def verify(self, index: int, mark: int) -> bool:
+        """Whether the cache file holds a chunk as `mark` says."""
+        return self._store.is_good(index, mark)
 
     def _compare(self, index: int, mark: int) -> None:
-        if self._marks[index] not in (0, mark):
+        if not self._agrees(index, mark):
             raise self.contradiction(index, index + 1)
-
-    def _write(self, content_start: int, pieces: Sequence[Data]) -> bool:
-        if self._cache is None:
-            return False
-        try:
-            self._cache.write(content_start, pieces)
-        except OSError as problem:
-            if not self._counters.cache_write_errors:
-                log.warning("the cache takes no more (%s); going on without it", problem)
-            self._counters.cache_write_errors += 1
-            return False
-        return True
-
-    def _record(self, first: int, marks: Sequence[int]) -> None:
-        with self._lock:
-            if self._cache is None or self._purged:
-                return
-            try:
-                self._cache.record(first, marks)
-            except OSError:
-                self._counters.cache_write_errors += 1

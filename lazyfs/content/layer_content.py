@@ -9,6 +9,9 @@ A fetch under way is a *flight*. It belongs to the task that began it; when that
 cancelled its chunks are absent again and the next waiter leads anew. A waiter that sees no byte
 of a background flight for `patience_s` fetches for itself; whichever copy is whole first is
 kept, the other is dropped unseen, so there is never more than one truth about a chunk.
+
+Other daemons fetch the same layer into the same cache file. What they fetch is awaited, or taken
+in where they have stored it already; see `others.py`.
 """
 
 import logging
@@ -19,11 +22,13 @@ from functools import partial
 import trio
 
 from lazyfs.content.cache_file import CacheFile
-from lazyfs.content.flight import Flight
-from lazyfs.content.holdings import ABSENT, FLYING, IN_MEMORY, READY, UNCHECKED, Holdings
+from lazyfs.content.flight import Flight, Memory, Task
+from lazyfs.content.holdings import ABSENT, FLYING, READY, UNCHECKED, Holdings
 from lazyfs.content.landing import Landing
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.model import Content
+from lazyfs.content.others import Others
+from lazyfs.content.runs import Runs
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import CONDEMNED, IntegrityError, LazyfsError, raise_sole_error
 from lazyfs.ground.ranges import ByteRange
@@ -34,14 +39,6 @@ from lazyfs.transport.place import PlaceLied
 from lazyfs.transport.retry import Fetcher
 
 log = logging.getLogger(__name__)
-
-_CHECK_MOST_BYTES = 8 << 20
-_RUN_CONTENT_MOST_BYTES = 16 << 20
-"""A few compressed bytes may be a lot of content; no more than so much is decoded in one go."""
-_BRIDGE_BYTES = 64 << 10
-"""Gaps in the blob up to this size are fetched along: a request of its own costs more."""
-_SHARED_BYTES = 1
-"""Neighbours may have so much of the blob in common: deflate's blocks end within a byte."""
 
 
 class _Stopped(Exception):
@@ -68,6 +65,8 @@ class LayerContent(Content):
         self.lanes = lanes
         self.holdings = Holdings(chunks, cache, counters, settings.memory_cache_bytes, blob.name)
         self._state = self.holdings.state
+        self._runs = Runs(chunks, self._state, settings)
+        self._others = Others(self.holdings, self._runs, settings.patience_s, self._arrived)
         self.blob = blob
         self._source_answers = True
         """Once a fetch has given up, later ones do so soon, until one succeeds: a reader asks
@@ -151,17 +150,17 @@ class LayerContent(Content):
         """
         if content.start >= content.stop:
             return None
-        first, last = self._span(content)
-        absent = self._state.find(ABSENT, first, last)
-        unchecked = self._state.find(UNCHECKED, first, last if absent < 0 else absent)
-        if unchecked >= 0:
-            return unchecked, self._unchecked_end(unchecked, last)
-        return (absent, self._run_end(absent, last, most_bytes)) if absent >= 0 else None
+        return self._runs.next_run(*self._span(content), most_bytes)
 
     def take_off(self, run: tuple[int, int], lane: Lane) -> Flight:
-        """Reserve the chunks of a run; whoever calls this must `conduct` the flight."""
-        flight = Flight(self.holdings, self._landed, *run, lane)
-        flight.checks_cache = self._state[flight.first] == UNCHECKED
+        """Reserve the chunks of a run; whoever calls this must `conduct` the flight.
+
+        It may be shorter than the run: other daemons fetch the same layer.
+        """
+        first, last = run
+        part = self._others.divide(first, last)
+        flight = Flight(self.holdings, self._landed, first, part.last, lane, part.task)
+        flight.rank, flight.holds_lock = part.rank, part.locked
         self._flights.append(flight)
         self._changed.unpark_all()
         for index in range(flight.first, flight.last):
@@ -170,13 +169,18 @@ class LayerContent(Content):
         return flight
 
     async def conduct(self, flight: Flight) -> None:
-        """Fetch, or check, the chunks of a flight that has taken off.
+        """Fetch, check or wait for the chunks of a flight that has taken off.
 
         Raises:
             IntegrityError, FetchError, SourceError: as `read`.
         """
         try:
-            await (self._check_cached(flight) if flight.checks_cache else self._fetch(flight))
+            if flight.task is Task.FETCH:
+                await self._fetch(flight)
+            elif flight.task is Task.CHECK:
+                await self._check_cached(flight)
+            else:
+                await self._others.wait(flight)
         finally:
             self._touch_down(flight)
 
@@ -216,6 +220,13 @@ class LayerContent(Content):
         """Whether a digest that the manifest vouches for has proven all that is served."""
         return self.chunks.proven or self.holdings.sealed
 
+    def note_seal(self) -> bool:
+        """Whether another daemon has just been found to have proven the whole blob."""
+        if not self.holdings.learn_seal():
+            return False
+        self._changed.unpark_all()
+        return True
+
     @property
     def content_size_bytes(self) -> int:
         """Size of the content address space."""
@@ -229,56 +240,8 @@ class LayerContent(Content):
         """Let go of what is held, when nobody reads any more."""
         self.holdings.close()
 
-    # -- which chunks -----------------------------------------------------------------------
-
     def _span(self, content: ByteRange) -> tuple[int, int]:
         return self.chunks.index_at(content.start), self.chunks.index_at(content.stop - 1) + 1
-
-    def _run_end(self, first: int, last: int, most_bytes: int) -> int:
-        """Return where a run of absent chunks that one request can fetch ends.
-
-        Chunks that are here (zeros above all) may lie within it, if little is fetched in vain.
-        """
-        begin, end = self.chunks.blob_range(first)
-        content_stop = self.chunks.content_start(first) + _RUN_CONTENT_MOST_BYTES
-        run_end = index = first + 1
-        while index < last and self._state[index] in (ABSENT, READY, IN_MEMORY):
-            source = self.chunks.blob_range(index)
-            if not -_SHARED_BYTES <= source.start - end <= _BRIDGE_BYTES:
-                break
-            if source.stop - begin > most_bytes:
-                break
-            if self.chunks.content_start(index) > content_stop:
-                break
-            index += 1
-            if self._state[index - 1] == ABSENT:
-                end = source.stop
-                run_end = index
-        return run_end
-
-    def _absent_runs(self, first: int, last: int, lane: Lane) -> list[tuple[int, int]]:
-        """Cut the absent chunks into requests; the last one may reach past `last` a little."""
-        settings = self.settings
-        demand = lane is Lane.DEMAND
-        most_bytes = settings.demand_most_bytes if demand else settings.readahead_request_bytes
-        runs = []
-        index = first
-        while 0 <= index < last:
-            end = self._run_end(index, last, most_bytes)
-            if demand and end == last:
-                end = max(end, self._run_end(index, len(self._state), settings.demand_least_bytes))
-            runs.append((index, end))
-            index = self._state.find(ABSENT, end, last)
-        return runs
-
-    def _unchecked_end(self, first: int, last: int) -> int:
-        limit = self.chunks.content_start(first) + _CHECK_MOST_BYTES
-        end = first + 1
-        while end < last and self._state[end] == UNCHECKED:
-            if self.chunks.content_start(end + 1) > limit:
-                break
-            end += 1
-        return end
 
     # -- flights ----------------------------------------------------------------------------
 
@@ -297,13 +260,17 @@ class LayerContent(Content):
             elif state == FLYING:
                 await self._await_flight(index, last, lane)
             elif state == UNCHECKED:
-                run = index, self._unchecked_end(index, len(self._state))
+                run = index, self._runs.unchecked_end(index, len(self._state))
                 await self.conduct(self.take_off(run, lane))
             else:
-                runs = self._absent_runs(index, last, lane)
-                flights = [self.take_off(run, lane) for run in runs]
+                runs = self._runs.absent(index, last, demand=lane is Lane.DEMAND)
+                flights = [self.take_off(runs[0], lane)]
+                for run in runs[1:]:
+                    if self._state[run[0]] == ABSENT:  # and not found on the disk with another run
+                        flights.append(self.take_off(run, lane))
                 await at_once([partial(self.conduct, flight) for flight in flights])
-                fetched_up_to = runs[0][1]
+                if flights[0].task is Task.FETCH:
+                    fetched_up_to = flights[0].last
 
     async def _await_flight(self, index: int, last: int, lane: Lane) -> None:
         """Wait for news of a chunk; fetch it oneself when there have been none for too long."""
@@ -314,14 +281,17 @@ class LayerContent(Content):
         end = index + 1
         while end < min(last, flight.last) and self._state[end] == FLYING:
             end += 1
-        with trio.move_on_after(patience_s):
+        wait_s = patience_s
+        if flight.task is Task.AWAIT:  # has long been waited for, maybe
+            wait_s = max(0.0, flight.moved_at_s + patience_s - time.monotonic())
+        with trio.move_on_after(wait_s):
             await flight.wait_landed(end - 1)  # they land in order: one waking for all of them
         if self._state[index] >= READY:
             return
         if flight.error is not None and flight.lane is lane:
             raise flight.error
         stalled = time.monotonic() - flight.moved_at_s >= patience_s
-        is_fetch_of_others = flight.lane is not Lane.DEMAND and not flight.checks_cache
+        is_fetch_of_others = flight.lane is not Lane.DEMAND and flight.task is not Task.CHECK
         if stalled and lane is Lane.DEMAND and is_fetch_of_others:
             if self._flight_over(index) is not flight:
                 return
@@ -365,20 +335,27 @@ class LayerContent(Content):
                 landing.close()
 
     async def _check_cached(self, flight: Flight) -> None:
-        """Believe chunks of an earlier mount only if they still give their marks."""
-        indices = range(flight.first, flight.last)
-        verify = self.holdings.verify
-        good = await trio.to_thread.run_sync(lambda: [verify(index) for index in indices])
-        for index, is_good in zip(indices, good, strict=True):
-            if is_good:
-                self.holdings.accept(index)
-            else:
-                self.holdings.refuse(index)
+        """Believe chunks that others have stored only if they still give their marks."""
+        found = await self._others.check(
+            [(index, self.holdings.mark(index)) for index in range(flight.first, flight.last)]
+        )
+        for index, mark, is_good in found:
+            if not is_good:
+                self.holdings.refuse(index, mark)
+            elif self._state[index] == FLYING:
+                self.holdings.accept(index, mark)
+
+    def _arrived(self, first: int, last: int) -> None:
+        """Wake those who wait for chunks that another daemon has brought."""
+        self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
+        for flight in self._flights:
+            flight.let_go(first, last)
 
     def _touch_down(self, flight: Flight) -> None:
         self._flights.remove(flight)
         flight.give_back_claims()
-        undone = UNCHECKED if flight.checks_cache else ABSENT
+        self._others.leave(flight)
+        undone = UNCHECKED if flight.task is Task.CHECK else ABSENT
         for index in range(flight.first, flight.last):
             if self._state[index] == FLYING and self._flight_over(index) is None:
                 self._state[index] = undone
@@ -392,7 +369,7 @@ class LayerContent(Content):
                 return flight
         return None
 
-    def adopt(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
+    def adopt(self, first: int, marks: Sequence[int], memory: Memory) -> None:
         """Let readers at chunks that somebody has stored (`Holdings.store`), number `first` on.
 
         On the trio thread; does not raise.
@@ -414,7 +391,7 @@ class LayerContent(Content):
         if not self.holdings.witness(first, marks):
             self.condemn(self.holdings.contradiction(first, last))
 
-    def _landed(self, first: int, marks: Sequence[int], memory: Sequence[bytes] | None) -> None:
+    def _landed(self, first: int, marks: Sequence[int], memory: Memory) -> None:
         last = first + len(marks)
         self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
         self.adopt(first, marks, memory)

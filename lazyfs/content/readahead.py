@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import trio
 
-from lazyfs.content.flight import Flight
+from lazyfs.content.flight import Flight, Task
 from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent
 from lazyfs.content.width import Width
@@ -49,6 +49,8 @@ _FAMILY_FILES = 3
 """Long reads in so many files of a family within `_SCATTER_S`: they are all being read."""
 _SWEEP_STALL_S = 1.0
 _LEAST_REQUEST_BYTES = 1 << 20
+_AWAITED_MOST = 16
+"""Flights of other daemons that are awaited at a time; they take no connection."""
 
 
 @dataclass(eq=False, slots=True)
@@ -68,6 +70,7 @@ class Readahead:
         self._settings = content.settings
         self._streams: deque[_Stream] = deque(maxlen=_STREAMS_MOST)
         self._active = 0
+        self._awaited = 0
         self._width = Width(
             self._settings.readahead_connections_least, self._settings.readahead_connections
         )
@@ -163,7 +166,7 @@ class Readahead:
                 await self._wanted.wait()
                 self._wanted = trio.Event()
                 while (flight := self._next()) is not None:
-                    self._active += 1
+                    self._count(flight, 1)
                     nursery.start_soon(self._conduct, flight)
 
     def _next(self) -> Flight | None:
@@ -185,7 +188,7 @@ class Readahead:
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
             connections = self._width.connections
-        if self._active >= connections:
+        if self._active >= connections or self._awaited >= _AWAITED_MOST:
             return None
         most_bytes = settings.readahead_window_bytes
         if not keeps_all:  # what is fetched too far ahead has to go before it is read
@@ -201,9 +204,10 @@ class Readahead:
         if sweeping:
             run = self._content.next_run(self._sweep, settings.readahead_request_bytes)
             if run is not None:
-                start = self._content.chunks.content_start(run[1])
+                flight = self._content.take_off(run, Lane.READAHEAD)
+                start = self._content.chunks.content_start(flight.last)
                 self._sweep = ByteRange(min(start, self._sweep.stop), self._sweep.stop)
-                return self._content.take_off(run, Lane.READAHEAD)
+                return flight
             self._sweep = self._swept_family = ByteRange(0, 0)
         if keeps_all and (self._fill_eagerly or self._active < settings.completion_connections):
             run = self._content.next_run(self._fill, settings.readahead_request_bytes)
@@ -222,8 +226,14 @@ class Readahead:
             log.exception("readahead failed: please report this")
             self._give_up(flight, LazyfsError(str(error)))
         finally:
-            self._active -= 1
+            self._count(flight, -1)
             self._wanted.set()
+
+    def _count(self, flight: Flight, change: int) -> None:
+        if flight.task is Task.AWAIT:
+            self._awaited += change
+        else:
+            self._active += change
 
     def _give_up(self, flight: Flight, error: LazyfsError) -> None:
         """Forget what was wanted, or it would be asked for again at once."""

@@ -28,9 +28,11 @@ class Counters:
     failed_reads: int = 0
     """Reads answered with an error. CRIU ignores some: whoever drives a restore looks here."""
     chunks_from_cache: int = 0
-    """Chunks of an earlier mount found in the cache and proven unchanged."""
+    """Chunks of other mounts, earlier or now, found in the cache and proven unchanged."""
+    chunks_shared: int = 0
+    """Those of them that another daemon has fetched since this mount began."""
     cache_refused: int = 0
-    """Chunks of an earlier mount whose bytes had changed; fetched anew."""
+    """Chunks of other mounts whose bytes had changed; fetched anew."""
     cache_write_errors: int = 0
 
     def snapshot(self) -> dict[str, int]:

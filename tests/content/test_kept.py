@@ -162,13 +162,21 @@ async def test_an_index_that_is_not_understood_is_left_alone(tmp_path: Path) -> 
     assert not growing_in(tmp_path)
 
 
-async def test_while_the_publisher_lives_nobody_writes_to_its_file(tmp_path: Path) -> None:
+async def test_while_the_publisher_lives_others_read_its_file(tmp_path: Path) -> None:
     async with streamed(tmp_path, DATA, indexed_stream()) as setup:
         await setup.content.read(WHOLE)
         await wait_kept(tmp_path)
-        cache = open_cache_file(Cache(tmp_path), DIGEST, TAG, len(DATA), 112)
-        assert not cache.persistent
-        cache.close()
+        found = find_restart_index(Cache(tmp_path), DIGEST, TAG)
+        assert found is not None
+        chunks = reopen(found).chunks
+        cache = open_cache_file(Cache(tmp_path), DIGEST, TAG, len(DATA), len(chunks))
+        before = cache.view[: len(DATA)].tobytes()
+        blob, fetcher = MemoryBlob(DATA), Fetcher(FAST, Counters())
+        content = LayerContent(blob, chunks, cache, Lanes(SETTINGS), fetcher, SETTINGS)
+        assert bytes(await content.read(WHOLE)) == DATA == before
+        assert blob.asked == []
+        content.close()
+        assert bytes(await setup.content.read(WHOLE)) == DATA
 
 
 async def test_of_two_passes_at_once_one_is_kept(tmp_path: Path) -> None:

@@ -214,13 +214,6 @@ async def test_a_changed_cache_costs_a_fetch_and_no_wrong_byte(
         assert setup.counters.cache_refused == 1
 
 
-async def test_two_mounts_at_once_do_not_share_a_file(tmp_path: Path) -> None:
-    with cached(tmp_path) as first, cached(tmp_path) as second:
-        await _expect(first, ByteRange(0, 10))
-        await _expect(second, ByteRange(0, 10))
-        assert second.counters.bytes_fetched > 0
-
-
 @pytest.mark.parametrize("eager", [True, False])
 async def test_a_whole_blob_is_proven_and_sealed(tmp_path: Path, eager: bool) -> None:
     with cached(tmp_path) as setup:

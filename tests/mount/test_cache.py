@@ -90,10 +90,19 @@ def a_directory(home: Path) -> None:
     (home / "content").mkdir()
 
 
-DAMAGES = [flip_bits, zero_content, cut_content, cut_marks, random_marks, forged_proof, no_marks]
+DAMAGES = [
+    flip_bits,
+    zero_content,
+    cut_content,
+    cut_marks,
+    random_marks,
+    forged_proof,
+    no_marks,
+    a_directory,
+]
 
 
-@pytest.mark.parametrize("damage", [*DAMAGES, a_directory], ids=lambda it: it.__name__)
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda it: it.__name__)
 def test_a_cache_that_changed_gives_no_wrong_byte(
     mounts: Mounts, reference: str, damage: Callable[[Path], None]
 ) -> None:
@@ -104,13 +113,16 @@ def test_a_cache_that_changed_gives_no_wrong_byte(
     damage(home_of(mounts))
     if damage in (flip_bits, zero_content, random_marks, forged_proof):
         mounts.expect_log("WARNING .* cached chunk .* has changed on disk; fetching it anew")
-    if damage is a_directory:
-        mounts.expect_log("WARNING .* no cache in .*: what is read is kept in memory")
     mount = mounts.mount(reference)
     read_everything(mount)
     refused = mount.status()["cache_refused"]
     assert (refused > 0) == (damage in (flip_bits, zero_content, random_marks, forged_proof))
     assert mount.status()["failed"] is None
+    assert mount.umount().code == 0
+    mount = mounts.mount(reference)
+    read_everything(mount)
+    assert mount.status()["cache_refused"] == 0, "it has been put right"
+    assert mount.status()["chunks_from_cache"] > 0
 
 
 def test_a_cache_that_changes_under_the_mount(mounts: Mounts, reference: str) -> None:
@@ -170,3 +182,42 @@ def test_a_cache_disk_that_was_full_before(
     assert mount.status()["failed_reads"] == 0
     assert mount.status()["cache_write_errors"] > 0
     assert mounts.log() == "", "it has no place either"
+
+
+@pytest.mark.parametrize("kind", ["tar", "zstd:chunked"])
+def test_a_cache_disk_that_may_only_be_read(
+    server: FaultServer, tmp_path: Path, mounts: Mounts, kind: str
+) -> None:
+    """What is there is read; what is not is fetched, and kept in memory."""
+    mounts.log_files = [mounts.home / "log"]
+    mounts.expect_log("WARNING .* the cache takes no more .*Read-only file system")
+    mounts.tolerate_log("WARNING .* the cache could not be sealed: .*Read-only file system")
+    log = f"--log-file={mounts.home}/log"
+    reference = publish_files(server, FILES, kind)
+    mount = mounts.mount(reference, log)
+    assert read_at(mount / "pages-1.img", 0, MIB) == DATA[:MIB]
+    mount.signal(signal.SIGKILL)
+    mount.wait_end()
+    cut_out(mounts.cache_dir)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    run(["mount", "--bind", mounts.cache_dir, disk])
+    try:
+        assert run(["mount", "-o", "remount,bind,ro", disk]).code == 0
+        mount = mounts.mount(reference, log, f"--cache-dir={disk}")
+        read_everything(mount)
+        status = mount.status()
+        assert status["chunks_from_cache"] > 0
+        assert status["failed_reads"] == status["cache_refused"] == 0
+        assert mount.umount().code == 0
+    finally:
+        run(["umount", "-l", disk])
+
+
+def cut_out(cache_dir: Path) -> None:
+    """Let the cache forget the second half of its layer, as if it had never been fetched."""
+    (home,) = cache_dir.glob("layers/*")
+    size = (home / "marks").stat().st_size
+    os.truncate(home / "marks", size // 16 * 8)
+    os.truncate(home / "marks", size)
+    (home / "proven").unlink(missing_ok=True)
