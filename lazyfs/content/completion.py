@@ -62,7 +62,7 @@ class BlobProof(ABC):
             FetchError, SourceError: it could not be had; `run` goes on trying.
         """
         self.hurried = True
-        self._trouble = None
+        self._forget_trouble()
         try:
             while not self._content.holdings.sealed:
                 self._content.raise_if_condemned()
@@ -143,6 +143,10 @@ class BlobProof(ABC):
             FetchError, SourceError: `eager`, and it could not be had.
         """
 
+    def _forget_trouble(self) -> None:
+        """Forget what went wrong before somebody asked."""
+        self._trouble = None
+
     def _complain(self, error: LazyfsError) -> None:
         log.warning("%s is not proven yet: %s", self._name, error)
         self._trouble = error
@@ -197,6 +201,11 @@ class Completion(BlobProof):
             if on_progress is not None:
                 on_progress(self.hashed_bytes, size_bytes)
         self._settle(hasher)
+
+    def _forget_trouble(self) -> None:
+        """Forget it, also where a fetch of before has failed since."""
+        super()._forget_trouble()
+        self._readahead.take_fill_error()
 
     async def _obtain(self, step: ByteRange, ahead: ByteRange, eager: bool) -> None:
         """Come back when `step` is here, or when its time has come to be read."""
