@@ -3,6 +3,7 @@
 import fcntl
 import os
 import random
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
@@ -121,7 +122,7 @@ async def test_of_six_at_once_one_fetches(tmp_path: Path, packed: bool) -> None:
     async with AsyncExitStack() as stack:
         for _ in range(6):
             blob = MemoryBlob(data)
-            blob.before = lambda _: trio.from_thread.run(trio.sleep, 0.02)
+            blob.before = lambda _: time.sleep(0.02)
             setups.append(await stack.enter_async_context(streamed(tmp_path, blob, stream)))
         async with trio.open_nursery() as nursery:
             for seed, setup in enumerate(setups):
