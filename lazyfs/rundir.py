@@ -1,8 +1,6 @@
-"""Where the sockets of running mounts are: a directory that nobody else can write or look into.
+"""The sockets of running mounts, in the run directory (`transport/run_directory.py`).
 
-`/run/lazyfs` for root; `$XDG_RUNTIME_DIR/lazyfs` for others, and without one `/tmp/lazyfs-UID`,
-believed only if it is a directory, theirs and closed to all others. `LAZYFS_RUN_DIR` names
-another. A socket is called after its mount's device number, which no two mounts share.
+A socket is called after its mount's device number, which no two mounts share.
 
 Light imports only: used by commands that import nothing else of lazyfs.
 """
@@ -22,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from lazyfs.transport.run_directory import open_run_directory, run_directory
+
 log = logging.getLogger(__name__)
 
 _SOCKET_NAME = re.compile(r"(?:mount-(\d+)|pid-\d+)\.sock")
@@ -40,36 +40,6 @@ class Found:
     """Whose it is."""
 
 
-def own_directory() -> Path:
-    """Return where this user's sockets are; it may not exist."""
-    given = os.environ.get("LAZYFS_RUN_DIR", "")
-    if given.startswith("/"):
-        return Path(given)
-    user = os.geteuid()
-    if user == 0:
-        return Path("/run/lazyfs")
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if runtime.startswith("/") and Path(runtime).is_dir():
-        return Path(runtime) / "lazyfs"
-    return Path(f"/tmp/lazyfs-{user}")  # noqa: S108 - looked at before it is believed
-
-
-def open_directory(path: Path) -> int:
-    """Make the directory if need be, and return it open.
-
-    Raises:
-        OSError: it cannot be made, is another's, or open to others.
-    """
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(mode=0o700)
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    answer = os.fstat(descriptor)
-    if answer.st_uid != os.geteuid() or stat.S_IMODE(answer.st_mode) & 0o077:
-        os.close(descriptor)
-        raise OSError(errno.EPERM, f"{path} is not yours alone (its owner and mode)")
-    return descriptor
-
-
 class ListeningSocket:
     """This daemon's socket, to be found by its mount's device."""
 
@@ -80,7 +50,7 @@ class ListeningSocket:
             OSError: the directory is not to be used.
         """
         self.name = f"mount-{device}.sock" if device is not None else f"pid-{os.getpid()}.sock"
-        self._directory = open_directory(directory or own_directory())
+        self._directory = open_run_directory(str(directory or run_directory()))
         self.socket = socket.socket(socket.AF_UNIX)
         try:
             os.fchmod(self.socket.fileno(), 0o600)
@@ -116,7 +86,7 @@ class ListeningSocket:
 def find_sockets() -> list[Found]:
     """Return the sockets of this user's mounts; for root, of everybody's."""
     user = os.geteuid()
-    directories = {own_directory(): user}
+    directories = {Path(run_directory()): user}
     if user == 0:
         for path in Path("/run/user").glob("*/lazyfs"):
             with contextlib.suppress(ValueError):

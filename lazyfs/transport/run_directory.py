@@ -1,4 +1,12 @@
-"""Where daemons of one user on this machine find each other."""
+"""Where daemons of one user on this machine find each other: a directory closed to all others.
+
+`/run/lazyfs` for root; `$XDG_RUNTIME_DIR/lazyfs` for others, and without one `/tmp/lazyfs-UID`,
+believed only if it is a directory, theirs and closed to all others. `LAZYFS_RUN_DIR` names
+another.
+
+Light imports only: used by commands that import nothing else of lazyfs.
+Source: file-hierarchy(7); XDG base directory specification (XDG_RUNTIME_DIR).
+"""
 
 import errno
 import os
@@ -6,15 +14,18 @@ import stat
 from contextlib import suppress
 
 
-def run_directory() -> str | None:
-    """Return the path of the directory; None: this user has no place for one.
-
-    Source: file-hierarchy(7); XDG base directory specification (XDG_RUNTIME_DIR).
-    """
-    if os.geteuid() == 0:
+def run_directory() -> str:
+    """Return the path of the directory, which may not exist yet."""
+    given = os.environ.get("LAZYFS_RUN_DIR", "")
+    if given.startswith("/"):
+        return given
+    user = os.geteuid()
+    if user == 0:
         return "/run/lazyfs"
-    given = os.environ.get("XDG_RUNTIME_DIR", "")
-    return f"{given}/lazyfs" if given.startswith("/") else None
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/") and os.path.isdir(runtime):  # noqa: PTH112 - settings are text
+        return f"{runtime}/lazyfs"
+    return f"/tmp/lazyfs-{user}"  # noqa: S108 - looked at before it is believed
 
 
 def open_run_directory(path: str) -> int:
