@@ -129,7 +129,7 @@ class CheckpointOperations(pyfuse3.Operations):
 
     def note_failure(self, operation: str, error: Exception) -> None:
         """Count a request that is answered with an error, and log it; repetitions now and then."""
-        self._counters.failed_reads += operation == "read"
+        self._counters.failed_reads += 1
         text = f"{operation} answered with an error: {error}"
         self._activity.failed(text)
         now_s = time.monotonic()

@@ -24,7 +24,7 @@ _COUNTERS = {
     "reads": ("reads", "Reads that reached lazyfs"),
     "bytes_read": ("read_bytes", "Bytes that reads were answered with"),
     "reads_waited": ("reads_waited", "Reads that had to wait for the source"),
-    "failed_reads": ("failed_reads", "Reads answered with an error"),
+    "failed_reads": ("failed_reads", "Reads, lookups and the like answered with an error"),
     "chunks_from_cache": ("cache_chunks_used", "Chunks found in the cache, unchanged"),
     "cache_refused": ("cache_chunks_refused", "Chunks found in the cache, changed"),
     "cache_write_errors": ("cache_write_errors", "Chunks that the cache's disk did not take"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import xxhash
+from lazyfs.content.marks import marker_of
 
 KIB = 1024
 TAR_TAG = "tar-256k-0123456789abcdef"
@@ -32,7 +32,7 @@ def put_layer(
             if index not in absent:
                 content.seek(start)
                 content.write(chunk)
-            mark = 0 if index in absent else xxhash.xxh3_64_intdigest(chunk)
+            mark = 0 if index in absent else marker_of(directory).of(chunk)
             marks.write(mark.to_bytes(8, "little"))
     if used_at_s is not None:
         (home / "used").touch()

@@ -15,12 +15,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from lazyfs.content import janitor
 from lazyfs.content.cache_file import MARK_BYTES, is_sealed, little_endian, seal
 from lazyfs.content.chunk_note import Grid, even_grid, grid_of, read_note, zero_chunks_noted
 from lazyfs.content.growing_file import STRETCH_BYTES
+from lazyfs.content.marks import Marker, mark_from, marker_of
 from lazyfs.content.shelf import Shelved
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.ranges import ByteRange
@@ -114,15 +113,16 @@ def _compare(
 ) -> None:
     """Look at every chunk that has a mark; hash the whole too, if it is its own blob."""
     layer = found.layer
+    marker = marker_of(layer.home.parent.parent)
     whole = layer.digest.hasher() if layer.is_plain_tar and 0 not in marks else None
     for index, mark in enumerate(marks):
         if not mark:
             continue
         content = ByteRange(grid.starts[index], grid.starts[index] + grid.sizes[index])
-        good = _mark(fd, content, whole) == mark
+        good = _mark(marker, fd, content, whole) == mark
         if not good:  # somebody may have been writing it anew
             now = _marks_in(layer)[index * MARK_BYTES : (index + 1) * MARK_BYTES]
-            good = _mark(fd, content, None) == int.from_bytes(now, "little")
+            good = _mark(marker, fd, content, None) == int.from_bytes(now, "little")
             whole = None
         if not good:
             found.damaged.append(content)
@@ -170,9 +170,9 @@ def _opened(layer: Shelved) -> Iterator[int | None]:
         os.close(fd)
 
 
-def _mark(fd: int, content: ByteRange, whole: "_Hash | None") -> int:
+def _mark(marker: Marker, fd: int, content: ByteRange, whole: "_Hash | None") -> int:
     """Return the mark that bytes give, never 0; -1 if they cannot be read."""
-    hasher = xxhash.xxh3_64()
+    hasher = marker.hasher()
     at = content.start
     try:
         while at < content.stop:
@@ -185,7 +185,7 @@ def _mark(fd: int, content: ByteRange, whole: "_Hash | None") -> int:
             at += len(data)
     except OSError:
         return -1
-    return hasher.intdigest() or 1
+    return mark_from(hasher)
 
 
 def _grid(layer: Shelved) -> Grid | None:

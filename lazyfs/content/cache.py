@@ -3,6 +3,7 @@
     DIR/layers/<digest>.<tag>/   the content of one layer (`cache_file.py`, `kept.py`)
        /incoming/                what is not whole yet (`incoming.py`), what is being removed
        /lock                     held by who makes room (`room.py`)
+       /seed                     of the marks of all chunks (`marks.py`)
        /log/                     what daemons log
 
 In memory content is in memfds: nothing of it is ever written to a file. The kernel may swap
@@ -13,9 +14,11 @@ import mmap
 import os
 import tempfile
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from lazyfs.content.marks import Marker, marker_of
 from lazyfs.content.room import DiskBounds, MemoryBounds, Room
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
@@ -35,6 +38,11 @@ class Cache:
     def memory(cls, limit: Limit = CACHE_LIMIT) -> Self:
         """Keep everything in memory, for this daemon alone."""
         return cls(None, limit)
+
+    @cached_property
+    def marker(self) -> Marker:
+        """What marks the chunks of this cache. Blocks, the first time."""
+        return Marker() if self.directory is None else marker_of(self.directory)
 
     def __str__(self) -> str:
         return str(self.directory) if self.directory is not None else "memory"

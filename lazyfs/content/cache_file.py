@@ -2,8 +2,8 @@
 
 Written with `pwritev` (a full disk is then an OSError, not a SIGBUS) and read through a read-only
 mapping (a reply is a slice of it, without a copy). Nothing is ever fsynced: a chunk that a daemon
-did not store itself counts only if its bytes still give the mark, the xxh3 of what was stored, so
-a torn write or a SIGKILL at any moment costs a fetch and never a wrong byte.
+did not store itself counts only if its bytes still give the mark of what was stored, a seeded
+xxh3 (`marks.py`), so a torn write or a SIGKILL at any moment costs a fetch and never a wrong byte.
 
 The tag names all that proves the chunks, or, where nothing does, the source they came from: what
 a hostile image has put here is never found by another.
@@ -34,17 +34,11 @@ import xxhash
 from lazyfs.content.cache import Cache
 from lazyfs.content.host_locks import HostLocks
 from lazyfs.content.layer_home import LayerHome, open_home
-from lazyfs.content.room import Room
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 
 MARK_BYTES = 8
 _IOV_MAX = 1024
-
-
-def mark_of(data: Data) -> int:
-    """Return the mark of a chunk's bytes: their 64-bit xxh3, never 0 (which means "absent")."""
-    return xxhash.xxh3_64_intdigest(data) or 1
 
 
 def is_sealed(home: Path, marks: Data) -> bool:
@@ -77,13 +71,14 @@ class CacheFile:
         self,
         content_fd: int,
         size_bytes: int,
+        cache: Cache,
         home: LayerHome | None = None,
-        room: Room | None = None,
     ) -> None:
         """Use `open_cache_file`; a private file has no `home`, and no marks."""
+        self.marker = cache.marker
         self._content_fd = content_fd
         self._home = home
-        self._room = room or Room()
+        self._room = cache.room
         self._map = (
             mmap.mmap(content_fd, size_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
             if size_bytes
@@ -183,7 +178,7 @@ def open_cache_file(
     if cache.directory is None:
         fd = os.memfd_create("lazyfs", os.MFD_CLOEXEC)
         os.ftruncate(fd, size_bytes)
-        return CacheFile(fd, size_bytes, room=cache.room)
+        return CacheFile(fd, size_bytes, cache)
     path = cache.home(digest, tag) if digest is not None else None
     home = open_home(path, size_bytes, count * MARK_BYTES) if path is not None else None
     if home is None:
@@ -191,9 +186,9 @@ def open_cache_file(
         layers.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=layers, buffering=0) as content:
             os.ftruncate(content.fileno(), size_bytes)
-            return CacheFile(os.dup(content.fileno()), size_bytes, room=cache.room)
+            return CacheFile(os.dup(content.fileno()), size_bytes, cache)
     try:
-        return CacheFile(home.content_fd, size_bytes, home, cache.room)
+        return CacheFile(home.content_fd, size_bytes, cache, home)
     except BaseException:
         home.close()
         raise

@@ -25,9 +25,8 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
-import xxhash
-
 from lazyfs.content.cache_file import CacheFile, little_endian
+from lazyfs.content.marks import Marker, mark_from
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import IntegrityError
@@ -55,6 +54,8 @@ class ChunkStore:
         self._counters = counters
         self._source_name = source_name
         self._spare = threading.local()
+        self.marker = cache.marker if cache is not None else Marker()
+        """What marks the chunks."""
 
     def put(self, first: int, marks: Sequence[int], pieces: Sequence[Data]) -> Sequence[bool]:
         """Store neighbours, a piece each; say of each whether the file has it now.
@@ -146,14 +147,14 @@ class ChunkStore:
         compare: Callable[[int, int], None],
     ) -> int:
         """Return the mark of what is decoded; write it too, and note if that worked."""
-        hasher = xxhash.xxh3_64()
+        hasher = self.marker.hasher()
         start = self._chunks.content_start(index)
         for piece in decode():
             hasher.update(piece)
             if stored is not None:
                 stored[0] = stored[0] and self._write(start, [piece])
             start += len(piece)
-        mark = hasher.intdigest() or 1
+        mark = mark_from(hasher)
         compare(index, mark)
         return mark
 
@@ -173,7 +174,7 @@ class ChunkStore:
         """
         if self._cache is None:
             return None
-        hasher = xxhash.xxh3_64()
+        hasher = self.marker.hasher()
         start = self._chunks.content_start(index)
         stop = start + self._chunks.content_size(index)
         buffer = self._buffer()
@@ -187,7 +188,7 @@ class ChunkStore:
         except OSError as problem:
             log.warning("cached chunk %d cannot be read: %s", index, problem)
             return None
-        return 0 if zeros else hasher.intdigest() or 1
+        return 0 if zeros else mark_from(hasher)
 
     def _buffer(self) -> memoryview:
         """Return memory of this thread's; page-aligned, which is read into much faster."""

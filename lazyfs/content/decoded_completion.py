@@ -14,14 +14,13 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import trio
-import xxhash
 
 from lazyfs.content.blob_stream import RING_BYTES, BlobStream
-from lazyfs.content.cache_file import mark_of
 from lazyfs.content.completion import BlobProof
 from lazyfs.content.decoding import READERS, decode_blob
 from lazyfs.content.holdings import ABSENT, FLYING
 from lazyfs.content.layer_content import LayerContent
+from lazyfs.content.marks import mark_from
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, raise_sole_error
@@ -129,7 +128,8 @@ class _Chunks:
         self._content = content
         self._chunks = content.chunks
         self._token = trio.lowlevel.current_trio_token()
-        self._hasher = xxhash.xxh3_64()
+        self._marker = content.holdings.marker
+        self._hasher = self._marker.hasher()
         self._index = -1
         self._size_bytes = self._filled = 0
         self._kept = False
@@ -195,10 +195,10 @@ class _Chunks:
     def _end(self) -> None:
         if self._kept:
             with memoryview(self._buffer) as whole, whole[: self._size_bytes] as chunk:
-                self._marks.append(mark_of(chunk))
+                self._marks.append(self._marker.of(chunk))
                 self._store(chunk)
         else:
-            self._marks.append(self._hasher.intdigest() or 1)
+            self._marks.append(mark_from(self._hasher))
         self._begin()
 
     def _store(self, chunk: memoryview) -> None:

@@ -20,11 +20,10 @@ import os
 from array import array
 from collections.abc import Sequence
 
-import xxhash
-
+from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import write_all
 from lazyfs.content.incoming import Cradle
-from lazyfs.content.room import Room
+from lazyfs.content.marks import Marker, mark_from
 from lazyfs.content.served import Former, Served, compare
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import IntegrityError
@@ -39,9 +38,9 @@ _MAP_FIRST_BYTES = 64 * MIB
 class Strides:
     """The mark (xxh3, never 0) of each stretch of what passes."""
 
-    def __init__(self) -> None:
+    def __init__(self, marker: Marker) -> None:
         self.marks = array("Q")
-        self._hasher = xxhash.xxh3_64()
+        self._hasher = marker.hasher()
         self._filled = 0
 
     def update(self, data: Data) -> None:
@@ -58,7 +57,7 @@ class Strides:
     def finish(self) -> None:
         """Mark the last stretch, which may be shorter."""
         if self._filled:
-            self.marks.append(self._hasher.intdigest() or 1)
+            self.marks.append(mark_from(self._hasher))
             self._hasher.reset()
             self._filled = 0
 
@@ -71,7 +70,7 @@ class GrowingFile:
     """One content that grows. Every method but `peek` and `close` may raise OSError."""
 
     def __init__(
-        self, cradle: Cradle, room: Room, name: str, formers: Sequence[Former] = ()
+        self, cradle: Cradle, cache: Cache, name: str, formers: Sequence[Former] = ()
     ) -> None:
         """`name`: the blob's, for messages; `formers`: what all that comes has to agree with."""
         self.cradle = cradle
@@ -79,8 +78,9 @@ class GrowingFile:
         """So much can be read here, beside what the former has."""
         self.decoded_bytes = 0
         """How far this daemon has decoded it itself."""
-        self.strides = Strides()
-        self._room = room
+        self.strides = Strides(cache.marker)
+        self.marker = cache.marker
+        self._room = cache.room
         self._name = name
         self._formers = tuple(formers)
         self._served = Served() if cradle.notice is not None else None

@@ -14,7 +14,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
-from lazyfs.content.cache_file import CacheFile, little_endian, mark_of
+from lazyfs.content.cache_file import CacheFile, little_endian
 from lazyfs.content.chunk_store import ChunkStore
 from lazyfs.content.host_locks import HostLocks
 from lazyfs.ground.counters import Counters
@@ -52,6 +52,7 @@ class Holdings:
         self._counters = counters
         self._source_name = source_name
         self._store = ChunkStore(chunks, cache, counters, source_name)
+        self.marker = self._store.marker
         self.locks = cache.locks if cache is not None else HostLocks(None)
         self._memory: OrderedDict[int, bytes] = OrderedDict()
         self._memory_bytes = 0
@@ -336,7 +337,7 @@ class Holdings:
         Raises:
             IntegrityError: a chunk was here before, or with another daemon, and was different.
         """
-        marks = [mark_of(piece) for piece in pieces]
+        marks = [self.marker.of(piece) for piece in pieces]
         for index, mark in enumerate(marks, first):
             self._compare(index, mark)
         stored = self._store.put(first, marks, pieces)

@@ -26,12 +26,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import trio
-import xxhash
 
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import MARK_BYTES, is_sealed, little_endian, seal
 from lazyfs.content.growing_file import STRETCH_BYTES, GrowingFile, Strides
 from lazyfs.content.incoming import bury
+from lazyfs.content.marks import Marker, mark_from
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError
@@ -128,13 +128,16 @@ class Kept:
     have been checked changes on the trio thread only.
     """
 
-    def __init__(self, home: Path, fd: int, chunks: ChunkMap, marks: "array[int]") -> None:
+    def __init__(
+        self, home: Path, fd: int, chunks: ChunkMap, marks: "array[int]", marker: Marker
+    ) -> None:
         """Use `open_kept`."""
         self.size_bytes = chunks.content_size_bytes
         self._chunks = chunks
         self._home = home
         self._fd = fd
         self._marks = marks
+        self._marker = marker
         self._checked = bytearray(len(marks))
         self._checks: dict[int, trio.Event] = {}
         self._touched_s = 0.0
@@ -200,13 +203,13 @@ class Kept:
     def _is_good(self, piece: int) -> bool:
         chunks = self._chunks
         content = ByteRange(chunks.content_start(piece), chunks.content_start(piece + 1))
-        hasher = xxhash.xxh3_64()
+        hasher = self._marker.hasher()
         try:
             with _buffer() as buffer:
                 _read(self._fd, content, buffer, hasher.update)
         except OSError:
             return False
-        return (hasher.intdigest() or 1) == self._marks[piece]
+        return mark_from(hasher) == self._marks[piece]
 
 
 def open_kept(
@@ -243,7 +246,7 @@ def open_kept(
             log.warning("what is kept in %s is damaged; doing it over", home)
             forget(home, fd)
             return None
-        kept = Kept(home, fd, chunks, little_endian(array("Q", packed)))
+        kept = Kept(home, fd, chunks, little_endian(array("Q", packed)), cache.marker)
         on_error.pop_all()
         return kept
     return None
@@ -265,8 +268,8 @@ def _marks_in(home: Path, count: int) -> bytes:
 def _marks_of(growing: GrowingFile, chunks: ChunkMap, check: Callable[[], None]) -> "array[int]":
     """Read what was written; mark its chunks, and compare its stretches while at it."""
     marks = array("Q")
-    strides = Strides()
-    hasher = xxhash.xxh3_64()
+    strides = Strides(growing.marker)
+    hasher = growing.marker.hasher()
 
     def see(data: memoryview) -> None:
         hasher.update(data)
@@ -277,7 +280,7 @@ def _marks_of(growing: GrowingFile, chunks: ChunkMap, check: Callable[[], None])
             check()
             start, stop = chunks.content_start(index), chunks.content_start(index + 1)
             _read(growing.fd, ByteRange(start, stop), buffer, see)
-            marks.append(hasher.intdigest() or 1)
+            marks.append(mark_from(hasher))
             hasher.reset()
     strides.finish()
     if growing.decoded_bytes == growing.size_bytes and strides.marks != growing.strides.marks:

@@ -347,7 +347,7 @@ class StreamedContent(Content):
             if shared is None:
                 return kept[0]
             cradle = shared
-        return GrowingFile(cradle, job.cache.room, job.blob.name, formers)
+        return GrowingFile(cradle, job.cache, job.blob.name, formers)
 
     async def _adopt(self, kept: Kept, formers: list[Former]) -> None:
         """Serve what others have kept meanwhile; it has to be what has been served before.

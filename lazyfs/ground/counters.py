@@ -26,7 +26,8 @@ class Counters:
     reads_waited: int = 0
     """Reads that had to wait for the source."""
     failed_reads: int = 0
-    """Reads answered with an error. CRIU ignores some: whoever drives a restore looks here."""
+    """Reads, lookups and the like answered with an error. CRIU ignores some: whoever drives a
+    restore looks here."""
     chunks_from_cache: int = 0
     """Chunks of other mounts, earlier or now, found in the cache and proven unchanged."""
     chunks_shared: int = 0

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -98,10 +99,10 @@ def test_damage_that_somebody_may_be_serving_is_left(tmp_path: Path) -> None:
 def test_marks_that_fit_bytes_which_the_digest_does_not_promise(tmp_path: Path) -> None:
     """As no disk does it, but somebody's hand: nothing of it is kept."""
     home = put_layer(tmp_path, DATA)
-    evil = tmp_path / "evil"
-    other = put_layer(evil, bytes(len(DATA)))
+    other = put_layer(tmp_path, bytes(len(DATA)))
     for name in ("content", "marks"):
         (other / name).rename(home / name)
+    shutil.rmtree(other)
     found = audit_sole(tmp_path)
     assert found.digest_matches is False
     assert found.is_damaged

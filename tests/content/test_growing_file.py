@@ -48,7 +48,7 @@ class Daemon:
         cradle = make_shared(self.cache, "name", lambda: False)
         assert cradle is not None
         formers = before.as_formers() if before is not None else []
-        self.file = GrowingFile(cradle, self.cache.room, "it", formers)
+        self.file = GrowingFile(cradle, self.cache, "it", formers)
         self.leads = False
         if before is not None:
             before.close()

@@ -120,7 +120,7 @@ def test_a_link_is_nobodys_layer(tmp_path: Path) -> None:
 
 def test_what_is_left_is_removed_and_what_grows_is_not(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    growing = GrowingFile(make_private(cache), cache.room, "it")
+    growing = GrowingFile(make_private(cache), cache, "it")
     growing.append(bytes(MIB))
     left = tmp_path / "incoming/left"
     left.mkdir()

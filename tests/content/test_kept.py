@@ -236,7 +236,7 @@ def test_leftovers_are_cleaned_and_the_living_spared(tmp_path: Path) -> None:
 
 def test_a_growing_file_keeps_slices_of_all_its_mappings(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
-    file = GrowingFile(make_private(cache), cache.room, "it")
+    file = GrowingFile(make_private(cache), cache, "it")
     piece = random.Random(4).randbytes(MIB)
     slices = []
     for count in range(1, 131):

@@ -259,7 +259,7 @@ class FullDisk(CacheFile):
 def full_disk(path: Path) -> FullDisk:
     with path.open("w+b") as file:
         file.truncate(len(DATA))
-        return FullDisk(os.dup(file.fileno()), len(DATA))
+        return FullDisk(os.dup(file.fileno()), len(DATA), Cache(path.parent))
 
 
 @pytest.mark.parametrize("writes_left", [0, 3])

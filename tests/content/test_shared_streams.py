@@ -80,7 +80,7 @@ class ByHand:
         assert cradle is not None
         assert cradle.lead()
         self.cradle: Cradle = cradle
-        self.file = GrowingFile(cradle, cache.room, "by hand")
+        self.file = GrowingFile(cradle, cache, "by hand")
         assert self.file.begin()
 
     def decode(self, data: bytes) -> None:
