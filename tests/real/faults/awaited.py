@@ -5,7 +5,7 @@ Nothing else decides it. A test that is held back says which line of this file w
 
 import pytest
 
-MIRRORS = False
+MIRRORS = True
 """A mirror that dies, stalls or lies is left for the next place, named by registries.conf."""
 SHARED_CACHE = False
 """All daemons of a host share the files of one layer at once."""
