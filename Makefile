@@ -1,7 +1,7 @@
 # Everything a person does with a clone. `make demo` and `make test` need nothing installed
 # before them but make, git and a Debian 12/13 or Ubuntu machine; they install the rest.
 
-.PHONY: demo test check setup testbed fuzz bench format clean
+.PHONY: demo test check setup testbed fuzz bench faults soak format clean
 
 demo: setup testbed
 	@.venv/bin/python contrib/demo/demo.py
@@ -31,6 +31,14 @@ fuzz: setup
 bench: setup testbed
 	.venv/bin/python bench/restore.py
 	.venv/bin/python bench/read_path.py
+
+# The fault suite with all its kills: twenty minutes and more. FAULTS is passed on to pytest.
+faults: setup testbed
+	.venv/bin/python -m pytest tests/real/faults --kills 200 --criu-kills 20 $(FAULTS)
+
+# SOAK is passed on: --minutes 2, --mounts 10, --json FILE.
+soak: setup testbed
+	.venv/bin/python bench/soak.py $(SOAK)
 
 format: setup
 	.venv/bin/ruff format .

@@ -20,3 +20,11 @@ def _logging_as_it_was() -> Iterator[None]:
     yield
     logger.setLevel(level)  # which also forgets what was computed from it
     logger.propagate, logger.handlers = propagate, handlers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("faults", "the fault suite (tests/real)")
+    group.addoption("--kills", type=int, default=20, help="how often to kill a reader's daemon")
+    group.addoption("--criu-kills", type=int, default=2, help="how often in a real restore, beside")
+    group.addoption("--faults-seed", type=int, default=1, help="what the faults are drawn by")
+    group.addoption("--faults-json", metavar="FILE", help="where the suite's table is written")

@@ -336,7 +336,7 @@ async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:
 async def _open_at_random(checkpoint: OpenedCheckpoint, attach: Callable[[], None] | None) -> None:
     """Find all names of all layers, and lay these over each other."""
     layers = checkpoint.layers[:]
-    await at_once([layer.walker.run for layer in layers])
+    await at_once([layer.walk for layer in layers])
     for number, layer in enumerate(layers):
         tree = Tree(map(_mover(layer.placed), layer.walker.entries), layer=number)
         if number == 0:

@@ -22,7 +22,7 @@ from lazyfs.content.model import Reader
 from lazyfs.content.readahead import FileReader, Readahead
 from lazyfs.content.streamed import StreamedContent, StreamReader
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import MalformedError
+from lazyfs.ground.errors import MalformedError, UnsupportedLayer
 from lazyfs.ground.ranges import ByteRange, coalesce
 from lazyfs.ground.settings import MIB
 from lazyfs.layers import table
@@ -154,6 +154,19 @@ class OpenedLayer:
         if self._readahead is None:
             raise AssertionError("a layer that is read at random has a readahead")
         return FileReader(self.content, self._readahead, content_start, size_bytes, family)
+
+    async def walk(self) -> None:
+        """Find the entries; raises as `Walker.run`.
+
+        Where nothing has proven what led it astray, the cache forgets it: it may have been the
+        source's lie of a moment, which later mounts must not find.
+        """
+        try:
+            await self.walker.run()
+        except (MalformedError, UnsupportedLayer) as error:
+            if not self.blob_proven:
+                self.content.condemn(error, guilty=False)
+            raise
 
     async def run(self) -> None:
         """Read ahead, or decode the stream; for ever, or to its end."""

@@ -170,3 +170,16 @@ def _registry(server: FaultServer, layer: Layer) -> FaultServer:
 
 def _name(server: FaultServer) -> str:
     return f"{server.host}/{server.repository}:1"
+
+
+def test_a_lie_that_led_astray_is_not_kept(server: FaultServer, mounts: Mounts) -> None:
+    """A header is wrong on its way here, so there is no mount; the next one asks for it anew."""
+    layer = tar_layer(FILES)
+    second_header = layer.blob.index(b"ustar", 600) // 512 * 512
+    reference = publish(server, layer)
+    back = flip(server, layer, second_header + 148)
+    said = mounts.refuse(reference)
+    assert "tar header" in said.err
+    back()
+    mount = mounts.mount(reference)
+    assert (mount / "pages-1.img").read_bytes() == DATA

@@ -16,6 +16,7 @@ from testbed import Layer, Registry, Testbed, TestbedMissing, Wan, push_oci_imag
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.mountpoint import check_fuse
 from tests.real.checkpoints import Checkpoint
+from tests.real.faults.ledger import Ledger, ledger_of, report
 
 _SWEEP = """
 read -r _
@@ -104,3 +105,15 @@ def work(tmp_path: Path) -> Iterator[Path]:
     """A folder that goes with the test: caches are as large as checkpoints."""
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
+
+
+@pytest.fixture
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    """The run's account of faults; its sum is printed at the end."""
+    return ledger_of(request.config)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    report(config, terminalreporter)

@@ -164,6 +164,11 @@ def _form(
     return add
 
 
+@_form("plain-tar", "tar", "layer")
+def _plain_tar(corpus: Corpus) -> str:
+    return f"{corpus.store.address}/{corpus.store.push('corpus/plain', corpus.checkpoint)}"
+
+
 @_form("skopeo-gzip", "gzip", "layer")
 def _gzip(corpus: Corpus) -> str:
     return corpus.gzip

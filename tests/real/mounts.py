@@ -48,7 +48,12 @@ class Mount:
 
     def status(self) -> dict[str, Any]:
         """Return the mount's account of itself."""
-        state: dict[str, Any] = json.loads(os.getxattr(self.directory, "user.lazyfs.status"))
+        return self.state_of(self.directory)
+
+    @staticmethod
+    def state_of(directory: Path) -> dict[str, Any]:
+        """Return the account of whatever is mounted there."""
+        state: dict[str, Any] = json.loads(os.getxattr(directory, "user.lazyfs.status"))
         return state
 
     def wait_fetched(self, count: int, timeout_s: float = 60) -> None:

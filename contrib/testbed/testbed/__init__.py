@@ -39,18 +39,23 @@ from .images import (
     write_oci_layout,
 )
 from .incremental import split_dump
+from .readers import Readers, Tally
 from .registry import Access, Registry
 from .roots import Testbed
 from .session import Session
 from .soci import SociMount, push_soci_enabled, soci_index, soci_mounted
 from .wan import Wan
+from .weather import ALTERING, PASSING, REFUSING, Fault, Forecast, Weather
 from .web import WebServer
 from .workload import Event, Pattern, Status, Workload
 from .zstd_seekable import write_seekable
 
 __all__ = [
+    "ALTERING",
     "CRIO_NAME",
+    "PASSING",
     "PODMAN",
+    "REFUSING",
     "Access",
     "Config",
     "Containerd",
@@ -58,20 +63,25 @@ __all__ = [
     "CriuError",
     "Descriptor",
     "Event",
+    "Fault",
+    "Forecast",
     "Image",
     "Layer",
     "Pattern",
     "PodmanCheckpoint",
     "PushedCheckpoint",
+    "Readers",
     "Registry",
     "Restored",
     "Session",
     "SociMount",
     "Status",
+    "Tally",
     "Testbed",
     "TestbedError",
     "TestbedMissing",
     "Wan",
+    "Weather",
     "WebServer",
     "Workload",
     "buildah_image",
