@@ -18,7 +18,6 @@ from testbed.process import wait_until
 
 from tests.real.conftest import Store
 from tests.real.corpus import Corpus
-from tests.real.faults.awaited import needs_mirrors
 from tests.real.faults.ledger import Ledger
 from tests.real.faults.skies import (
     FORMS,
@@ -186,7 +185,6 @@ def test_a_name_stops_resolving_for_a_while(
 # -- mirrors ------------------------------------------------------------------------------------
 
 
-@needs_mirrors()
 @pytest.mark.parametrize("name", list(FORMS))
 def test_a_mirror_dies_in_mid_read(
     store: Store,
@@ -222,7 +220,6 @@ def test_a_mirror_dies_in_mid_read(
     entry.survived += 1
 
 
-@needs_mirrors()
 @pytest.mark.parametrize("name", PROVEN_FIRST)
 @pytest.mark.parametrize("fault", sorted(ALTERING, key=lambda fault: fault.name))
 def test_a_mirror_that_lies_is_left_for_the_registry(

@@ -8,7 +8,6 @@ from testbed import PASSING, Fault, Forecast, Readers
 from testbed.process import wait_until
 
 from tests.real.corpus import Corpus
-from tests.real.faults.awaited import needs_cache_size, needs_shared_cache
 from tests.real.faults.ledger import Ledger
 from tests.real.faults.skies import FORMS, WEATHERED, is_here, recover, weather_over
 from tests.real.mounts import Mount, mounted
@@ -23,7 +22,6 @@ OVERSHOOT_BYTES = 64 * MIB
 _ROUGH = dict.fromkeys(PASSING - {Fault.TOKEN_EXPIRED, Fault.URL_EXPIRED, Fault.GARBAGE}, 1.0)
 
 
-@needs_shared_cache()
 @pytest.mark.parametrize("name", list(FORMS))
 def test_one_of_several_daemons_is_killed_in_mid_fetch(
     forms: Corpus, work: Path, ledger: Ledger, seed: int, name: str
@@ -60,7 +58,6 @@ def test_one_of_several_daemons_is_killed_in_mid_fetch(
         assert set(tally.errors) <= {"ENOTCONN", "ECONNABORTED"}
 
 
-@needs_cache_size()
 def test_layers_are_evicted_in_bad_weather(
     forms: Corpus, work: Path, ledger: Ledger, seed: int
 ) -> None:
