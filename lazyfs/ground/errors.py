@@ -55,6 +55,10 @@ class FetchError(SourceError):
         self.retry_after_s = retry_after_s
 
 
+class OddAnswer(SourceError):
+    """Not what HTTP has a server answer: if it was mangled on the way, the next may be right."""
+
+
 class UnknownHost(FetchError):
     """A name that no name server knows: while mounting a slip of the pen, later only weather."""
 

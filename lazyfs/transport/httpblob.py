@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from lazyfs.ground.errors import FetchError, IntegrityError, LazyfsError, SourceError
+from lazyfs.ground.errors import FetchError, IntegrityError, LazyfsError, OddAnswer, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.answers import Question, parse_content_range, range_header, refusal
 from lazyfs.transport.blob import Sink
@@ -158,7 +158,7 @@ class HttpBlob:
         text = reply.headers.get("Content-Range")
         found = parse_content_range(text)
         if found is None or found.byte_range != byte_range:
-            raise SourceError(
+            raise OddAnswer(
                 f"{self.name}: {origin_of(reply.url)} answered another range than was asked: "
                 f"asked for {range_header(byte_range)}, Content-Range is {(text or '')[:100]!r}"
             )
@@ -166,7 +166,7 @@ class HttpBlob:
             raise self._another_size(str(found.total_bytes))
         length = reply.headers.get("Content-Length")
         if length is not None and length.strip() != str(byte_range.size_bytes):
-            raise SourceError(
+            raise OddAnswer(
                 f"{self.name}: {origin_of(reply.url)} announces {length[:20]} bytes for "
                 f"{byte_range}"
             )

@@ -13,10 +13,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from lazyfs.ground.errors import FetchError, IntegrityError, LazyfsError, SourceError
+from lazyfs.ground.errors import FetchError, IntegrityError, LazyfsError, OddAnswer, SourceError
 from lazyfs.transport.blob import Blob
 
 _OBSERVED_MOST = 128
+_ODD_ANSWERS_MOST = 3
+"""In one fetch; a server that answers so each time is no better for being asked again."""
 _KNOWN = 8
 """So many answers tell what is usual."""
 _REST_FIRST_S = 1.0
@@ -253,7 +255,8 @@ class Choice:
         health.failed(error)
         self._failures[health] = self._failures.get(health, 0) + 1
         self._errors[health] = error
-        if not is_transient(error):
+        mangled = isinstance(error, OddAnswer) and self._failures[health] < _ODD_ANSWERS_MOST
+        if not (is_transient(error) or mangled):
             self._hopeless.add(health)
 
     def lied(self, place: Place, error: IntegrityError) -> bool:

@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from lazyfs.ground.counters import Counters
-from lazyfs.ground.errors import FetchError, IntegrityError, SourceError
+from lazyfs.ground.errors import FetchError, IntegrityError, OddAnswer, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.answers import Question
@@ -113,6 +113,17 @@ async def test_the_only_place_that_may_have_it_is_waited_for() -> None:
     await fetch(Fetcher(QUICK, Counters()), Mirrored(absent, away), sink)
     assert sink.data == DATA
     assert len(absent.asked) == 1
+
+
+async def test_a_mangled_answer_is_asked_for_anew_but_not_for_ever() -> None:
+    odd = [OddAnswer("another range")] * 9
+    sink, blob = Gather(), failing(*odd[:2])
+    await fetch(Fetcher(QUICK, Counters()), blob, sink)
+    assert sink.data == DATA
+    blob = failing(*odd)
+    with pytest.raises(OddAnswer):
+        await fetch(Fetcher(QUICK, Counters()), blob, Gather())
+    assert len(blob.asked) == 3
 
 
 async def test_wrong_bytes_are_blamed_on_the_place_that_gave_them() -> None:
