@@ -7,7 +7,7 @@ demo: setup testbed
 	@.venv/bin/python contrib/demo/demo.py
 
 test: setup testbed check
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --ignore=tests/real/faults
 
 check: setup
 	.venv/bin/ruff format --check .
@@ -32,9 +32,10 @@ bench: setup testbed
 	.venv/bin/python bench/restore.py
 	.venv/bin/python bench/read_path.py
 
-# The fault suite with all its kills: twenty minutes and more. FAULTS is passed on to pytest.
+# The fault suite: real mounts and restores in bad weather, daemons killed at random moments. FAULTS is
+# passed on to pytest: --kills 200 --criu-kills 20 (twenty minutes and more), --faults-json FILE.
 faults: setup testbed
-	.venv/bin/python -m pytest tests/real/faults --kills 200 --criu-kills 20 $(FAULTS)
+	.venv/bin/python -m pytest tests/real/faults $(FAULTS)
 
 # SOAK is passed on: --minutes 2, --mounts 10, --json FILE.
 soak: setup testbed
