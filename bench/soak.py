@@ -50,7 +50,7 @@ from testbed import (
     tar_checkpoint,
 )
 
-VARIANTS = 4
+VARIANTS = 12
 """How many images there are that differ in a file: more than are mounted at a time."""
 RESIDENT = ("soak/0-tar:1", "soak/0-gzip:1", "soak/0-chunked:1", "bench/soci-v1:enabled")
 COMING = tuple(
@@ -63,7 +63,8 @@ SAMPLE_S = 5.0
 REPLACE_S = 1.0
 TURN_S = 10.0
 RESTART_S = 60.0
-CACHE_SIZE = "160M"
+CACHE_SIZE = "800M"
+"""Enough for what is mounted at a time, and not for all that comes."""
 ROUGH = Forecast(
     dict.fromkeys(PASSING - {Fault.TOKEN_EXPIRED, Fault.URL_EXPIRED, Fault.GARBAGE}, 1.0),
     chance=0.4,
