@@ -124,9 +124,9 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
 Exit codes:
-  0  done                                3  the source cannot be had
-  1  anything not named here             4  not a checkpoint that lazyfs can show
-  2  the command line is wrong           5  bytes contradict their digest""",
+  0  done                          3  the source cannot be had
+  1  anything not named here       4  not a checkpoint that lazyfs can show
+  2  the command line is wrong     5  bytes contradict their digest""",
 )
 @click.version_option(lazyfs.__version__, message="%(prog)s %(version)s")
 @verbose_option
