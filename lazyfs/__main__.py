@@ -1,13 +1,34 @@
 """The command `lazyfs`, also as `python -m lazyfs`."""
 
+import os
 import sys
+
+_INTERRUPTED = 130
+_STANDARD_ERROR = 2
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
-    from lazyfs.cli.main import run
-
+    _open_standard_descriptors()
+    try:
+        from lazyfs.cli.main import run
+    except KeyboardInterrupt:  # what a command itself does with it, `run` decides
+        sys.exit(_INTERRUPTED)
     sys.exit(run(sys.argv[1:]))
+
+
+def _open_standard_descriptors() -> None:
+    """Put /dev/null where a caller has closed standard input, output or error.
+
+    Else the next file to be opened, one of the cache perhaps, would be what is printed to.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= _STANDARD_ERROR:
+        pass
+    os.close(descriptor)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 - as the interpreter does
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
 
 
 if __name__ == "__main__":

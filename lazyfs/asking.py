@@ -73,8 +73,10 @@ def known_mount(directory: Path) -> Known:
         candidates = [each for each in _candidates([mounted]) if each.mounted is not None]
         for known in _ask_all(candidates):
             return known
-    what = f"a mount of {mounted.filesystem}" if mounted is not None else "not a mount point"
-    raise UsageError(f"{directory} is not a lazyfs mount: it is {what}")
+    if mounted is not None and mounted.is_ours:
+        raise mountpoint.of_another(directory, mounted)
+    what = mountpoint.what_is_at(directory, mounted)
+    raise UsageError(f"{directory} is not a lazyfs mount: it {what}")
 
 
 def request_completion(directory: Path) -> None:

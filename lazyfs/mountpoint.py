@@ -82,6 +82,21 @@ def mounted_at(directory: Path) -> Mounted | None:
     return next((item for item in reversed(mounts()) if item.directory == path), None)
 
 
+def what_is_at(directory: Path, mounted: Mounted | None) -> str:
+    """Return what a directory is that is no lazyfs mount, in words: "is not a mount point"."""
+    if mounted is not None:
+        return f"is a mount of {mounted.filesystem}"
+    return "is not a mount point" if os.path.lexists(_real(directory)) else "does not exist"
+
+
+def of_another(directory: Path, mounted: Mounted) -> UsageError:
+    """Return the error for a lazyfs mount that is not this user's to ask or to unmount."""
+    return UsageError(
+        f"{directory} was mounted by another user (uid {mounted.user_id}): ask as that user, or "
+        "as root"
+    )
+
+
 def given_descriptor(directory: Path) -> int | None:
     """Return N if the mount point is `/dev/fd/N`: somebody else has mounted, and hands us the end.
 
@@ -195,13 +210,15 @@ def unmount(directory: Path, *, lazy: bool, timeout_s: float = 20.0) -> None:
     `lazy`: detach it now, even while files on it are open.
 
     Raises:
-        UsageError: there is no lazyfs mount.
-        LazyfsError: it is busy, or not ours to unmount.
+        UsageError: there is no lazyfs mount, or it is another user's.
+        LazyfsError: it is busy, or the system's programs refuse.
     """
     mounted = mounted_at(directory)
     if mounted is None or not mounted.is_ours:
-        what = f"a mount of {mounted.filesystem}" if mounted else "not a mount point"
-        raise UsageError(f"{directory} is not a lazyfs mount: it is {what}")
+        what = what_is_at(directory, mounted)
+        raise UsageError(f"{directory} is not a lazyfs mount: it {what}")
+    if os.geteuid() not in (0, mounted.user_id):
+        raise of_another(directory, mounted)
     try:
         daemon = _answer_of(partial(_daemon_of, directory))
     except TimeoutError:

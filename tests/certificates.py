@@ -31,6 +31,19 @@ class Authority:
         names = ",".join(f"IP:{address}" for address in addresses)
         return self._signed("server-" + addresses[0], "-addext", f"subjectAltName={names}")
 
+    def expired(self, address: str) -> Pair:
+        """Sign a certificate for an address that was good until yesterday."""
+        pair = Pair(self._directory / "expired.crt", self.server(address).key)
+        asked = self._directory / "expired.csr"
+        names = f"subjectAltName=IP:{address}"
+        request = ["req", "-new", "-subj", "/CN=expired", "-addext", names, "-key", pair.key]
+        sign = ["x509", "-req", "-in", asked, "-days", "-1", "-copy_extensions", "copy"]
+        sign += ["-CA", self.pair.certificate, "-CAkey", self.pair.key, "-CAcreateserial"]
+        for command, result in ((request, asked), (sign, pair.certificate)):
+            words = ["openssl", *command, "-out", result]
+            subprocess.run(words, check=True, capture_output=True)
+        return pair
+
     def client(self, name: str = "client") -> Pair:
         """Sign a certificate that a client may show."""
         return self._signed(name, "-addext", "extendedKeyUsage=clientAuth")

@@ -286,8 +286,8 @@ def _open_cache(desk: Desk, descriptor: LayerDescriptor, index: LayerIndex) -> C
             desk.config.cache, descriptor.digest, tag, chunks.content_size_bytes, len(chunks)
         )
     except OSError as error:
-        where = desk.config.cache
-        log.warning("no cache in %s (%s): what is read is kept in memory", where, error)
+        where, why = desk.config.cache, error.strerror or error
+        log.warning("no cache in %s (%s): what is read is kept in memory", where, why)
         return None
 
 

@@ -19,13 +19,13 @@ from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import MalformedError, UsageError
 
 FORMS = """\
-  [docker://]HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]   an image in a registry
-  oci:DIRECTORY[:TAG]                                an OCI layout on this machine
-  oci-archive:FILE[:TAG]                             a tar of an OCI layout
-  docker-archive:FILE[:NAME[:TAG]]                   what docker or podman save
-  dir:DIRECTORY                                      unpacked, or as skopeo's dir:
-  http://… or https://…                              a checkpoint archive by URL
-  ./FILE, /PATH/FILE, FILE.tar                       a checkpoint archive on this machine"""
+  [docker://]HOST[:PORT]/REPOSITORY[:TAG][@DIGEST]  an image in a registry
+  oci:DIRECTORY[:TAG]                               an OCI layout on disk
+  oci-archive:FILE[:TAG]                            a tar of an OCI layout
+  docker-archive:FILE[:NAME[:TAG]]                  what docker or podman save
+  dir:DIRECTORY                                     unpacked, or skopeo's dir:
+  http://… or https://…                             an exported archive by URL
+  ./FILE, /PATH/FILE, FILE.tar                      an exported archive"""
 
 _NAME_LIMIT = 255
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"

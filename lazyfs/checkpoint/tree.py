@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _NODES_MOST = 200_000
 """A checkpoint has hundreds; a hostile index must not fill memory with implied directories."""
 _EXACT_NODES_MOST = 2_000_000
+_HIDDEN_TOLD_MOST = 8
 _PERMISSIONS = 0o777
 _EXACT_PERMISSIONS = 0o7777
 _IMPLIED_DIRECTORY_MODE = 0o755
@@ -159,6 +160,7 @@ class Tree:
         self._exact = exact
         self._filling = filling
         self._count = 1
+        self._hidden = 0
         self.add(entries)
 
     def add(self, entries: Iterable[Entry]) -> None:
@@ -214,9 +216,17 @@ class Tree:
 
     def _is_kept(self, entry: Entry) -> bool:
         if entry.type is EntryType.OTHER or (entry.type is EntryType.FIFO and not self._exact):
-            log.warning("not shown: %r is a device, FIFO or socket", entry.path)
+            self._tell_hidden("%r is a device, FIFO or socket", entry.path)
             return False
         return True
+
+    def _tell_hidden(self, why: str, *names: str) -> None:
+        """Tell what is not shown; of many, the first ones."""
+        self._hidden += 1
+        level = logging.WARNING if self._hidden <= _HIDDEN_TOLD_MOST else logging.INFO
+        log.log(level, f"not shown: {why}", *names)
+        if self._hidden == _HIDDEN_TOLD_MOST:
+            log.warning("not shown: whatever else is of that kind (-v tells it)")
 
     def _add(self, entry: Entry) -> None:
         if not entry.path:
@@ -244,8 +254,9 @@ class Tree:
             and _climbs_out(entry.path, entry.symlink_target)
         )
         if climbs:
-            names = entry.path, entry.symlink_target
-            log.warning("not shown: the link %r -> %r leaves the image", *names)
+            self._tell_hidden(
+                "the link %r -> %r leaves the image", entry.path, entry.symlink_target
+            )
         return Node(
             name=name,
             type=entry.type,

@@ -60,7 +60,8 @@ async def copy(checkpoint: "OpenedCheckpoint", path: str, to: IO[bytes], *, prog
             "name the file itself"
         )
     if node.type.value != "file":
-        raise LazyfsError(f"{printable(where)} is a {node.type.value}: `lazyfs ls` lists it")
+        name = printable(where) or "/"
+        raise LazyfsError(f"{name} is a {node.type.value}: `lazyfs ls` lists it")
     with ExitStack() as stack:
         bar = None
         if progress and node.size_bytes >= _WORTH_PROGRESS_BYTES:

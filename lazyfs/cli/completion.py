@@ -14,7 +14,8 @@ def completion_command(context: click.Context, shell: str) -> None:
 
     \b
     bash   mkdir -p ~/.local/share/bash-completion/completions
-           lazyfs completion bash > ~/.local/share/bash-completion/completions/lazyfs
+           cd ~/.local/share/bash-completion/completions
+           lazyfs completion bash > lazyfs
     zsh    lazyfs completion zsh > ~/.zfunc/_lazyfs
            and in ~/.zshrc:  fpath+=~/.zfunc; autoload -Uz compinit; compinit
     fish   lazyfs completion fish > ~/.config/fish/completions/lazyfs.fish

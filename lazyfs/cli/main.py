@@ -1,13 +1,14 @@
 """The group of commands, each imported when it is run, and what becomes of their errors."""
 
 import contextlib
+import errno
 import importlib
 import logging
 import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 from click.shell_completion import CompletionItem
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141
 """As a shell reports a program that SIGPIPE ended."""
+_REFUSALS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+_PRINTERS = ("click.", "rich.", "lazyfs.cli.")
+"""Modules that write to standard output; all that writes to the cache is elsewhere."""
 
 
 class _Lazy(NamedTuple):
@@ -58,15 +62,32 @@ COMMANDS: Mapping[str, _Lazy] = {
 }
 
 
+@contextlib.contextmanager
+def _closed_pipe_wrapped() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError as error:
+        raise ExceptionGroup("standard output was closed", [error]) from None
+
+
 class LazyGroup(click.Group):
     """A group that knows its commands' names and summaries without importing them."""
 
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        """Parse, which prints what `--help` asks for; a closed pipe is wrapped as in `invoke`."""
+        with _closed_pipe_wrapped():
+            return super().make_context(info_name, args, parent, **extra)
+
     def invoke(self, ctx: click.Context) -> object:
         """Run the command; a closed pipe is wrapped, or click would exit by itself with 1."""
-        try:
+        with _closed_pipe_wrapped():
             return super().invoke(ctx)
-        except BrokenPipeError as error:
-            raise ExceptionGroup("standard output was closed", [error]) from None
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names, in the order of the table."""
@@ -103,9 +124,9 @@ class LazyGroup(click.Group):
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="""\b
 Exit codes:
-  0  done                                3  the source cannot be had
-  1  anything not named here             4  not a checkpoint that lazyfs can show
-  2  the command line is wrong           5  bytes contradict their digest""",
+  0  done                          3  the source cannot be had
+  1  anything not named here       4  not a checkpoint that lazyfs can show
+  2  the command line is wrong     5  bytes contradict their digest""",
 )
 @click.version_option(lazyfs.__version__, message="%(prog)s %(version)s")
 @verbose_option
@@ -160,6 +181,10 @@ def report(error: BaseException) -> int:
         click.echo(f"lazyfs: {_told(gravest)}", err=True)
         log.debug("in full:", exc_info=error)
         return gravest.exit_code
+    if len(leaves) == 1 and isinstance(leaves[0], OSError) and _is_of_printing(leaves[0]):
+        click.echo(f"lazyfs: cannot write the output: {leaves[0].strerror}", err=True)
+        _forget_stdout()
+        return 1
     if is_verbose():
         traceback.print_exception(error)
     else:
@@ -185,6 +210,15 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
             yield from _leaves(member)
     else:
         yield error
+
+
+def _is_of_printing(error: OSError) -> bool:
+    """Whether an error is that of a disk which does not take what a command prints."""
+    if error.errno not in _REFUSALS or error.filename is not None:
+        return False
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = str(frames[-1].f_globals.get("__name__")) if frames else ""
+    return module.startswith(_PRINTERS)
 
 
 def _forget_stdout() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 import click
 
 from lazyfs.checkpoint.reference import FORMS
-from lazyfs.cli.sizes import size_or_share
+from lazyfs.cli.sizes import Seconds, size_or_share
 from lazyfs.cli.text import printable
 from lazyfs.ground.settings import (
     CACHE_LIMIT,
@@ -172,12 +172,13 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
     )
     @click.option(
         "--deadline",
-        type=click.FloatRange(min=0, min_open=True),
+        type=Seconds(min=0, min_open=True),
         default=TransportSettings().deadline_s,
         show_default=True,
         metavar="SECONDS",
         help="Give up on a fetch when no byte of it has come for so long, whatever was tried: the "
-        "read fails, the next one asks again.",
+        "read fails, the next one asks again. What is needed before there is a directory to read "
+        "is given up after 20 at most.",
     )
     @click.option(
         "--connections",

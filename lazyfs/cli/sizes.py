@@ -1,6 +1,8 @@
 """Sizes and ages on a command line: "10G", "512MiB", "20%", "7d"."""
 
+import math
 import re
+from typing import Any
 
 import click
 
@@ -11,6 +13,19 @@ _PERCENT = re.compile(r"(\d+(?:\.\d+)?) ?%", re.ASCII)
 _AGE = re.compile(r"(\d+(?:\.\d+)?) ?([smhdw])", re.ASCII)
 _AGE_S = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _SIZE_MOST_BYTES = 1 << 60
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds, which neither `nan` nor `inf` is, though Python takes them for one."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """Return the number; `click.BadParameter` if it is none, or out of range."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return number
 
 
 def size(text: str) -> int:

@@ -24,7 +24,9 @@ def status_command(directory: Path | None, as_json: bool) -> int:
 
     Without DIR: all mounts of this user, of all users for root. OFFLINE: nothing will be asked of
     the source any more, since all is here and proven. OPEN: files and directories that somebody
-    holds; with none, DIR can be unmounted, unless it is somebody's working directory.
+    holds; with none, DIR can be unmounted, unless it is somebody's working directory. In a pipe, a
+    line is: directory, state, bytes of content here and in all, offline or -, number of files
+    held, checkpoint; with tabs between.
 
     Exits with 0; with DIR, with 1 if that mount has failed, or its daemon is dead or gives no
     answer.

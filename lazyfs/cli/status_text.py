@@ -35,7 +35,7 @@ class Fact(NamedTuple):
 
 
 def plain(everything: Iterable[Known]) -> Iterator[str]:
-    """Yield a line for a machine, with tabs: directory, state, here, content, offline, open."""
+    """Yield a line for a machine, with tabs: what `lazyfs status --help` names."""
     for known in everything:
         told = known.told
         columns = (
@@ -219,7 +219,8 @@ def _troubles(told: Mapping[str, Any]) -> Iterator[Fact]:
     if told.get("last_error"):
         yield Fact("Last error", f"{told['last_error']} ({told.get('last_error_at')})", "red")
     if _number(told, "cache_write_errors", 0):
-        yield Fact("Cache", f"its disk refused {told['cache_write_errors']} chunks", "yellow")
+        chunks = plural(told["cache_write_errors"], "chunk was", "chunks were")
+        yield Fact("Cache", f"{chunks} not kept: no room, or its disk refused", "yellow")
     warnings = told.get("warnings")
     for warning in warnings if isinstance(warnings, list) else ():
         yield Fact("May not restore", str(warning), "yellow")

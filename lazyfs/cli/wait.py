@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazyfs.cli.options import verbose_option
+from lazyfs.cli.sizes import Seconds
 from lazyfs.cli.text import human_bytes
 from lazyfs.ground.errors import IntegrityError, LazyfsError, SourceError, UsageError
 
@@ -33,7 +34,7 @@ _CANNOT_BE = {
 @click.option("--unused", is_flag=True, help="Wait until nobody holds a file or a directory open.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     metavar="SECONDS",
     help="Give up after so long.  [default: never]",
 )

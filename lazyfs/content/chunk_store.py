@@ -220,5 +220,6 @@ class ChunkStore:
 
     def _complain(self, problem: OSError) -> None:
         if not self._counters.cache_write_errors:
-            log.warning("the cache takes no more (%s); going on without it", problem)
+            said = problem.strerror or problem
+            log.warning("the cache takes no more (%s); going on without it", said)
         self._counters.cache_write_errors += 1

@@ -72,5 +72,6 @@ async def _obtain(
 def _no_room(content: LayerContent) -> LazyfsError:
     return LazyfsError(
         f"{content.blob.name}: the cache does not take all of its {content.content_size_bytes} "
-        "bytes; make room in the cache directory, or choose another (--cache-dir)"
+        "bytes; make room in its directory, allow it more (--cache-size), or choose another place "
+        "(--cache-dir, --cache)"
     )

@@ -201,9 +201,9 @@ class DiskBounds:
         if level.room_bytes >= wanted_bytes:
             return level.room_bytes
         if level.limit_bytes - level.used_bytes < wanted_bytes:
-            limit_mib = level.limit_bytes >> 20
+            limit = _in_words(level.limit_bytes)
             raise OSError(
-                errno.EDQUOT, f"the cache has reached its limit of {limit_mib} MiB (--cache-size)"
+                errno.EDQUOT, f"the cache has reached its limit of {limit} (--cache-size)"
             )
         raise OSError(errno.ENOSPC, "No space left but what the cache leaves to others")
 
@@ -240,10 +240,10 @@ class MemoryBounds:
         """
         left_bytes = self._limit_bytes - shelf.memory_bytes()
         if left_bytes < wanted_bytes:
-            limit_mib = self._limit_bytes >> 20
+            limit = _in_words(self._limit_bytes)
             raise OSError(
                 errno.EDQUOT,
-                f"the cache in memory has reached its limit of {limit_mib} MiB (--cache-size)",
+                f"the cache in memory has reached its limit of {limit} (--cache-size)",
             )
         free_bytes = memory_left().available_bytes - self._floor_bytes
         if free_bytes < wanted_bytes:
@@ -257,3 +257,7 @@ class MemoryBounds:
 
 def _credit_of(limit_bytes: int) -> int:
     return max(_CREDIT_LEAST_BYTES, min(_CREDIT_MOST_BYTES, limit_bytes // _CREDIT_SHARE))
+
+
+def _in_words(limit_bytes: int) -> str:
+    return f"{limit_bytes >> 20} MiB" if limit_bytes >= 1 << 20 else f"{limit_bytes} bytes"

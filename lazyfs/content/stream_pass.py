@@ -71,7 +71,7 @@ class Job:
             where, what = "the cache in memory", "allow it more, or keep it on a disk"
         return FetchError(
             f"{self.blob.name} can only be decoded from its start, into a file, and {where} "
-            f"takes no more after {position} bytes of it ({problem}); {what}",
+            f"takes no more after {position} bytes of it ({problem.strerror or problem}); {what}",
             transient=False,
         )
 

@@ -17,6 +17,9 @@ from lazyfs.ground.ranges import ByteRange
 
 _CONTENT_RANGE = re.compile(r"bytes\s+(\d{1,19})-(\d{1,19})/(\d{1,19}|\*)", re.IGNORECASE)
 _RETRY_AFTER_MOST_S = 3600.0
+_SAID_MOST_BYTES = 16384
+_WANTS_TLS = re.compile(rb"HTTP request (?:was sent )?to (?:an )?HTTPS (?:server|port)")
+"""As Go's net/http and nginx answer plain HTTP."""
 _OCI_CODE = re.compile(rb'"code"\s*:\s*"([A-Z_]{1,40})"')
 _WARNING = re.compile(r'299 - "((?:[^"\\]|\\.)*)"')
 _WARNING_MOST = 4096
@@ -106,6 +109,8 @@ def refusal(
             f"{what}: the proxy before {host} wants credentials ({said}); set them in the "
             "proxy's URL (HTTPS_PROXY), or except the host (NO_PROXY)"
         )
+    if status == 400 and _WANTS_TLS.search(body[:_SAID_MOST_BYTES]):
+        return SourceError(f"{what}: {host} speaks HTTPS; leave out --plain-http or `insecure`")
     return SourceError(f"{what}: {host} answered {said}")
 
 
@@ -114,5 +119,5 @@ def _said(status: int, body: bytes) -> str:
         phrase = f"{status} {HTTPStatus(status).phrase}"
     except ValueError:
         phrase = str(status)
-    code = _OCI_CODE.search(body[:16384])
+    code = _OCI_CODE.search(body[:_SAID_MOST_BYTES])
     return f"{phrase}, {code[1].decode()}" if code else phrase

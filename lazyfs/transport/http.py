@@ -360,13 +360,22 @@ def _translated(
     return SourceError(f"{shown(url)} cannot be asked for ({type(error).__name__})")
 
 
+_OF_TIME = "whoever runs it has to renew it, unless this machine's clock is wrong"
+_OF_NAMES = "call it by a name that its certificate has"
+_OF_CERTIFICATES = {9: _OF_TIME, 10: _OF_TIME, 62: _OF_NAMES, 64: _OF_NAMES}
+"""What to do, by OpenSSL's X509_V_ERR_…: CERT_NOT_YET_VALID, CERT_HAS_EXPIRED, HOSTNAME_MISMATCH
+and IP_ADDRESS_MISMATCH (x509_vfy.h)."""
+
+
 def _tls_error(error: ssl.SSLError, who: str) -> LazyfsError:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return SourceError(
-            f"{who}: its TLS certificate is not trusted ({error.verify_message}); if it should "
-            f"be, put its authority into certs.d/{who}/ca.crt (containers-certs.d(5)) or this "
-            "machine's trust store, or name it in SSL_CERT_FILE"
+        advice = _OF_CERTIFICATES.get(
+            error.verify_code,
+            f"if it should be, put its authority into certs.d/{who}/ca.crt (containers-certs.d(5)) "
+            "or this machine's trust store, or name it in SSL_CERT_FILE",
         )
+        said = error.verify_message.rstrip(".")
+        return SourceError(f"{who}: its TLS certificate is not trusted ({said}); {advice}")
     if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError | ssl.SSLSyscallError):
         return FetchError(f"{who} closed the connection while TLS was set up", transient=True)
     if error.reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"):

@@ -59,7 +59,7 @@ def find_addresses(
         root: where `etc` is.
 
     Raises:
-        UsageError: `mirrors` is none of that.
+        UsageError: `mirrors` is none of that, or the file that it names is not there.
         SourceError: a file cannot be read or makes no sense; the registry is blocked.
     """
     found: list[Address] | None = None
@@ -126,7 +126,7 @@ def _entries_of(path: Path, *, must_exist: bool) -> tuple[RegistryEntry, ...]:
     text = _read(path, registries_conf.SIZE_LIMIT_BYTES)
     if text is None:
         if must_exist:
-            raise SourceError(f"{path}, which should say where mirrors are, does not exist")
+            raise UsageError(f"{path}, which should say where mirrors are, does not exist")
         return ()
     return registries_conf.parse_registries_conf(text, str(path))
 

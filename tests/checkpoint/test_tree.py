@@ -123,6 +123,16 @@ def test_devices_are_not_in_it(caplog: pytest.LogCaptureFixture) -> None:
     assert "'dev/null' is a device, FIFO or socket" in caplog.text
 
 
+def test_of_many_names_that_are_not_in_it_the_first_are_told(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert paths(Tree([link(f"l{number}", "/etc") for number in range(500)])) == []
+    assert len(caplog.records) == 9
+    assert "'l7' -> '/etc'" in caplog.text
+    assert caplog.messages[-1] == "not shown: whatever else is of that kind (-v tells it)"
+
+
 # -- the view -----------------------------------------------------------------------------------
 
 

@@ -106,7 +106,12 @@ async def test_a_file_is_written_whole() -> None:
 
 @pytest.mark.parametrize(
     ("path", "says"),
-    [("checkpoint", "is a directory"), ("parent", "symbolic link, to ../pre"), ("x", "no 'x'")],
+    [
+        ("checkpoint", "is a directory"),
+        ("/", "^/ is a directory"),
+        ("parent", "symbolic link, to ../pre"),
+        ("x", "no 'x'"),
+    ],
 )
 async def test_what_cannot_be_written(path: str, says: str) -> None:
     with pytest.raises(LazyfsError, match=says):

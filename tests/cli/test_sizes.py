@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from lazyfs.cli.sizes import age, size, size_or_share
+from lazyfs.cli.sizes import Seconds, age, size, size_or_share
 from lazyfs.ground.settings import Limit
 
 
@@ -62,3 +62,14 @@ def test_ages(text: str, seconds: float) -> None:
 def test_what_is_no_age(text: str) -> None:
     with pytest.raises(click.BadParameter):
         age(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf", "1e999", "-1", "soon"])
+def test_no_seconds(text: str) -> None:
+    with pytest.raises(click.BadParameter):
+        Seconds(min=0).convert(text, None, None)
+
+
+def test_seconds() -> None:
+    assert Seconds(min=0).convert("0.5", None, None) == 0.5
+    assert Seconds(min=0).convert("0", None, None) == 0

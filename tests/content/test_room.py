@@ -179,6 +179,11 @@ def test_a_layer_without_a_note_of_its_use_is_as_old_as_its_content(tmp_path: Pa
     assert layers_in(tmp_path) == [new]
 
 
+def test_a_limit_below_a_mebibyte_is_told_in_bytes(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="has reached its limit of 1000 bytes"):
+        DiskBounds(tmp_path, Limit(1000)).have(KIB)
+
+
 def test_what_is_in_use_stays_and_what_more_is_wanted_is_refused(tmp_path: Path) -> None:
     homes = [put_layer(tmp_path, os.urandom(MIB), used_at_s=at) for at in range(3)]
     bounds = DiskBounds(tmp_path, Limit(3 * MIB))

@@ -199,7 +199,7 @@ def test_all_about_one() -> None:
         "Failed: 1 read answered with an error",
         "Last error: read answered with an error: gone (2026-01-02T03:04:06+00:00)",
         "May not restore: the kernel is older",
-        "Cache: its disk refused 4 chunks",
+        "Cache: 4 chunks were not kept: no room, or its disk refused",
     ):
         assert line in text.splitlines()
 

@@ -276,13 +276,13 @@ def test_a_relative_directory_and_one_behind_a_link(
 
 def test_an_unmount_of_what_is_no_lazyfs_mount(mounts: Mounts, tmp_path: Path) -> None:
     for directory, said in {
-        tmp_path: "not a mount point",
-        tmp_path / "none": "not a mount point",
-        Path("/proc"): "a mount of proc",
+        tmp_path: "is not a mount point",
+        tmp_path / "none": "does not exist",
+        Path("/proc"): "is a mount of proc",
     }.items():
         done = lazyfs("umount", directory)
         assert done.code == 2
-        assert done.err == f"lazyfs: {directory} is not a lazyfs mount: it is {said}\n"
+        assert done.err == f"lazyfs: {directory} is not a lazyfs mount: it {said}\n"
 
 
 # -- the machine --------------------------------------------------------------------------------

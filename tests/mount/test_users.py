@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.images import Member, tar_bytes, zstd_chunked
-from tests.mount.mounting import Done, Mounts, command, run
+from tests.mount.mounting import Done, Mounts, command, lazyfs, run
 from tests.mount.published import checkpoint_files, write_layout
 from tests.mount.writers import gzip_layer
 
@@ -94,6 +94,26 @@ def test_a_user_mounts(home: Path) -> None:
     assert "nosuid,nodev" in mounted
     assert "allow_other" not in mounted
     assert list(home.glob("xdg/lazyfs/layers/*/content"))
+
+
+def test_a_mount_of_roots_is_not_a_users_to_end(home: Path) -> None:
+    (home / "roots").mkdir()
+    home.chmod(0o755)
+    words = ["mount", f"oci:{home}/layout", home / "roots", "--cache-dir", home / "c"]
+    assert lazyfs(*words).code == 0
+    try:
+        script = """
+            for words in "umount" "umount --lazy" "status" "wait --unused"; do
+                lazyfs $words "$PWD/roots"; echo $?
+            done
+        """
+        done = as_nobody(home, script)
+        assert done.out.split() == ["2"] * 4
+        said = f"lazyfs: {home}/roots was mounted by another user (uid 0): ask as that user, or "
+        assert done.err.splitlines() == [said + "as root"] * 4
+        assert (home / "roots" / "inventory.img").exists()
+    finally:
+        assert lazyfs("umount", home / "roots").code == 0
 
 
 def test_a_users_mount_ends(home: Path) -> None:

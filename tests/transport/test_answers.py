@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from lazyfs.ground.errors import SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.answers import (
+    Question,
     parse_content_range,
     range_header,
+    refusal,
     retry_after_s,
     warnings_in,
 )
@@ -103,3 +105,16 @@ def test_warnings(text: str | None, expected: list[str]) -> None:
 @given(st.text(max_size=300))
 def test_any_warning(text: str) -> None:
     assert all(said.isprintable() for said in warnings_in(text))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"Client sent an HTTP request to an HTTPS server.\n",
+        b"<center>The plain HTTP request was sent to HTTPS port</center>",
+    ],
+)
+def test_plain_http_to_who_speaks_https(body: bytes) -> None:
+    question = Question("r.example/a:1", "r.example", "log in")
+    assert "speaks HTTPS" in str(refusal(question, 400, {}, body))
+    assert str(refusal(question, 400, {})) == "r.example/a:1: r.example answered 400 Bad Request"

@@ -115,6 +115,17 @@ def test_authority_is_trusted_beside_those_of_the_machine(
         get(f"{server.url}/f", server.host, tmp_path)
 
 
+def test_what_no_authority_would_mend_is_told_as_that(authority: Authority, tmp_path: Path) -> None:
+    for pair, advice in (
+        (authority.expired("127.0.0.1"), r"has expired\); whoever runs it has to renew it"),
+        (authority.server("192.0.2.1"), "call it by a name that its certificate has$"),
+    ):
+        with FaultServer(tls=authority.context(pair)) as server:
+            put(tmp_path, server.host, ca_crt=authority.certificate)
+            with pytest.raises(SourceError, match=advice):
+                get(f"{server.url}/f", server.host, tmp_path)
+
+
 def test_client_certificate_is_shown_to_who_wants_it(
     strict: FaultServer, authority: Authority, tmp_path: Path
 ) -> None:

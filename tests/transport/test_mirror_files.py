@@ -95,7 +95,7 @@ def test_a_file_that_the_environment_names(machine: Machine) -> None:
     machine.conf("/etc/containers/registries.conf.d/10.conf", "dropped")
     assert machine.asks() == "dropped a.b"
     machine.environ["CONTAINERS_REGISTRIES_CONF"] = "/nowhere/x.conf"
-    with pytest.raises(SourceError, match=r"/nowhere/x\.conf.*does not exist"):
+    with pytest.raises(UsageError, match=r"/nowhere/x\.conf.*does not exist"):
         machine.asks()
 
 
@@ -133,7 +133,7 @@ def test_paths_instead_of_words(machine: Machine) -> None:
     assert machine.asks(str(conf)) == "mine a.b"
     hosts = machine.hosts("a.b", "theirs")
     assert machine.asks(str(hosts.parent.parent)) == "theirs a.b"
-    with pytest.raises(SourceError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         machine.asks("/nowhere/registries.conf")
     with pytest.raises(UsageError, match="not 'podman'"):
         machine.asks("podman")
