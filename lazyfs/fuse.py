@@ -137,6 +137,15 @@ class CheckpointOperations(pyfuse3.Operations):
             self._failure, self._failure_at_s = text, now_s
             log.error("%s", text)
 
+    def note_undelivered(self, operation: str) -> None:
+        """Note that the kernel did not take an answer; it has told the reader EIO itself.
+
+        It copies a read's bytes out of the cache file's mapping: a disk that cannot give back what
+        it had, or a file that somebody cut, is seen there and nowhere else.
+        """
+        text = "the cache's file does not give back what was stored in it; see to its disk"
+        self.note_failure(operation, LazyfsError(text))
+
     def init(self) -> None:
         """The kernel's first message has been answered."""
         self.begun.set()
@@ -275,6 +284,26 @@ class CheckpointOperations(pyfuse3.Operations):
         return attributes
 
 
+class _Undelivered(logging.Handler):
+    """Hears of answers that did not get to the kernel: pyfuse3 has no other way to tell.
+
+    Others than those of a bad page are to requests that nobody waits for any more.
+    """
+
+    def __init__(self, operations: CheckpointOperations) -> None:
+        super().__init__(logging.ERROR)
+        self._operations = operations
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note what `fuse_NAME(): fuse_reply_* failed with REASON` says of a bad page."""
+        message = record.getMessage()
+        operation = message.removeprefix("fuse_").partition("(")[0]
+        if message.endswith(os.strerror(errno.EFAULT)):
+            self._operations.note_undelivered(operation)
+        else:
+            log.info("pyfuse3: %s", message)
+
+
 def attach(
     operations: CheckpointOperations, mountpoint: str, name: str, *, allow_other: bool
 ) -> None:
@@ -294,6 +323,7 @@ def attach(
     }
     if allow_other:
         options.add("allow_other")
+    logging.getLogger("pyfuse3").addHandler(_Undelivered(operations))
     try:
         pyfuse3.init(operations, mountpoint, options)
     except (RuntimeError, UnicodeEncodeError) as error:

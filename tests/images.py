@@ -12,6 +12,7 @@ import struct
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import zstandard
@@ -56,7 +57,7 @@ class Layer:
     ztoc: bytes = b""
     """A SOCI index of it, which is a blob of its own."""
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The blob's digest."""
         return f"sha256:{hashlib.sha256(self.blob).hexdigest()}"

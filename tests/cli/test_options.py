@@ -38,6 +38,16 @@ def test_by_default() -> None:
     )
 
 
+def test_figures_that_are_documented() -> None:
+    """README and docs/SEMANTICS.md name these defaults."""
+    transport, content = TransportSettings(), ContentSettings()
+    assert (transport.deadline_s, transport.brief_deadline_s) == (90, 2.5)
+    assert transport.whole_body_limit_bytes == 4 << 20
+    assert transport.shared_connections == 64
+    assert (content.patience_s, content.stream_patience_s) == (0.4, 5)
+    assert content.memory_cache_bytes == 32 << 20
+
+
 def test_all_of_them() -> None:
     settings = settings_of(
         "--cache-dir=/tmp/c",

@@ -5,6 +5,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ PAGES_BYTES = 12 * MIB
 RANDOM = ["tar", "zstd:chunked"]
 
 
-def image(server: FaultServer, number: int, kind: str = "tar") -> tuple[str, bytes]:
+def image(
+    server: FaultServer, number: int, kind: str = "tar", pages_bytes: int = PAGES_BYTES
+) -> tuple[str, bytes]:
     """Publish an image of its own; return its reference, and what its pages are."""
-    pages = some_bytes(PAGES_BYTES, 100 + number)
+    pages = some_bytes(pages_bytes, 100 + number)
     files = {**checkpoint_files(0), "checkpoint/pages-1.img": pages}
     return publish_files(server, files, kind, str(number)), pages
 
@@ -116,15 +119,18 @@ def evicting(directory: Path) -> Iterator[list[int]]:
 
 def test_removing_while_others_mount_and_read(server: FaultServer, mounts: Mounts) -> None:
     """Whatever is unused goes at once: never a wrong byte, never an error."""
-    images = [image(server, number, kind) for number, kind in enumerate([*RANDOM, "gzip"])]
+    kinds = enumerate([*RANDOM, "gzip"])
+    images = [image(server, number, kind, 4 * MIB) for number, kind in kinds]
     mounts.tolerate_log("WARNING .* no cache in .*: what is read is kept in memory")
     mounts.tolerate_log("WARNING .* the cache could not be sealed")
     with evicting(mounts.cache_dir) as removed:
         for turn in range(2):
-            live = [
-                mounts.mount(reference, at=mounts.home / f"mnt{number}")
-                for number, (reference, _) in enumerate(images)
-            ]
+            with ThreadPoolExecutor(len(images)) as pool:
+                jobs = [
+                    pool.submit(mounts.mount, reference, at=mounts.home / f"mnt{number}")
+                    for number, (reference, _) in enumerate(images)
+                ]
+                live = [job.result() for job in jobs]
             for mount, (_, pages) in zip(live, images, strict=True):
                 assert (
                     read_at(mount / "pages-1.img", turn * MIB, MIB)
@@ -133,8 +139,8 @@ def test_removing_while_others_mount_and_read(server: FaultServer, mounts: Mount
                 assert read_pages(mount) == pages
                 assert mount.status()["failed_reads"] == 0
                 assert mount.status()["failed"] is None
-            for mount in live:
-                assert mount.umount().code == 0
+            with ThreadPoolExecutor(len(live)) as pool:
+                assert [done.code for done in pool.map(Mount.umount, live)] == [0] * len(live)
     assert removed[0] > 0
 
 

@@ -1,5 +1,6 @@
 """The cache on disk: it saves fetches, is never believed unchecked, and may be missing or full."""
 
+import mmap
 import os
 import random
 import signal
@@ -9,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from tests.faults import FaultServer
-from tests.mount.mounting import Mount, Mounts, read_at, run
+from tests.mount.mounting import (
+    Mount,
+    Mounts,
+    error_of,
+    open_file,
+    read_at,
+    run,
+    wait_until,
+)
 from tests.mount.published import AT_RANDOM, KIB, MIB, checkpoint_files, publish, publish_files
 
 FILES = checkpoint_files(16 * MIB)
@@ -130,6 +139,27 @@ def test_a_cache_that_changes_under_the_mount(mounts: Mounts, reference: str) ->
     mount = mounts.mount(reference)
     read_everything(mount)
     (home_of(mounts) / "marks").unlink()
+    assert mount.umount().code == 0
+    mount = mounts.mount(reference)
+    read_everything(mount)
+
+
+def test_a_cache_disk_that_loses_what_it_had(mounts: Mounts, reference: str) -> None:
+    """The kernel copies replies out of a mapping, and alone sees what is gone: EIO, and counted."""
+    mount = mounts.mount(reference)
+    read_everything(mount)
+    wait_until(lambda: mount.status()["here_bytes"] == mount.status()["content_bytes"], "all came")
+    os.truncate(home_of(mounts) / "content", 8 * MIB)
+    mounts.expect_log("ERROR .* read answered with an error: the cache's file does not give back")
+    with (
+        mmap.mmap(-1, 64 * KIB) as target,
+        open_file(mount / "pages-1.img", os.O_DIRECT) as file,
+    ):
+        assert os.preadv(file, [target], 4 * MIB) == 64 * KIB
+        assert target[:] == DATA[4 * MIB : 4 * MIB + 64 * KIB]
+        assert error_of(lambda: os.preadv(file, [target], 12 * MIB)) == "EIO"
+    assert mount.status()["failed_reads"] > 0
+    assert "does not give back" in mount.status()["last_error"]
     assert mount.umount().code == 0
     mount = mounts.mount(reference)
     read_everything(mount)

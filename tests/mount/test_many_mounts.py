@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,11 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def layer(kind: str) -> Layer:
+    return _layer(kind)
+
+
+@cache
+def _layer(kind: str) -> Layer:
     return LAYERS[kind](FILES)
 
 

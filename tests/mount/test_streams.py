@@ -214,6 +214,7 @@ def test_a_server_that_stays_away(server: FaultServer, mounts: Mounts, layer: La
         Reader(mount / "pages-1.img", 12 * MIB, MIB),
     ]
     assert [each.result(timeout_s=15) for each in waiting] == ["EIO"] * 4
+    assert mount.status()["failed_reads"] >= 4, "a name that cannot be had counts as well"
     assert (mount / "inventory.img").read_bytes() == SMALL["inventory.img"]
     assert read_at(mount / "pages-1.img", 4 * MIB, MIB) == DATA[4 * MIB : 5 * MIB]
     server.forgive()

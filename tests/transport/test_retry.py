@@ -1,9 +1,11 @@
 """Fetching until it is all there, or until patience ends."""
 
 import random
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import trio
@@ -95,6 +97,28 @@ async def test_server_that_restarts_in_mid_read(server: FaultServer, blob: HttpB
         await trio.to_thread.run_sync(server.stop)
         await trio.to_thread.run_sync(server.start)
     assert sink.data == DATA
+
+
+async def test_a_name_that_nobody_knows_for_a_while(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = socket.getaddrinfo, [socket.EAI_NONAME, socket.EAI_AGAIN, socket.EAI_FAIL]
+
+    def resolve(host: str, *rest: Any, **named: Any) -> Any:
+        if host != "registry.example":
+            return real(host, *rest, **named)
+        if failures:
+            raise socket.gaierror(failures.pop(), "as if there were no name server")
+        return real("127.0.0.1", *rest, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    client, sink = HttpClient(QUICK), Gather()
+    question = Question("the blob", "the host", "log in")
+    url = f"http://registry.example:{server.port}/f"
+    await fetch_all(HttpBlob(client, url, question=question, size_bytes=len(DATA)), sink)
+    client.close()
+    assert sink.data == DATA
+    assert not failures
 
 
 async def test_server_that_does_not_come_back(server: FaultServer, blob: HttpBlob) -> None:
