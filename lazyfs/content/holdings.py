@@ -78,7 +78,7 @@ class Holdings:
             for index, mark in enumerate(self._marks):
                 if mark:
                     self.state[index] = UNCHECKED
-                    self._hearsay[index] = 1
+                    self._hearsay[index] = not self.sealed
         on_disk = READY if fresh else UNCHECKED
         for index in chunks.zero_chunks():
             self.state[index] = IN_MEMORY if cache is None else on_disk
@@ -234,7 +234,7 @@ class Holdings:
         log.warning("cached chunk %d has changed on disk; fetching it anew", index)
         self._counters.cache_refused += 1
         self._refused[index] = mark
-        if not self._served[index]:
+        if self._hearsay[index]:  # one that has been proven binds whoever fetches the chunk
             self._marks[index] = self._hearsay[index] = 0
         self.sealed = False
         self.state[index] = IN_MEMORY if self._is_zeros(index) else ABSENT

@@ -12,9 +12,9 @@ import trio
 import trio.testing
 
 from lazyfs.content.cache import Cache
-from lazyfs.content.cache_file import open_cache_file
+from lazyfs.content.cache_file import mark_of, open_cache_file
 from lazyfs.content.decoded_completion import DecodedCompletion
-from lazyfs.content.lanes import Lanes
+from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.layer_content import LayerContent
 from lazyfs.content.readahead import Readahead
 from lazyfs.ground.counters import Counters
@@ -168,6 +168,20 @@ async def test_a_lie_is_found_out_after_the_proof_too(tmp_path: Path) -> None:
         assert bytes(await content.read(ByteRange(0, MIB))) == DATA[:MIB]
         with pytest.raises(IntegrityError):
             await content.read(ByteRange(3 * MIB, 3 * MIB + 1))
+
+
+async def test_a_lie_of_before_that_is_being_checked_is_never_served(tmp_path: Path) -> None:
+    """The pass comes by while what an earlier mount was told is looked at."""
+    truth, lie = (bytes([version]) * CHUNK_BYTES for version in range(2))
+    blob, chunks = make(truth, lie)
+    with content_of(tmp_path, blob, chunks) as (content, _):
+        assert bytes(await content.read(ByteRange(0, 10))) == lie[:10]
+    with content_of(tmp_path, blob, chunks) as (content, _):
+        flight = content.take_off((0, 1), Lane.DEMAND)
+        content.witness(0, [mark_of(truth)])
+        await content.conduct(flight)
+        with pytest.raises(IntegrityError, match="other bytes than before"):
+            await content.read(ByteRange(0, 10))
 
 
 @pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1, len(DATA) + CHUNK_BYTES])

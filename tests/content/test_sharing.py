@@ -515,6 +515,38 @@ async def test_who_has_found_damage_proves_for_himself(tmp_path: Path) -> None:
         assert two.content.proven
 
 
+async def test_what_was_proven_binds_the_source_when_the_disk_loses_it(tmp_path: Path) -> None:
+    """Once sealed, a damaged chunk is fetched anew; other bytes for it are never served."""
+    with daemons(tmp_path, 1) as (one,):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.readahead.run)
+            await one.completion().prove(eager=True)
+            nursery.cancel_scope.cancel()
+    poke(tmp_path, "content", 10, bytes([DATA[10] ^ 1]))
+    with daemons(tmp_path, 1) as (two,):
+        assert two.content.proven
+        await two.expect()
+        assert (two.counters.cache_refused, two.counters.bytes_fetched) == (1, CHUNK)
+    poke(tmp_path, "content", 10, bytes([DATA[10] ^ 1]))
+    liar = Daemon(tmp_path, MemoryBlob(bytes(len(DATA))))
+    assert liar.content.proven
+    await _refused(liar)
+    liar.content.close()
+
+
+async def test_a_proof_learnt_of_binds_the_source_when_the_disk_loses_it(tmp_path: Path) -> None:
+    one, liar = Daemon(tmp_path), Daemon(tmp_path, MemoryBlob(bytes(len(DATA))))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.readahead.run)
+        await one.completion().prove(eager=True)
+        nursery.cancel_scope.cancel()
+    assert liar.content.note_seal()
+    poke(tmp_path, "content", 10, bytes([DATA[10] ^ 1]))
+    await _refused(liar)
+    one.content.close()
+    liar.content.close()
+
+
 class NoRoom(Room):
     """A cache at its bound."""
 
