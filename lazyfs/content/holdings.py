@@ -87,9 +87,8 @@ class Holdings:
 
     @property
     def keeps_all(self) -> bool:
-        """Whether what lands stays; no longer so once the disk has refused something."""
-        cache = self._cache
-        return cache is not None and cache.writable and not self._counters.cache_write_errors
+        """Whether what lands stays; not for a while after the disk has refused something."""
+        return self._store.takes_all
 
     @property
     def is_found(self) -> bool:
