@@ -20,6 +20,7 @@ locks are `host_locks.py`'s.
 """
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -39,6 +40,8 @@ from lazyfs.ground.digest import Digest
 
 MARK_BYTES = 8
 _IOV_MAX = 1024
+_IN_MEMORY = (0x01021994, 0x858458F6)
+"""Of tmpfs, memfds included, and of ramfs: `f_type` in statfs(2)."""
 
 
 def is_sealed(home: Path, marks: Data) -> bool:
@@ -85,6 +88,9 @@ class CacheFile:
             else None
         )
         self.view = memoryview(self._map) if self._map is not None else memoryview(b"")
+        self.holes_are_free = _are_holes_free(content_fd)
+        """Whether looking at a hole through `view` takes no room: where it does, and there is
+        none, that is a SIGBUS."""
         shared = home is not None and home.writable
         self.locks = HostLocks(home.marks_fd if home is not None and shared else None)
 
@@ -192,6 +198,13 @@ def open_cache_file(
     except BaseException:
         home.close()
         raise
+
+
+def _are_holes_free(fd: int) -> bool:
+    told = (ctypes.c_long * 32)()  # `struct statfs`, of at most 120 bytes, begins with f_type
+    if ctypes.CDLL(None, use_errno=True).fstatfs(fd, told) != 0:
+        return False
+    return told[0] not in _IN_MEMORY
 
 
 def _proof_of(marks: Data) -> str:
