@@ -536,6 +536,24 @@ async def test_what_was_proven_binds_the_source_when_the_disk_loses_it(tmp_path:
     liar.content.close()
 
 
+@pytest.mark.parametrize("seed", [b"", b"another!"])
+async def test_without_the_seed_nothing_is_proven_and_all_is_fetched_anew(
+    tmp_path: Path, seed: bytes
+) -> None:
+    with daemons(tmp_path, 1) as (one,):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.readahead.run)
+            await one.completion().prove(eager=True)
+            nursery.cancel_scope.cancel()
+    (tmp_path / "seed").unlink()
+    if seed:
+        (tmp_path / "seed").write_bytes(seed)
+    with daemons(tmp_path, 1) as (two,):
+        assert not two.content.proven
+        await two.expect()
+        assert two.counters.bytes_fetched == len(DATA)
+
+
 async def test_a_proof_learnt_of_binds_the_source_when_the_disk_loses_it(tmp_path: Path) -> None:
     one, liar = Daemon(tmp_path), Daemon(tmp_path, MemoryBlob(bytes(len(DATA))))
     async with trio.open_nursery() as nursery:
