@@ -75,7 +75,7 @@ def here_bytes(layer: Shelved) -> int:
 def is_proven(layer: Shelved) -> bool:
     """Whether the whole layer was once found to match its digest, and its marks are as then."""
     marks = _marks_in(layer)
-    return bool(marks) and is_sealed(layer.home, marks)
+    return bool(marks) and is_sealed(layer.home, marks, _marker(layer))
 
 
 def audit(directory: "Path", layer: Shelved, on_bytes: Callable[[int], None]) -> Audit:
@@ -100,9 +100,9 @@ def audit(directory: "Path", layer: Shelved, on_bytes: Callable[[int], None]) ->
             found.torn = True
         else:
             _compare(found, fd, grid, little_endian(array("Q", marks)), on_bytes)
-            if found.digest_matches and not is_sealed(layer.home, marks):
+            if found.digest_matches and not is_sealed(layer.home, marks, _marker(layer)):
                 with suppress(OSError):
-                    seal(layer.home, marks)
+                    seal(layer.home, marks, _marker(layer))
     if found.is_damaged:
         found.repaired = _repair(directory, found, grid)
     return found
@@ -113,7 +113,7 @@ def _compare(
 ) -> None:
     """Look at every chunk that has a mark; hash the whole too, if it is its own blob."""
     layer = found.layer
-    marker = marker_of(layer.home.parent.parent)
+    marker = _marker(layer)
     whole = layer.digest.hasher() if layer.is_plain_tar and 0 not in marks else None
     for index, mark in enumerate(marks):
         if not mark:
@@ -186,6 +186,10 @@ def _mark(marker: Marker, fd: int, content: ByteRange, whole: "_Hash | None") ->
     except OSError:
         return -1
     return mark_from(hasher)
+
+
+def _marker(layer: Shelved) -> Marker:
+    return marker_of(layer.home.parent.parent)
 
 
 def _grid(layer: Shelved) -> Grid | None:

@@ -10,8 +10,8 @@ a hostile image has put here is never found by another.
 
     DIR/layers/sha256-<hex>.<cache tag>/content   the bytes, at their content addresses
                                        /marks     one u64 (little-endian) a chunk; 0: not here
-                                       /proven    xxh3-128 of `marks`, once the whole blob was
-                                                  found to match its digest
+                                       /proven    xxh3-128 and mark of `marks`, once the whole
+                                                  blob was found to match its digest
                                        /used      its time is that of the last use
 
 All daemons of a host use the files at once (`layer_home.py`). What is in `content` under a mark
@@ -20,6 +20,7 @@ locks are `host_locks.py`'s.
 """
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
@@ -34,23 +35,26 @@ import xxhash
 from lazyfs.content.cache import Cache
 from lazyfs.content.host_locks import HostLocks
 from lazyfs.content.layer_home import LayerHome, open_home
+from lazyfs.content.marks import Marker
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 
 MARK_BYTES = 8
 _IOV_MAX = 1024
+_IN_MEMORY = (0x01021994, 0x858458F6)
+"""Of tmpfs, memfds included, and of ramfs: `f_type` in statfs(2)."""
 
 
-def is_sealed(home: Path, marks: Data) -> bool:
+def is_sealed(home: Path, marks: Data, marker: Marker) -> bool:
     """Whether the blob that these marks describe was once proven whole by its digest."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        return (home / "proven").read_text() == _proof_of(marks)
+        return (home / "proven").read_text() == _proof_of(marks, marker)
     return False
 
 
-def seal(home: Path, marks: Data) -> None:
+def seal(home: Path, marks: Data, marker: Marker) -> None:
     """Note that the whole blob matches its digest, its content being as in `marks`."""
-    (home / "proven").write_text(_proof_of(marks))
+    (home / "proven").write_text(_proof_of(marks, marker))
 
 
 def little_endian(marks: "array[int]") -> "array[int]":
@@ -85,6 +89,9 @@ class CacheFile:
             else None
         )
         self.view = memoryview(self._map) if self._map is not None else memoryview(b"")
+        self.holes_are_free = _are_holes_free(content_fd)
+        """Whether looking at a hole through `view` takes no room: where it does, and there is
+        none, that is a SIGBUS."""
         shared = home is not None and home.writable
         self.locks = HostLocks(home.marks_fd if home is not None and shared else None)
 
@@ -134,7 +141,7 @@ class CacheFile:
 
     def is_sealed(self, marks: bytes) -> bool:
         """Whether the blob that these marks describe was once proven whole by its digest."""
-        return self._home is not None and self._home.proof() == _proof_of(marks)
+        return self._home is not None and self._home.proof() == _proof_of(marks, self.marker)
 
     def seal_stamp(self) -> int:
         """Return a number that changes when any daemon seals; 0 if none has."""
@@ -143,7 +150,7 @@ class CacheFile:
     def seal(self, marks: bytes) -> None:
         """Note that the whole blob matches its digest, chunk by chunk as in `marks`."""
         if self._home is not None:
-            self._home.prove(_proof_of(marks))
+            self._home.prove(_proof_of(marks, self.marker))
 
     def purge(self) -> None:
         """Have nobody find the layer any more: its bytes have been found to be wrong.
@@ -194,8 +201,16 @@ def open_cache_file(
         raise
 
 
-def _proof_of(marks: Data) -> str:
-    return xxhash.xxh3_128_hexdigest(marks)
+def _are_holes_free(fd: int) -> bool:
+    told = (ctypes.c_long * 32)()  # `struct statfs`, of at most 120 bytes, begins with f_type
+    if ctypes.CDLL(None, use_errno=True).fstatfs(fd, told) != 0:
+        return False
+    return told[0] not in _IN_MEMORY
+
+
+def _proof_of(marks: Data, marker: Marker) -> str:
+    """Return what proves marks, and that they were made with this seed."""
+    return f"{xxhash.xxh3_128_hexdigest(marks)}-{marker.of(marks):016x}"
 
 
 def write_all(fd: int, offset: int, pieces: Sequence[Data]) -> None:

@@ -21,6 +21,7 @@ has claimed (`Holdings.claim`).
 import logging
 import mmap
 import threading
+import time
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 _PATIENCE_S = 1.0
 _SLOWEST_BYTES_PER_S = 50e6
 """No decoder and no disk is slower: who holds the lock of a large chunk may take so long."""
+_TRY_AGAIN_FIRST_S = 0.5
+_TRY_AGAIN_MOST_S = 10.0
 _PIECE_BYTES = 1 << 20
 _ZEROS = bytes(_PIECE_BYTES)
 
@@ -56,6 +59,17 @@ class ChunkStore:
         self._spare = threading.local()
         self.marker = cache.marker if cache is not None else Marker()
         """What marks the chunks."""
+        self._refusing_until_s = float("-inf")
+        self._pause_s = _TRY_AGAIN_FIRST_S
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether what is put stays; not for a while after the disk has refused something.
+
+        For longer each time, as long as it goes on refusing.
+        """
+        cache = self._cache
+        return cache is not None and cache.writable and time.monotonic() >= self._refusing_until_s
 
     def put(self, first: int, marks: Sequence[int], pieces: Sequence[Data]) -> Sequence[bool]:
         """Store neighbours, a piece each; say of each whether the file has it now.
@@ -216,6 +230,8 @@ class ChunkStore:
         except OSError as problem:
             self._complain(problem)
             return False
+        if time.monotonic() >= self._refusing_until_s:
+            self._pause_s = _TRY_AGAIN_FIRST_S
         return True
 
     def _complain(self, problem: OSError) -> None:
@@ -223,3 +239,7 @@ class ChunkStore:
             said = problem.strerror or problem
             log.warning("the cache takes no more (%s); going on without it", said)
         self._counters.cache_write_errors += 1
+        now_s = time.monotonic()
+        if now_s >= self._refusing_until_s:
+            self._refusing_until_s = now_s + self._pause_s
+            self._pause_s = min(2 * self._pause_s, _TRY_AGAIN_MOST_S)

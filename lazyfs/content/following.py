@@ -95,7 +95,7 @@ class Follower:
         came = False
         if news is not None:
             came = await self._take_in(news)
-            if news.state is State.WHOLE:
+            if news.state is State.WHOLE and self._has_all(news):
                 return Outcome.WHOLE, came
             if news.state is State.FAILED:
                 return Outcome.FAILED, came
@@ -115,7 +115,7 @@ class Follower:
         await self._take_in(news)
         match news.state:
             case State.WHOLE:
-                return Outcome.WHOLE
+                return Outcome.WHOLE if self._has_all(news) else Outcome.STUCK
             case State.FAILED:
                 return Outcome.FAILED
             case _:
@@ -140,6 +140,10 @@ class Follower:
             self._coming.on_ask = self._notice.ask
             self._coming.trouble(self._notice.trouble())
         return came
+
+    def _has_all(self, news: News) -> bool:
+        """Whether all that the other has told of could be mapped: the file may be damaged."""
+        return self._file.size_bytes >= news.position
 
     async def _advance(self, position: int) -> None:
         if position - self._file.size_bytes > _OFFLOAD_BYTES:  # it may have to be compared

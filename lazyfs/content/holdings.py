@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 ABSENT, UNCHECKED, FLYING, READY, IN_MEMORY = range(5)
 """States of a chunk, the last two being here. UNCHECKED: an earlier mount or another daemon has
 put it into the cache. FLYING: somebody is fetching or checking it. READY: in the cache file.
-IN_MEMORY: the disk would not take it."""
+IN_MEMORY: the disk would not take it, or it is zeros."""
 
 _MEMORY_CHUNK_MOST_BYTES = 256 << 20
 
@@ -57,7 +57,7 @@ class Holdings:
         self._memory: OrderedDict[int, bytes] = OrderedDict()
         self._memory_bytes = 0
         self._memory_limit_bytes = memory_limit_bytes
-        self._holes_left = False
+        self._holes_left = cache is None or not cache.holes_are_free
         self._lock = threading.Lock()
         self._claimed = bytearray(len(chunks))
         self._served = bytearray(len(chunks))
@@ -78,18 +78,17 @@ class Holdings:
             for index, mark in enumerate(self._marks):
                 if mark:
                     self.state[index] = UNCHECKED
-                    self._hearsay[index] = 1
+                    self._hearsay[index] = not self.sealed
         on_disk = READY if fresh else UNCHECKED
         for index in chunks.zero_chunks():
-            self.state[index] = IN_MEMORY if cache is None else on_disk
+            self.state[index] = IN_MEMORY if self._holes_left else on_disk
 
     # -- on the trio thread -----------------------------------------------------------------
 
     @property
     def keeps_all(self) -> bool:
-        """Whether what lands stays; no longer so once the disk has refused something."""
-        cache = self._cache
-        return cache is not None and cache.writable and not self._counters.cache_write_errors
+        """Whether what lands stays; not for a while after the disk has refused something."""
+        return self._store.takes_all
 
     @property
     def is_found(self) -> bool:
@@ -204,7 +203,7 @@ class Holdings:
         self._hearsay[index] = 0
 
     def _leave_holes(self) -> None:
-        """Read chunks of zeros from the file no more: on a full tmpfs a hole is a SIGBUS."""
+        """Read chunks of zeros from the file no more: on a full disk a hole may be a SIGBUS."""
         self._holes_left = True
         for index in self._chunks.zero_chunks():
             if self.state[index] == READY:
@@ -234,7 +233,7 @@ class Holdings:
         log.warning("cached chunk %d has changed on disk; fetching it anew", index)
         self._counters.cache_refused += 1
         self._refused[index] = mark
-        if not self._served[index]:
+        if self._hearsay[index]:  # one that has been proven binds whoever fetches the chunk
             self._marks[index] = self._hearsay[index] = 0
         self.sealed = False
         self.state[index] = IN_MEMORY if self._is_zeros(index) else ABSENT

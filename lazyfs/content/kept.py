@@ -74,7 +74,7 @@ def publish(
             (directory / "index").write_bytes(data)
         (directory / "marks").write_bytes(packed)
         (directory / "used").touch(0o600)
-        seal(directory, packed)
+        seal(directory, packed, growing.marker)
 
     return growing.cradle.publish(home, prepare, replace=index is not None)
 
@@ -240,7 +240,8 @@ def open_kept(
         if not os.path.samestat(os.fstat(fd), (home / "content").stat()):
             return None  # it was moved away before it was locked
         packed = _marks_in(home, len(chunks))
-        if chunks.content_size_bytes != size_bytes or not is_sealed(home, packed):
+        sealed = is_sealed(home, packed, cache.marker)
+        if chunks.content_size_bytes != size_bytes or not sealed:
             if has_index:
                 return None  # a `CacheFile` can do with less
             log.warning("what is kept in %s is damaged; doing it over", home)

@@ -72,5 +72,12 @@ def _make(directory: Path) -> None:
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".seed-") as file:
         file.write(secrets.token_bytes(_SEED_BYTES))
         file.flush()
-        with suppress(FileExistsError):
+        try:
             os.link(file.name, directory / SEED_NAME)
+        except FileExistsError:
+            return
+        except OSError:  # a filesystem without hard links: what is torn there is made anew
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(directory / SEED_NAME, flags, 0o600)
+            with open(fd, "wb") as seed:
+                seed.write(secrets.token_bytes(_SEED_BYTES))

@@ -14,8 +14,9 @@ import trio.testing
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import open_cache_file
 from lazyfs.content.decoded_completion import DecodedCompletion
-from lazyfs.content.lanes import Lanes
+from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.layer_content import LayerContent
+from lazyfs.content.marks import Marker
 from lazyfs.content.readahead import Readahead
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.data import Data
@@ -27,6 +28,7 @@ from lazyfs.layers.chunks import FixedChunks
 from lazyfs.layers.model import ChunkMap
 from lazyfs.transport.retry import Fetcher
 from tests.blobs import MemoryBlob
+from tests.content.collide import collide
 from tests.streams import FAST, SETTINGS, TAG, Zlib, stream_index
 
 DATA = random.Random(1).randbytes(5 * MIB) + bytes(MIB) + random.Random(2).randbytes(12345)
@@ -168,6 +170,33 @@ async def test_a_lie_is_found_out_after_the_proof_too(tmp_path: Path) -> None:
         assert bytes(await content.read(ByteRange(0, MIB))) == DATA[:MIB]
         with pytest.raises(IntegrityError):
             await content.read(ByteRange(3 * MIB, 3 * MIB + 1))
+
+
+@pytest.mark.parametrize("on_disk", [True, False])
+async def test_a_lie_that_has_the_same_hash_is_found_out(tmp_path: Path, on_disk: bool) -> None:
+    """Whoever knows the seed of the marks can make such bytes; sources do not."""
+    lie = collide(DATA, b"A lie!!!")
+    assert lie != DATA
+    assert Marker(0).of(lie[:CHUNK_BYTES]) == Marker(0).of(DATA[:CHUNK_BYTES])
+    blob, chunks = make(DATA, lie)
+    with content_of(tmp_path if on_disk else None, blob, chunks) as (content, completion):
+        assert bytes(await content.read(ByteRange(0, 8))) == b"A lie!!!"
+        with pytest.raises(IntegrityError, match="other bytes than before"):
+            await completion.prove(eager=True)
+
+
+async def test_a_lie_of_before_that_is_being_checked_is_never_served(tmp_path: Path) -> None:
+    """The pass comes by while what an earlier mount was told is looked at."""
+    truth, lie = (bytes([version]) * CHUNK_BYTES for version in range(2))
+    blob, chunks = make(truth, lie)
+    with content_of(tmp_path, blob, chunks) as (content, _):
+        assert bytes(await content.read(ByteRange(0, 10))) == lie[:10]
+    with content_of(tmp_path, blob, chunks) as (content, _):
+        flight = content.take_off((0, 1), Lane.DEMAND)
+        content.witness(0, [content.holdings.marker.of(truth)])
+        await content.conduct(flight)
+        with pytest.raises(IntegrityError, match="other bytes than before"):
+            await content.read(ByteRange(0, 10))
 
 
 @pytest.mark.parametrize("size", [len(DATA) - 1, len(DATA) + 1, len(DATA) + CHUNK_BYTES])

@@ -14,6 +14,7 @@ from lazyfs.content.cache_file import CacheFile, open_cache_file
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.layer_content import LayerContent
 from lazyfs.content.readahead import FileReader, Readahead
+from lazyfs.content.shelf import memory_bytes
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import FetchError
@@ -142,3 +143,17 @@ async def test_zeros_do_not_cut_a_request(tmp_path: Path) -> None:
         assert len(index.chunks.zero_chunks()) > 5
         assert await whole(content, len(data)) == data
         assert len(blob.asked) <= 2
+
+
+async def test_looking_at_zeros_takes_no_memory() -> None:
+    """In memory a hole that is looked at is a page, and where there is none for it a SIGBUS."""
+    data = ZEROS + random.Random(7).randbytes(MIB)
+    files = {"pages-1.img": data}
+    index = open_layer(zstd_chunked(files))
+    size_bytes = index.chunks.content_size_bytes
+    cache = open_cache_file(Cache.memory(), None, "it", size_bytes, len(index.chunks))
+    with content_of(files, cache) as (content, _, _):
+        before_bytes = memory_bytes()
+        assert await whole(content, len(ZEROS)) == ZEROS
+        assert memory_bytes() - before_bytes < MIB
+        assert await whole(content, len(data)) == data

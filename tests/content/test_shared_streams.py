@@ -340,6 +340,27 @@ async def test_whole_but_not_published_is_published_by_who_is_left(tmp_path: Pat
     assert (await whole_run(tmp_path, DATA, stream_index())).bytes_fetched == 0
 
 
+@pytest.mark.parametrize("is_dead", [False, True])
+async def test_whole_but_damaged_since_is_not_the_whole(tmp_path: Path, is_dead: bool) -> None:
+    other = ByHand(tmp_path)
+    other.decode(DATA)
+    other.file.finish()
+    assert other.cradle.notice is not None
+    user = make_shared(Cache(tmp_path), shared_name(DIGEST, TAG, "here"), lambda: False)
+    assert user is not None
+    other.cradle.notice.tell(state=State.WHOLE)
+    os.ftruncate(other.cradle.fd, 5 * MIB)
+    if is_dead:
+        other.die()
+    async with streamed(tmp_path, DATA, settings=HASTY) as setup:
+        assert bytes(await setup.content.read(WHOLE)) == DATA
+        await ended(setup)
+    assert (await whole_run(tmp_path, DATA, stream_index())).bytes_fetched == 0
+    user.close()
+    if not is_dead:
+        other.die()
+
+
 # -- wrong bytes --------------------------------------------------------------------------------
 
 

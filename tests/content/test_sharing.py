@@ -20,6 +20,7 @@ import trio.testing
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import CacheFile, open_cache_file
 from lazyfs.content.completion import Completion
+from lazyfs.content.fill import fill
 from lazyfs.content.host_locks import HostLocks
 from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.layer_content import LayerContent
@@ -55,11 +56,12 @@ class Daemon:
         blob: MemoryBlob | None = None,
         settings: ContentSettings = SETTINGS,
         chunks: ChunkMap | None = None,
+        cache: CacheFile | None = None,
     ) -> None:
         self.blob = blob or MemoryBlob(DATA)
         self.counters = Counters()
         chunks = chunks or FixedChunks(len(self.blob.data))
-        self.cache: CacheFile = open_cache_file(
+        self.cache: CacheFile = cache or open_cache_file(
             Cache(directory), Digest.of(DATA), TAG, chunks.content_size_bytes, len(chunks)
         )
         assert self.cache.persistent
@@ -515,11 +517,64 @@ async def test_who_has_found_damage_proves_for_himself(tmp_path: Path) -> None:
         assert two.content.proven
 
 
+async def test_what_was_proven_binds_the_source_when_the_disk_loses_it(tmp_path: Path) -> None:
+    """Once sealed, a damaged chunk is fetched anew; other bytes for it are never served."""
+    with daemons(tmp_path, 1) as (one,):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.readahead.run)
+            await one.completion().prove(eager=True)
+            nursery.cancel_scope.cancel()
+    poke(tmp_path, "content", 10, bytes([DATA[10] ^ 1]))
+    with daemons(tmp_path, 1) as (two,):
+        assert two.content.proven
+        await two.expect()
+        assert (two.counters.cache_refused, two.counters.bytes_fetched) == (1, CHUNK)
+    poke(tmp_path, "content", 10, bytes([DATA[10] ^ 1]))
+    liar = Daemon(tmp_path, MemoryBlob(bytes(len(DATA))))
+    assert liar.content.proven
+    await _refused(liar)
+    liar.content.close()
+
+
+@pytest.mark.parametrize("seed", [b"", b"another!"])
+async def test_without_the_seed_nothing_is_proven_and_all_is_fetched_anew(
+    tmp_path: Path, seed: bytes
+) -> None:
+    with daemons(tmp_path, 1) as (one,):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.readahead.run)
+            await one.completion().prove(eager=True)
+            nursery.cancel_scope.cancel()
+    (tmp_path / "seed").unlink()
+    if seed:
+        (tmp_path / "seed").write_bytes(seed)
+    with daemons(tmp_path, 1) as (two,):
+        assert not two.content.proven
+        await two.expect()
+        assert two.counters.bytes_fetched == len(DATA)
+
+
+async def test_a_proof_learnt_of_binds_the_source_when_the_disk_loses_it(tmp_path: Path) -> None:
+    one, liar = Daemon(tmp_path), Daemon(tmp_path, MemoryBlob(bytes(len(DATA))))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(one.readahead.run)
+        await one.completion().prove(eager=True)
+        nursery.cancel_scope.cancel()
+    assert liar.content.note_seal()
+    poke(tmp_path, "content", 10, bytes([DATA[10] ^ 1]))
+    await _refused(liar)
+    one.content.close()
+    liar.content.close()
+
+
 class NoRoom(Room):
-    """A cache at its bound."""
+    """A cache at its bound, until there is room."""
+
+    full = True
 
     def take(self, count: int) -> None:
-        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        if self.full:
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 
 async def test_without_room_nothing_is_written_and_all_is_served(tmp_path: Path) -> None:
@@ -535,6 +590,27 @@ async def test_without_room_nothing_is_written_and_all_is_served(tmp_path: Path)
     assert content.counters.chunks_from_cache == 4
     assert content.counters.cache_write_errors > 0
     content.close()
+
+
+async def test_once_there_is_room_all_is_kept_again(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    cache.room = room = NoRoom()
+    file = open_cache_file(cache, Digest.of(DATA), TAG, len(DATA), len(FixedChunks(len(DATA))))
+    with ExitStack() as stack:
+        one = Daemon(tmp_path, cache=file)
+        stack.callback(one.content.close)
+        await one.expect(0, MIB)
+        assert not one.content.holdings.keeps_all
+        room.full = False
+        await until(lambda: one.content.holdings.keeps_all)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(one.readahead.run)
+            await one.completion().prove(eager=True)
+            await fill(one.content, one.readahead, eager=True)
+            nursery.cancel_scope.cancel()
+        with daemons(tmp_path, 1) as (two,):
+            await two.expect(MIB)
+            assert two.counters.bytes_fetched == 0
 
 
 async def test_when_the_leader_ends_another_goes_on(tmp_path: Path) -> None:
