@@ -99,16 +99,22 @@ def request_completion(directory: Path) -> None:
 
 
 def _candidates(mounts: Iterable[Mounted]) -> list[_Candidate]:
-    """Put mounts and sockets together by device; a mount's own type is not needed for that."""
+    """Put mounts and sockets together by device; a mount's own type is not needed for that.
+
+    Of a mount only the user whom it is mounted for, or who asks, may tell by a socket: a socket's
+    name is whatever its user likes.
+    """
     sockets = {each.path: each for each in rundir.find_sockets()}
-    by_device = {each.device: each for each in sockets.values() if each.device is not None}
+    by_device = {(each.device, each.user_id): each for each in sockets.values()}
     found: list[_Candidate] = []
     topmost: dict[str, Mounted] = {}
     for mounted in mounts:
         topmost[mounted.directory] = mounted
     seen = set()
     for mounted in topmost.values():
-        socket = by_device.get(mounted.device)
+        socket = by_device.get((mounted.device, mounted.user_id)) or by_device.get(
+            (mounted.device, os.geteuid())
+        )
         if mounted.device in seen or not (mounted.is_ours or socket is not None):
             continue
         if os.geteuid() not in (0, mounted.user_id) and socket is None:
