@@ -177,6 +177,45 @@ def test_what_a_stranger_says_of_a_mount_is_not_believed(forger: Mount) -> None:
     assert lazyfs("wait", "--complete", forger.directory).code == 1
 
 
+def test_a_daemon_that_answers_without_end_holds_nobody_up(
+    mounts: Mounts, local: str, tmp_path: Path
+) -> None:
+    runs = tmp_path / "run"
+    surroundings = {**os.environ, "LAZYFS_RUN_DIR": str(runs)}
+    mount = mounts.mount(local, env=surroundings)
+    path = next(runs.glob("*.sock"))
+    path.unlink()
+    over = threading.Event()
+    good = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"failed": null}'
+
+    def answer(link: socket.socket) -> None:
+        with link, suppress(OSError):
+            if link.recv(65536).startswith(b"GET"):
+                link.sendall(good)
+                return
+            while not over.wait(0.1):
+                link.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def serve(listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listening.accept()[0],)).start()
+
+    with socket.socket(socket.AF_UNIX) as listening, open_file(runs, os.O_PATH) as directory:
+        listening.bind(f"/proc/self/fd/{directory}/{path.name}")
+        listening.listen()
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        try:
+            done = lazyfs("wait", "--complete", mount.directory, env=surroundings, timeout=30)
+        finally:
+            over.set()
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    assert done.code == 1
+    assert "its daemon does not answer" in done.err
+
+
 def test_a_list_of_all(mounts: Mounts, local: str, tmp_path: Path) -> None:
     """Those that serve, one whose daemon is dead, one that is stuck: nobody waits long for it."""
     serving, dead, stuck = (mounts.mount(local, at=tmp_path / name) for name in ("a", "b", "c"))
