@@ -254,9 +254,7 @@ class FaultServer:
             connection.recv(65536)
             connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\nthis is TLS, as Go says it\n")
             raise OSError("plain HTTP where there is TLS")
-        wrapped = self._tls.wrap_socket(
-            connection, server_side=True, do_handshake_on_connect=False
-        )
+        wrapped = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
         try:
             wrapped.do_handshake()
         except OSError:
