@@ -59,7 +59,7 @@ class _Candidate:
 def known_mounts() -> list[Known]:
     """Return all mounts of this user, for root of everybody: by directory."""
     found = _ask_all(_candidates(mountpoint.mounts()))
-    pids = {known.told.get("pid") for known in found if known.state != "detached"}
+    pids = [known.told.get("pid") for known in found if known.state != "detached"]
     # A daemon that was given its mount may not know its device, nor its socket's name tell it.
     found = [each for each in found if each.state != "detached" or each.told.get("pid") not in pids]
     return sorted(found, key=lambda known: known.directory)
@@ -237,7 +237,10 @@ class _Heard:
 
 
 def _mapping(text: bytes) -> Mapping[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("that is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("an object was expected")  # noqa: TRY004 - as for what is no JSON
     return value
