@@ -86,7 +86,7 @@ def what_is_at(directory: Path, mounted: Mounted | None) -> str:
     """Return what a directory is that is no lazyfs mount, in words: "is not a mount point"."""
     if mounted is not None:
         return f"is a mount of {mounted.filesystem}"
-    return "is not a mount point" if os.path.lexists(_real(directory)) else "does not exist"
+    return "is not a mount point" if os.path.lexists(real(directory)) else "does not exist"
 
 
 def of_another(directory: Path, mounted: Mounted) -> UsageError:
