@@ -5,8 +5,10 @@ it is bounded in size and time, and not believed to be text for a terminal.
 """
 
 import http.client
+import io
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,6 +24,7 @@ from lazyfs.mountpoint import Mounted
 
 ANSWER_TIMEOUT_S = 5.0
 _ANSWER_MOST_BYTES = 4 << 20
+_RECEIVE_BYTES = 64 * 1024
 _STATUS_XATTR = "user.lazyfs.status"
 
 State = Literal["serving", "failed", "stuck", "dead", "silent", "detached"]
@@ -56,7 +59,7 @@ class _Candidate:
 def known_mounts() -> list[Known]:
     """Return all mounts of this user, for root of everybody: by directory."""
     found = _ask_all(_candidates(mountpoint.mounts()))
-    pids = {known.told.get("pid") for known in found if known.state != "detached"}
+    pids = [known.told.get("pid") for known in found if known.state != "detached"]
     # A daemon that was given its mount may not know its device, nor its socket's name tell it.
     found = [each for each in found if each.state != "detached" or each.told.get("pid") not in pids]
     return sorted(found, key=lambda known: known.directory)
@@ -99,22 +102,28 @@ def request_completion(directory: Path) -> None:
 
 
 def _candidates(mounts: Iterable[Mounted]) -> list[_Candidate]:
-    """Put mounts and sockets together by device; a mount's own type is not needed for that."""
+    """Put mounts and sockets together by device; a mount's own type is not needed for that.
+
+    Of a mount only the user whom it is mounted for, or who asks, may tell by a socket: a socket's
+    name is whatever its user likes.
+    """
     sockets = {each.path: each for each in rundir.find_sockets()}
-    by_device = {each.device: each for each in sockets.values() if each.device is not None}
+    by_device = {(each.device, each.user_id): each for each in sockets.values()}
     found: list[_Candidate] = []
     topmost: dict[str, Mounted] = {}
     for mounted in mounts:
         topmost[mounted.directory] = mounted
     seen = set()
     for mounted in topmost.values():
-        socket = by_device.get(mounted.device)
-        if mounted.device in seen or not (mounted.is_ours or socket is not None):
+        tells = by_device.get((mounted.device, mounted.user_id)) or by_device.get(
+            (mounted.device, os.geteuid())
+        )
+        if mounted.device in seen or not (mounted.is_ours or tells is not None):
             continue
-        if os.geteuid() not in (0, mounted.user_id) and socket is None:
+        if os.geteuid() not in (0, mounted.user_id) and tells is None:
             continue
         seen.add(mounted.device)
-        found.append(_Candidate(mounted, socket))
+        found.append(_Candidate(mounted, tells))
     here = {each.socket for each in found}
     found += [_Candidate(None, each) for each in sockets.values() if each not in here]
     return found
@@ -184,22 +193,54 @@ def _ask(found: rundir.Found, method: str, path: str) -> Mapping[str, Any]:
     Raises:
         OSError, http.client.HTTPException, ValueError: it gives no good answer.
     """
-    link = rundir.connect(found, ANSWER_TIMEOUT_S)
-    connection = http.client.HTTPConnection("localhost")
-    connection.sock = link
-    try:
-        connection.request(method, path)
-        answer = connection.getresponse()
-        text = answer.read(_ANSWER_MOST_BYTES)
+    words = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    with rundir.connect(found, ANSWER_TIMEOUT_S) as link:
+        link.sendall(words.encode())
+        heard = _Heard(_all_of(link, ANSWER_TIMEOUT_S))
+    with http.client.HTTPResponse(heard, method=method) as answer:  # type: ignore[arg-type]
+        answer.begin()
+        text = answer.read()
         if answer.status not in (200, 202):
             raise ValueError(f"{answer.status} {answer.reason}")
         return _mapping(text)
-    finally:
-        connection.close()
+
+
+def _all_of(link: socket.socket, timeout_s: float) -> bytes:
+    """Return what is said up to the end; a socket's own timeout is for each receive alone.
+
+    Raises:
+        TimeoutError: the end does not come.
+        ValueError: that is too much.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    heard = bytearray()
+    while len(heard) <= _ANSWER_MOST_BYTES:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError
+        link.settimeout(left_s)
+        piece = link.recv(_RECEIVE_BYTES)
+        if not piece:
+            return bytes(heard)
+        heard += piece
+    raise ValueError("it says too much")
+
+
+class _Heard:
+    """What has been heard, in the place of a socket."""
+
+    def __init__(self, words: bytes) -> None:
+        self._words = words
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self._words)
 
 
 def _mapping(text: bytes) -> Mapping[str, Any]:
-    value = json.loads(text)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("that is nested too deeply") from None
     if not isinstance(value, dict):
         raise ValueError("an object was expected")  # noqa: TRY004 - as for what is no JSON
     return value

@@ -77,8 +77,8 @@ class Server:
                 try:
                     link, _ = await listener.accept()
                 except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
-                        raise
+                    if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+                        raise  # else it is the new connection's, or passes: accept(2)
                     log.warning("nobody can ask about this mount now: %s", error)
                     await trio.sleep(1)
                     continue
@@ -200,8 +200,11 @@ def _listen_at(path: Path) -> socket.socket:
     with suppress(FileNotFoundError):
         if stat.S_ISSOCK(path.lstat().st_mode):
             with socket.socket(socket.AF_UNIX) as link:
+                link.setblocking(False)  # one that is stuck would hold us up for ever
                 try:
                     link.connect(str(path))
+                except BlockingIOError:
+                    pass
                 except ConnectionRefusedError:
                     path.unlink()
     listening = socket.socket(socket.AF_UNIX)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -29,8 +30,8 @@ from lazyfs.control import Answer, Route, Server, as_json, listen
 from lazyfs.ground.errors import LazyfsError, NotACheckpoint, raise_sole_error
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.model import EntryType
-from lazyfs.mountpoint import device_of
-from lazyfs.rundir import ListeningSocket
+from lazyfs.mountpoint import device_of, prepare
+from lazyfs.rundir import ListeningSocket, mounting
 from lazyfs.status import MountState
 from lazyfs.systemd import Notifier
 from lazyfs.whole import Whole
@@ -62,6 +63,8 @@ class MountConfig:
     view: Literal["criu", "image"] = "criu"
     descriptor: int | None = None
     """An open /dev/fuse that somebody has mounted; `directory` is `/dev/fd/N` then."""
+    replace: bool = False
+    """Whether to take the place of a mount that is there."""
     metrics: Address | None = None
     """Where to serve metrics."""
 
@@ -206,9 +209,7 @@ class _Mount:
             listening = await listen(config.metrics) if config.metrics is not None else []
             for each in listening:
                 stack.callback(each.close)
-            fuse.attach(
-                self._operations, directory, checkpoint.reference, allow_other=os.geteuid() == 0
-            )
+            await self._attach()
             stack.callback(log.info, "unmounted %s", directory)
             stack.callback(fuse.detach)
             stack.callback(self._notifier.tell, STOPPING="1")
@@ -223,6 +224,21 @@ class _Mount:
                         nursery.start_soon(layer.completion.run)
                 await fuse.serve()
                 nursery.cancel_scope.cancel()
+
+    async def _attach(self) -> None:
+        """Mount, if the directory is still free: others of this user may have been quicker."""
+        config = self._config
+        with mounting(config.directory):
+            if config.descriptor is None:
+                await trio.to_thread.run_sync(
+                    partial(prepare, config.directory, replace=config.replace)
+                )
+            fuse.attach(
+                self._operations,
+                str(config.directory),
+                self._checkpoint.reference,
+                allow_other=os.geteuid() == 0,
+            )
 
     async def _announce(self, on_ready: Callable[[Ready], None], nursery: trio.Nursery) -> None:
         """Wait until the kernel and we have agreed, then raise its limits and tell."""

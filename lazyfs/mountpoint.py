@@ -78,7 +78,7 @@ def mounts() -> list[Mounted]:
 
 def mounted_at(directory: Path) -> Mounted | None:
     """Return the topmost mount on a directory, if there is one."""
-    path = _real(directory)
+    path = str(real(directory))
     return next((item for item in reversed(mounts()) if item.directory == path), None)
 
 
@@ -86,7 +86,7 @@ def what_is_at(directory: Path, mounted: Mounted | None) -> str:
     """Return what a directory is that is no lazyfs mount, in words: "is not a mount point"."""
     if mounted is not None:
         return f"is a mount of {mounted.filesystem}"
-    return "is not a mount point" if os.path.lexists(_real(directory)) else "does not exist"
+    return "is not a mount point" if os.path.lexists(real(directory)) else "does not exist"
 
 
 def of_another(directory: Path, mounted: Mounted) -> UsageError:
@@ -129,6 +129,19 @@ def device_of(descriptor: int) -> int | None:
         if found is not None:
             return os.makedev(0, int(found[1]))
     return None
+
+
+def check(directory: Path, *, replace: bool) -> None:
+    """See that a directory can be mounted on; with `replace` a mount on it stays for now.
+
+    Raises:
+        UsageError, LazyfsError: as `prepare`.
+    """
+    mounted = mounted_at(directory)
+    if replace and mounted is not None and mounted.is_ours:
+        check_fuse()
+    else:
+        prepare(directory)
 
 
 def prepare(directory: Path, *, replace: bool = False) -> None:
@@ -301,14 +314,14 @@ def _wait_end(pidfd: int, timeout_s: float, directory: Path) -> None:
             )
 
 
-def _real(directory: Path) -> str:
+def real(directory: Path) -> Path:
     """Resolve all but the last component, which may be a mount that no longer answers."""
     absolute = directory.absolute()
     parent = absolute.parent.resolve()
     name = absolute.name
     if name in ("", "..") or (not mounted_below(parent, name) and (parent / name).is_symlink()):
-        return str(absolute.resolve())
-    return str(parent / name)
+        return absolute.resolve()
+    return parent / name
 
 
 def mounted_below(parent: Path, name: str) -> bool:

@@ -15,8 +15,10 @@ import socket
 import stat
 import sys
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -59,7 +61,7 @@ class ListeningSocket:
                 os.unlink(temporary, dir_fd=self._directory)
             self.socket.bind(_path_in(self._directory, temporary))
             self.socket.listen(_BACKLOG)
-            with _locked(self._directory) as is_locked:
+            with _locked(partial(fcntl.flock, self._directory)) as is_locked:
                 if is_locked:
                     _clear(self._directory)
                 os.rename(
@@ -81,6 +83,27 @@ class ListeningSocket:
             if os.stat(self.name, dir_fd=self._directory).st_ino == self._inode:
                 os.unlink(self.name, dir_fd=self._directory)
         os.close(self._directory)
+
+
+@contextlib.contextmanager
+def mounting(mount_point: Path) -> Iterator[None]:
+    """Be the only one of this user's daemons that looks at a directory and mounts on it.
+
+    As far as that can be had soon: a daemon that is stopped at it keeps nobody from mounting.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            directory = open_run_directory(run_directory())
+            stack.callback(os.close, directory)
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            locks = os.open("mounting.locks", flags, 0o600, dir_fd=directory)
+            stack.callback(os.close, locks)
+        except OSError as problem:
+            log.debug("others are not kept from mounting at once: %s", problem)
+        else:  # a byte for each path, give or take two that share one
+            at = zlib.crc32(os.fsencode(mount_point))
+            stack.enter_context(_locked(lambda kind: fcntl.lockf(locks, kind, 1, at)))
+        yield
 
 
 def find_sockets() -> list[Found]:
@@ -163,13 +186,13 @@ def _clear(directory: int) -> None:
 
 
 @contextlib.contextmanager
-def _locked(directory: int) -> Iterator[bool]:
-    """Hold the directory's lock, if it can be had soon; yield whether it is held."""
+def _locked(lock: Callable[[int], None]) -> Iterator[bool]:
+    """Hold a lock, if it can be had soon; yield whether it is held. `lock` is told what to do."""
     deadline_s = time.monotonic() + _LOCK_TIMEOUT_S
     is_locked = False
     while not is_locked and time.monotonic() < deadline_s:
         try:
-            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(fcntl.LOCK_EX | fcntl.LOCK_NB)
             is_locked = True
         except BlockingIOError:
             time.sleep(0.01)
@@ -177,7 +200,7 @@ def _locked(directory: int) -> Iterator[bool]:
         yield is_locked
     finally:
         if is_locked:
-            fcntl.flock(directory, fcntl.LOCK_UN)
+            lock(fcntl.LOCK_UN)
 
 
 def _path_in(directory: int, name: str) -> str:

@@ -64,9 +64,17 @@ class Notifier:
             now_s = trio.current_time()
             if now_s - told_at_s >= _STATUS_EVERY_S:
                 told_at_s = now_s
-                status = describe()
+                status = _status(describe)
                 if status != told:
                     news["STATUS"] = told = status
             if news:
                 self.tell(**news)
             await trio.sleep(pause_s)
+
+
+def _status(describe: Callable[[], str]) -> str:
+    try:
+        return describe()
+    except Exception:  # a bug must not end the mount
+        log.exception("what the service manager is told is not known: please report this")
+        return "not known"

@@ -254,7 +254,13 @@ class FaultServer:
             connection.recv(65536)
             connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\nthis is TLS, as Go says it\n")
             raise OSError("plain HTTP where there is TLS")
-        return self._tls.wrap_socket(connection, server_side=True)
+        wrapped = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        try:
+            wrapped.do_handshake()
+        except OSError:
+            _hear_out(socket.socket(fileno=wrapped.detach()))
+            raise
+        return wrapped
 
     def handle(self, handler: Any, connection: int) -> None:
         parts = urlsplit(handler.path)
@@ -322,6 +328,19 @@ class FaultServer:
         if self.token_life_s is not None:
             reply["expires_in"] = self.token_life_s
         exchange.answer(200, {"Content-Type": "application/json"}, json.dumps(reply).encode())
+
+
+def _hear_out(connection: socket.socket) -> None:
+    """Close a connection once its client has: else what was said last is lost to a reset.
+
+    With TLS 1.3 a client may be sending its request already when it is refused for its
+    certificate; to close before that is read resets the connection, alert and all.
+    """
+    with connection, contextlib.suppress(OSError):
+        connection.settimeout(10)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):
+            pass
 
 
 def _handler_of(owner: FaultServer) -> type[BaseHTTPRequestHandler]:

@@ -93,9 +93,9 @@ def mount_command(
     served_at = parse_address(metrics) if metrics is not None else None
     descriptor = mountpoint.given_descriptor(directory)
     if descriptor is None:
-        mountpoint.prepare(directory, replace=replace)
-        directory = directory.resolve()
-    job = _Job(reference, directory, view, descriptor, served_at, source)
+        mountpoint.check(directory, replace=replace)
+        directory = mountpoint.real(directory)
+    job = _Job(reference, directory, view, descriptor, replace, served_at, source)
     if foreground:
         notifier = Notifier(os.environ)
         if log_file is not None:
@@ -130,6 +130,7 @@ class _Job:
     directory: Path
     view: Literal["criu", "image"]
     descriptor: int | None
+    replace: bool
     metrics: Address | None
     source: SourceOptions
 
@@ -145,7 +146,9 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
     source, directory = job.source, job.directory
     cache = source.cache()
     opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
-    config = MountConfig(job.reference, directory, opening, job.view, job.descriptor, job.metrics)
+    config = MountConfig(
+        job.reference, directory, opening, job.view, job.descriptor, job.replace, job.metrics
+    )
 
     is_ready = False
 

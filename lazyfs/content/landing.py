@@ -114,6 +114,13 @@ class Landing:
             self._land(first, self._next)
         self._make_room()
 
+    def rewind(self) -> int:
+        """Forget what has come of a chunk that is not whole. See `RewindingSink`."""
+        start = self._range.start if self._next < self._last else self._base + self._fill
+        count = max(0, self._base + self._fill - start)
+        self._fill -= count
+        return count
+
     def close(self) -> None:
         """Give the buffer back, when nobody will look at a piece of it any more."""
         with suppress(BufferError):

@@ -81,7 +81,7 @@ def parse_challenges(header: str) -> list[Challenge]:
 class _TokenReply(msgspec.Struct, frozen=True):
     token: str = ""
     access_token: str = ""
-    expires_in: int | float | None = None
+    expires_in: float | None = None
 
 
 class TokenValue(NamedTuple):
@@ -107,7 +107,7 @@ def parse_token(body: bytes, host: str) -> TokenValue:
     token = reply.token or reply.access_token
     if not _SAFE_TOKEN.fullmatch(token):
         raise SourceError(f"{host} answered without a token that can be used")
-    life_s = float(reply.expires_in or 0)
+    life_s = reply.expires_in or 0.0
     return TokenValue(f"Bearer {token}", life_s if 0 < life_s < 1e9 else _TOKEN_LIFE_S)
 
 

@@ -5,7 +5,7 @@ single attempt. Retrying is `retry.Fetcher`'s, so that every kind of blob is ret
 that comes from elsewhere has an attribute `health` (`place.Health`), by which that judges.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from lazyfs.ground.ranges import ByteRange
 
@@ -24,6 +24,17 @@ class Sink(Protocol):
 
         May raise anything, which ends the attempt; it is also where a cancelled reader's
         thread learns of it.
+        """
+
+
+@runtime_checkable
+class RewindingSink(Sink, Protocol):
+    """A sink that judges what it is given part by part, and so wants each part of one giver."""
+
+    def rewind(self) -> int:
+        """Forget what has come of a part that is not whole yet; return how many bytes those were.
+
+        They are given anew. Called while nobody else has to do with the sink.
         """
 
 

@@ -26,6 +26,7 @@ from lazyfs.transport.urls import Origin, origin_of, redirect_target, shown
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _REFUSALS = {401, 403}
+_AUTHORIZATION = "Authorization"
 _HOPS_MOST = 5
 _DISCARD_MOST_BYTES = 64 * 1024
 _IDLE_MOST_S = 55.0
@@ -272,8 +273,9 @@ class HttpClient:
             reply.discard()
             target = redirect_target(url, reply.headers.get("Location"))
             led_by = origin_of(url)
-            if origin_of(target) != led_by:
-                authorization = None  # for good: a way back must not bring it back
+            if origin_of(target) != led_by:  # for good: a way back must not bring it back
+                authorization = None
+                headers = {name: headers[name] for name in headers if name != _AUTHORIZATION}
             url = target
         raise SourceError(f"{shown(asked)} redirects more than {_HOPS_MOST} times")
 
@@ -293,7 +295,7 @@ class HttpClient:
             self._guard.note(origin, peer)
 
         if authorization is not None:
-            headers = {**headers, "Authorization": authorization}
+            headers = {**headers, _AUTHORIZATION: authorization}
         if origin not in self._proxies:
             self._proxies[origin] = proxy_for(origin, os.environ)
         while True:

@@ -17,8 +17,8 @@ import trio
 
 from lazyfs.ground.errors import FetchError
 from lazyfs.ground.ranges import ByteRange
-from lazyfs.transport.blob import Sink
-from lazyfs.transport.place import Place
+from lazyfs.transport.blob import RewindingSink, Sink
+from lazyfs.transport.place import Health, Place
 from lazyfs.transport.wake import Waker
 
 
@@ -42,12 +42,23 @@ class Lease:
         self.heard_s = float("-inf")
         """When the last of them came (`time.monotonic`)."""
         self.tenant: Attempt | None = None
+        self.giver: Health | None = None
+        """The place that the last of them came from."""
         self.lock = threading.Lock()
 
     @property
     def is_filled(self) -> bool:
         """Whether all has been delivered."""
         return self.position == self.wanted.stop
+
+    def begin_at(self, place: Health) -> None:
+        """Make sure that what is judged as one comes from one place: blame falls on that.
+
+        While there is no tenant and no attempt that could become one.
+        """
+        if self.giver not in (None, place) and isinstance(self.sink, RewindingSink):
+            self.position -= self.sink.rewind()
+            self.giver = None
 
     def admit(self, attempt: "Attempt") -> None:
         """Let an attempt that has bytes be the one that delivers; under the lock.
@@ -159,6 +170,7 @@ class Attempt:
         """Hand on what was put into the room."""
         self.delivered_bytes += count
         self._lease.position += count
+        self._lease.giver = self.place.health
         if self._room is not None:
             self._room.release()  # the sink may want its buffer for itself now
         try:

@@ -10,7 +10,7 @@ another address each time it is asked for. Through a proxy that cannot be seen; 
 or name in the URL is judged alone.
 
 Sources: RFC 6890 (special addresses), RFC 6761 (`localhost`); the documentation of AWS, Google
-Cloud, Azure and Alibaba Cloud for the addresses of their metadata.
+Cloud, Azure, Alibaba Cloud and Oracle Cloud for the addresses of their metadata.
 """
 
 import ipaddress
@@ -24,7 +24,11 @@ from lazyfs.transport.urls import Origin
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 _THIS_HOST = ipaddress.ip_network("0.0.0.0/8")
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_METADATA = {ipaddress.ip_address(each) for each in ("fd00:ec2::254", "100.100.100.200")}
+_METADATA = {
+    ipaddress.ip_address(each)
+    for each in ("fd00:ec2::254", "fd20:ce::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")
+}
+"""AWS and Google Cloud by IPv6, Alibaba Cloud, Azure (its WireServer), Oracle Cloud."""
 
 
 class Near(Enum):

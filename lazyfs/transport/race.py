@@ -106,6 +106,7 @@ class Race:
             self._limiter.release_on_behalf_of(self)
 
     async def _run(self, place: Place) -> LazyfsError | None:
+        self._lease.begin_at(place.health)
         attempt = self._attempt(place)
         await _acquire(self._means.threads, attempt)
         self._began_s = time.monotonic()
@@ -161,7 +162,11 @@ class Race:
         means, health = self._means, place.health
         if self._lease.tenant is not None or health.failures:
             return
+        if means.threads.available_tokens < 1:
+            return
         other = self._choice.other_than(place)
+        if self._lease.giver is not None:
+            other = place  # who has given a part gives the rest of it, see `Lease.begin_at`
         attempt = self._attempt(other)
         slot = means.slots.take_at_once(other.health.host, urgent=True)
         if slot is None:
@@ -171,9 +176,11 @@ class Race:
         except trio.WouldBlock:
             slot.give_back()
             return
-        self._hedge_slot = slot
-        if means.threads.available_tokens < 1 or not means.budget.spend():
+        if not means.budget.spend():
+            self._limiter.release_on_behalf_of(slot)
+            slot.give_back()
             return
+        self._hedge_slot = slot
         means.threads.acquire_on_behalf_of_nowait(attempt)
         means.counters.hedges += 1
         attempt.is_hedge = True

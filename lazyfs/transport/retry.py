@@ -109,15 +109,16 @@ class Fetcher:
         course = Course(blob.name, byte_range, sink, why)
         patience = Patience(f"{blob.name}, {byte_range}", self.settings if patient else self._brief)
         choice = Choice(blob)
+        furthest = byte_range.start
         self._under_way.add(course)
         try:
             while True:
                 race = Race(course, choice, self._means, limiter, urgent=urgent)
-                position = course.lease.position
                 error = await race.run(choice.next())
                 if error is None:
                     return
-                progressed = course.lease.position > position
+                progressed = course.lease.position > furthest
+                furthest = max(furthest, course.lease.position)
                 await _pause(patience, choice, race.silent_s, error, progressed=progressed)
                 self.counters.retries += 1
         finally:

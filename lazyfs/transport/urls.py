@@ -33,7 +33,9 @@ def origin_of(url: str) -> Origin:
         host = parts.hostname
     except (ValueError, KeyError):
         raise SourceError(f"{shown(url)} is not an http or https URL") from None
-    if not host:
+    # Libraries differ over a backslash and `%` there, and who is judged must be who is spoken to.
+    is_odd = "\\" in parts.netloc or ("%" in parts.netloc and not parts.netloc.startswith("["))
+    if not host or is_odd:
         raise SourceError(f"{shown(url)} names no host")
     if "@" in parts.netloc:
         raise SourceError(f"{shown(url)}: a URL with a user name or password in it is not taken")

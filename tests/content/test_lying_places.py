@@ -87,6 +87,26 @@ async def test_the_flight_lands_anew_from_another_place(
     assert warnings[0].startswith("liar gave wrong bytes and is asked no more: ")
 
 
+@pytest.mark.parametrize("lie_at", [9, 300])
+async def test_who_lies_and_hangs_up_is_not_believed_over_who_goes_on(lie_at: int) -> None:
+    """The first part of a chunk is wrong, and the connection ends: the next place is honest."""
+    chunk = chunk_at(450_000)
+    liar = MemoryBlob(flipped(chunk.start + lie_at), "liar")
+    honest = MemoryBlob(LAYER.blob, "honest")
+    blob = Mirrored(liar, honest)
+
+    def until_within_the_chunk(wanted: ByteRange) -> None:
+        liar.cut_after = chunk.start + 500 - wanted.start
+
+    liar.before = until_within_the_chunk
+    liar.piece_bytes = 100
+    with content_from(blob) as (content, counters):
+        assert await read_all(content) == FILES
+        assert content.poison is None
+        assert all(each.health.lie is None for each in blob.all if each.blob is honest)
+        assert counters.places_refused == 0, "of what it gave nothing was used"
+
+
 async def test_when_all_lie_the_layer_is_condemned(caplog: pytest.LogCaptureFixture) -> None:
     at = chunk_at(0).start + 20
     blob = Mirrored(MemoryBlob(flipped(at), "one"), MemoryBlob(flipped(at + 1), "other"))

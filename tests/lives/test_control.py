@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -129,6 +129,17 @@ async def test_where_it_can_listen(tmp_path: Path) -> None:
         ):
             await listen(address)
         listening.close()
+    with socket.socket(socket.AF_UNIX) as stuck, ExitStack() as waiting:
+        path.unlink()
+        stuck.bind(str(path))
+        stuck.listen(0)
+        with suppress(BlockingIOError):
+            while True:
+                link = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                link.setblocking(False)
+                link.connect(str(path))
+        with pytest.raises(LazyfsError, match="Address already in use"):
+            await listen(Address(path=path))
     taken = tmp_path / "file"
     taken.write_text("mine")
     with pytest.raises(LazyfsError, match="cannot listen on unix:"):

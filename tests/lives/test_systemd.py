@@ -93,3 +93,20 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     )
     ours = [line for line in done.stderr.splitlines() if "lazyfs" in line]
     assert (done.returncode, ours) == (0, []), done
+
+
+async def test_a_bug_in_what_is_told_does_not_end_the_telling(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def describe() -> str:
+        raise KeyError("a bug")
+
+    with listening(f"{tmp_path}/n") as link:
+        notifier = Notifier({"NOTIFY_SOCKET": f"{tmp_path}/n", "WATCHDOG_USEC": "20000"})
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(notifier.keep_telling, describe)
+            for _ in range(3):
+                said = await trio.to_thread.run_sync(link.recv, 4096)
+                assert said.startswith(b"WATCHDOG=1")
+            nursery.cancel_scope.cancel()
+    assert [each.levelname for each in caplog.records] == ["ERROR"]

@@ -2,11 +2,14 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import urllib.request
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -124,6 +127,93 @@ def test_what_failed_last(server: FaultServer, mounts: Mounts, remote: str) -> N
     assert told["last_error"].startswith("read answered with an error: ")
     assert told["last_error_at"].endswith("+00:00")
     assert told["failed"] is None
+
+
+STRANGER = 65533
+"""Nobody's user id; not the one that other tests take."""
+
+
+@pytest.fixture
+def forger(mounts: Mounts, local: str) -> Iterator[Mount]:
+    """A mount of ours, for whose daemon another user's program answers."""
+    mount = mounts.mount(local)
+    device = os.stat(mount.directory).st_dev
+    directory = Path(f"/tmp/lazyfs-{STRANGER}")
+    script = """
+import os, socket, sys
+directory, device, user = sys.argv[1], sys.argv[2], int(sys.argv[3])
+os.setgid(user)
+os.setuid(user)
+os.mkdir(directory, 0o700)
+listening = socket.socket(socket.AF_UNIX)
+listening.bind(f"{directory}/mount-{device}.sock")
+listening.listen()
+print("ready", flush=True)
+text = b'{"reference": "forged", "failed": null, "safe_offline": true, "pid": 1}'
+while True:
+    link, _ = listening.accept()
+    link.recv(65536)
+    link.sendall(b"HTTP/1.1 200 OK\\r\\nConnection: close\\r\\n\\r\\n" + text)
+    link.close()
+"""
+    words = [sys.executable, "-c", script, directory, str(device), str(STRANGER)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            yield mount
+        finally:
+            process.kill()
+            shutil.rmtree(directory)
+
+
+def test_what_a_stranger_says_of_a_mount_is_not_believed(forger: Mount) -> None:
+    """Whoever drives a restore as root goes by what is told: of a dead daemon, too."""
+    assert status_of(forger.directory)["pid"] == forger.pid
+    assert all_mounts(forger.directory.parent)[0]["pid"] == forger.pid
+    forger.signal(signal.SIGKILL)
+    forger.wait_end()
+    assert status_of(forger.directory, code=1)["state"] == "dead"
+    assert lazyfs("wait", "--complete", forger.directory).code == 1
+
+
+def test_a_daemon_that_answers_without_end_holds_nobody_up(
+    mounts: Mounts, local: str, tmp_path: Path
+) -> None:
+    runs = tmp_path / "run"
+    surroundings = {**os.environ, "LAZYFS_RUN_DIR": str(runs)}
+    mount = mounts.mount(local, env=surroundings)
+    path = next(runs.glob("*.sock"))
+    path.unlink()
+    over = threading.Event()
+    good = b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n{"failed": null}'
+
+    def answer(link: socket.socket) -> None:
+        with link, suppress(OSError):
+            if link.recv(65536).startswith(b"GET"):
+                link.sendall(good)
+                return
+            while not over.wait(0.1):
+                link.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def serve(listening: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=answer, args=(listening.accept()[0],)).start()
+
+    with socket.socket(socket.AF_UNIX) as listening, open_file(runs, os.O_PATH) as directory:
+        listening.bind(f"/proc/self/fd/{directory}/{path.name}")
+        listening.listen()
+        thread = threading.Thread(target=serve, args=(listening,))
+        thread.start()
+        try:
+            done = lazyfs("wait", "--complete", mount.directory, env=surroundings, timeout=30)
+        finally:
+            over.set()
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+    assert done.code == 1
+    assert "its daemon does not answer" in done.err
 
 
 def test_a_list_of_all(mounts: Mounts, local: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -198,6 +199,32 @@ def test_a_living_mount_is_replaced(mounts: Mounts, local: str) -> None:
     old.wait_end()
     assert new.is_mounted
     assert mounts.mount(local, "--replace", at=mounts.home / "fresh").umount().code == 0
+
+
+def test_a_living_mount_stays_until_another_can_take_its_place(mounts: Mounts, local: str) -> None:
+    old = mounts.mount(local)
+    mounts.refuse(f"{local}:absent", "--replace")
+    assert (old / "pages-1.img").read_bytes() == DATA
+
+
+def test_of_two_mounts_at_once_on_one_directory_one_comes_up(
+    server: FaultServer, mounts: Mounts
+) -> None:
+    """Both find it empty; neither may end up below the other."""
+    reference = publish(server, zstd_chunked(FILES))
+    directory = mounts.home / "mnt"
+    directory.mkdir()
+    may_go_on = threading.Event()
+    server.script("/manifests/", stall(until=may_go_on), stall(until=may_go_on))
+    words = command("mount", *mounts.options(reference), directory)
+    both = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    server.wait_count("/manifests/", 2)
+    may_go_on.set()
+    said = [each.communicate(timeout=60)[1] for each in both]
+    assert sorted(each.returncode for each in both) == [0, 2], said
+    assert "is a mount already" in "".join(said)
+    assert [each.directory for each in mountpoint.mounts()].count(str(directory)) == 1
+    assert (directory / "pages-1.img").read_bytes() == DATA
 
 
 # -- a mount that others have made --------------------------------------------------------------

@@ -172,6 +172,7 @@ def test_a_users_mount_tells_of_itself(home: Path) -> None:
             f"700 {NOBODY}",
             f"600 {NOBODY}",
             "serving",
+            "mounting.locks",
         ]
 
 

@@ -50,6 +50,16 @@ def test_retry_after() -> None:
         assert retry_after_s(text) is None
 
 
+@pytest.mark.parametrize(
+    "authority", ["%31%36%39.254.169.254", "169.254.169.254\\.example", "a%2eexample", "a%00"]
+)
+def test_a_host_that_libraries_read_differently_is_refused(authority: str) -> None:
+    """The first would be asked for by a proxy, and taken for a name of no meaning by us."""
+    with pytest.raises(SourceError, match="names no host"):
+        origin_of(f"http://{authority}/latest")
+    assert origin_of("http://[fe80::1%25eth0]/").host == "fe80::1%25eth0"
+
+
 def test_what_is_shown_of_a_url() -> None:
     assert shown("https://u:p@host:1/a/b?sig=x#y") == "https://host:1/a/b"
     assert shown("https://u:p@ss@host/a") == "https://host/a"

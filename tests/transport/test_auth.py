@@ -86,6 +86,12 @@ def test_token_reply() -> None:
         parse_token(b'{"x":' + b"[" * 100_000, "a")
 
 
+@pytest.mark.parametrize("expires_in", ["1" + "0" * 400, "1e999", '"300"', "[]"])
+def test_no_number_of_seconds_is_more_than_an_error(expires_in: str) -> None:
+    with pytest.raises(SourceError, match="something else than a token"):
+        parse_token(f'{{"token": "x", "expires_in": {expires_in}}}'.encode(), "a")
+
+
 def test_where_a_token_is_asked_for() -> None:
     (challenge,) = parse_challenges(BEARER)
     assert token_url(challenge, REGISTRY, "a/b") == (

@@ -170,6 +170,20 @@ async def test_identity_token_does_not_follow_a_redirect(
         assert elsewhere.seen == []
 
 
+async def test_password_does_not_follow_a_redirect_of_the_token_server(
+    server: FaultServer, source: RegistrySource
+) -> None:
+    blob = source.blob(Digest.parse(server.add_blob(BLOB)), len(BLOB))
+    with FaultServer() as elsewhere:
+        server.always("/token", faults.redirect(f"{elsewhere.url}/token"))
+        elsewhere.always("/token", faults.status(404, {}))
+        with pytest.raises(SourceError):
+            await fetch(blob)
+        assert "Authorization" in next(s for s in server.seen if s.path == "/token").headers
+        assert elsewhere.count("/token") > 0
+        assert all("Authorization" not in each.headers for each in elsewhere.seen)
+
+
 @pytest.mark.parametrize("challenge", ["Basic realm=x", "Bearer realm={}/token,service=x"])
 async def test_storage_that_asks_for_a_login_gets_none(
     server: FaultServer, source: RegistrySource, challenge: str

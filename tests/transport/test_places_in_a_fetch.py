@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import trio
@@ -340,6 +341,26 @@ async def test_a_source_that_is_slow_all_over_is_hardly_asked_twice() -> None:
         for _ in range(40):
             nursery.start_soon(one)
     assert 1 <= counters.hedges <= 5 + 4
+
+
+async def test_who_may_not_ask_twice_any_more_holds_no_connection_for_it() -> None:
+    counters = Counters()
+    fetcher = Fetcher(SLEEPY, counters)
+    limiter = trio.CapacityLimiter(100)
+    gate = Gate()
+    blob = MemoryBlob(DATA, "slow", known())
+    blob.before = gate
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            sink = Gather()
+            job = partial(fetcher.fetch, blob, WHOLE, sink, limiter=limiter, urgent=True)
+            nursery.start_soon(job)
+        with trio.fail_after(10):
+            while counters.hedges < 5:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+        await trio.sleep(0.2)
+        assert (counters.hedges, limiter.borrowed_tokens) == (5, 15)
+        gate.open()
 
 
 async def test_who_waits_for_what_is_told() -> None:
