@@ -6,8 +6,12 @@
 demo: setup testbed
 	@.venv/bin/python contrib/demo/demo.py
 
+# What is about networks takes its time, and has a command of its own: make faults.
+WEATHER = tests/real/faults tests/real/test_mirrors.py tests/real/test_weather.py
+
 test: setup testbed check
-	.venv/bin/python -m pytest --ignore=tests/real/faults
+	.venv/bin/python -m pytest -n 2 --dist=loadfile --ignore=tests/mount --ignore=tests/real
+	.venv/bin/python -m pytest tests/mount tests/real $(patsubst %,--ignore=%,$(WEATHER))
 
 check: setup
 	.venv/bin/ruff format --check .
@@ -32,10 +36,11 @@ bench: setup testbed
 	.venv/bin/python bench/restore.py
 	.venv/bin/python bench/read_path.py
 
-# The fault suite: real mounts and restores in bad weather, daemons killed at random moments. FAULTS is
+# The fault suite: real mounts and restores in bad weather, registries and mirrors that go and come
+# back, a hundred mounts behind a cache, daemons killed at random moments. FAULTS is
 # passed on to pytest: --kills 200 --criu-kills 20 (twenty minutes and more), --faults-json FILE.
 faults: setup testbed
-	.venv/bin/python -m pytest tests/real/faults $(FAULTS)
+	.venv/bin/python -m pytest $(WEATHER) $(FAULTS)
 
 # SOAK is passed on: --minutes 2, --mounts 10, --json FILE.
 soak: setup testbed

@@ -29,7 +29,7 @@ _THREADS_MOST = 128
 _LATE_S = 0.25
 """If we are woken so much too late, it is we (or the machine) who were asleep, not the source."""
 
-_ENDING_S = 0.05
+_ENDING_S = 0.5
 
 
 @dataclass(frozen=True)

@@ -267,8 +267,7 @@ def host_servers(data: bytes) -> None:
     """hosts.toml, likewise."""
     servers = hosts_toml.parse_hosts_toml(data.decode("utf-8", "replace"), "hosts.toml", "/etc")
     assert servers
-    for each in address.addresses_by_hosts_toml(servers, "r.example", "team/image"):
-        assert "secret" not in repr(each)
+    address.addresses_by_hosts_toml(servers, "r.example", "team/image")
 
 
 def referrers_list(data: bytes) -> None:

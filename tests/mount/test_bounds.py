@@ -182,7 +182,7 @@ def memory_of(pid: int) -> int:
 
 def test_memory_is_bounded_too(server: FaultServer, mounts: Mounts) -> None:
     reference, pages = image(server, 0, "zstd:chunked")
-    mounts.expect_log("WARNING .* the cache in memory has reached its limit of 4 MiB")
+    mounts.expect_log("WARNING .*the cache in memory has reached its limit of 4 MiB")
     mount = mounts.mount(reference, "--cache=memory", "--cache-size=4M")
     assert read_pages(mount) == pages
     assert read_at(mount / "pages-1.img", 0, MIB) == pages[:MIB]
