@@ -49,6 +49,7 @@ log = logging.getLogger(__name__)
 
 RESTORE_FAILED = 6
 """Exit code: CRIU or the runtime could not restore it."""
+_STANDARD_ERROR = 2
 _TICK_S = 0.25
 _UNDO_TIMEOUT_S = 20.0
 _LOG_MOST_BYTES = 4 << 20
@@ -228,6 +229,7 @@ class _Keeper:
             return subprocess.Popen(
                 words,
                 close_fds=False,
+                stdout=_STANDARD_ERROR if self._plan.keeps_stdout_clean else None,
                 env={**os.environ, **gate.environment},
                 preexec_fn=lambda: die_with_parent(us),
             )
