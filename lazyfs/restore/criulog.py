@@ -64,7 +64,7 @@ _ADVICE = (
         "root directory (--root DIR), or restore it by its runtime (--runtime, --bundle)",
     ),
     (
-        r"shell-job|Found a session leader|tty: .*(inherit|stdin|external|slave)|"
+        r"shell-job|Found a session leader|is not a terminal|tty: .*(inherit|stdin|external|slave)|"
         r"tty: Can't (find|open|attach|dup)|controlling terminal",
         "the process had a terminal: restore with --shell-job (-j) from a terminal; for a terminal "
         "that somebody else holds, --inherit-fd fd[N]:tty[RDEV:DEV]",

@@ -136,6 +136,7 @@ class _Keeper:
         plan = self._plan
         served = self._mount(stack)
         gate = stack.enter_context(Gate())
+        self._tell(event="helpers", pids=sorted(self._spared), directories=[gate.home])
         lazy = self._start_lazy_pages(stack, served)
         stack.callback(self._undo)
         program = self._start(served, gate)
@@ -218,7 +219,7 @@ class _Keeper:
         lazy = LazyPages.start(self._work, served.path, self._plan.criu, served.holders)
         stack.callback(lazy.end)
         self._spared.add(lazy.pid)
-        self._tell(event="helpers", pids=sorted(self._spared))
+        self._tell(event="helpers", pids=sorted(self._spared), directories=[])
         return lazy
 
     def _start(self, served: Served, gate: Gate) -> "subprocess.Popen[bytes]":
