@@ -40,9 +40,8 @@ PREFIX = "(00.012345)    123: Error (criu/x.c:12): "
     ],
 )
 def test_what_crius_words_mean_for_who_restores(line: str, advice: str) -> None:
-    found = diagnose(
-        f"(00.000001) Version: 4.1.1\n{PREFIX}{line}\n(00.1) Error (x.c:1): Restoring FAILED."
-    )
+    end = "(00.1) Error (x.c:1): Restoring FAILED."
+    found = diagnose(f"(00.000001) Version: 4.1.1\n{PREFIX}{line}\n{end}")
     assert found.lines == (PREFIX + line,)
     assert len(found.advice) == 1, found.advice
     assert advice in found.advice[0]
@@ -71,16 +70,8 @@ def test_a_log_without_errors_shows_its_end() -> None:
 
 def test_of_many_errors_the_first_and_the_last_are_shown() -> None:
     found = diagnose("\n".join(f"{PREFIX}{number}" for number in range(100)))
-    assert [line[len(PREFIX) :] for line in found.lines] == [
-        "0",
-        "1",
-        "2",
-        "3",
-        "96",
-        "97",
-        "98",
-        "99",
-    ]
+    numbers = [int(line.removeprefix(PREFIX)) for line in found.lines]
+    assert numbers == [0, 1, 2, 3, 96, 97, 98, 99]
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=2000), st.integers(0, 50))

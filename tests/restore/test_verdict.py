@@ -27,12 +27,10 @@ def test_anything_else_may_not(status: dict[str, Any], why: str, code: int) -> N
     assert exit_code_of(status) == code
 
 
-@given(
-    st.dictionaries(
-        st.sampled_from(["failed", "failed_reads", "last_error"]),
-        st.none() | st.integers() | st.text() | st.booleans(),
-    )
-)
+VALUES = st.none() | st.integers() | st.text() | st.booleans()
+
+
+@given(st.dictionaries(st.sampled_from(["failed", "failed_reads", "last_error"]), VALUES))
 def test_only_what_says_that_it_is_clean_may_live(status: dict[str, Any]) -> None:
     is_clean = "failed" in status and status["failed"] is None
     reads = status.get("failed_reads")

@@ -58,6 +58,7 @@ def test_no_kill_leaves_anything_behind(
             process = restorer.start(restorer.words(reference, "--deadline=2", *lazy))
             time.sleep(chance.uniform(0, whole_s))
             outcomes[_strike(process.pid, chance)] += 1
+            print(number, outcomes, flush=True)
             started_s = time.time()
             ended = restorer.wait(process)
             if ended.code == 0:
