@@ -97,14 +97,23 @@ class Served:
         Raises:
             LazyfsError: there is none, or none within five seconds.
         """
-        path = self.path / "."
+        path = self.path
+
+        def ask() -> bytes | OSError:
+            try:
+                return os.getxattr(path, _STATUS_XATTR)
+            except OSError as error:
+                return error
+
         try:
-            text = answer_of(lambda: os.getxattr(path, _STATUS_XATTR))
-            told = json.loads(text)
+            answer = answer_of(ask)
+            if isinstance(answer, OSError):
+                raise LazyfsError(f"the daemon of the mount is gone: {answer.strerror}")
+            told = json.loads(answer)
         except TimeoutError:
             raise LazyfsError("the daemon of the mount does not answer") from None
-        except (OSError, ValueError) as error:
-            raise LazyfsError(f"the daemon of the mount is gone: {error}") from None
+        except ValueError:
+            raise LazyfsError("the daemon of the mount says what cannot be understood") from None
         return told if isinstance(told, dict) else {}
 
     def judge(self) -> str | None:
