@@ -213,7 +213,7 @@ def _hear(hearing: int, pid: int, abandon: Sequence[int]) -> Mapping[str, Any]:
     while True:
         readable = _wait_readable([hearing, *abandon], None)
         if hearing not in readable:
-            raise Abandoned("nobody waits for the restore any more")
+            raise Abandoned("interrupted; nothing of the restore is left")
         piece = os.read(hearing, _PIECE_BYTES)
         if not piece or len(heard) > _MESSAGE_MOST_BYTES:
             break

@@ -7,6 +7,7 @@ import ctypes
 import os
 import random
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ MIB = 1 << 20
 RATE_BYTES_S = 24 * MIB
 _PR_SET_CHILD_SUBREAPER = 36
 _KILLS = 20
+_EARLY_SHARE = 0.4
+"""Of the kills: at any time; the others while bytes arrive."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,8 +58,12 @@ def test_no_kill_leaves_anything_behind(
             lazy = ["--lazy-pages"] if number % 2 else []
             restorer = Restorer(testbed, work / str(number))
             dumped.rewind()
+            sent = weather.sent_bytes.total()
             process = restorer.start(restorer.words(reference, "--deadline=2", *lazy))
-            time.sleep(chance.uniform(0, whole_s))
+            if chance.random() < _EARLY_SHARE:
+                time.sleep(chance.uniform(0, whole_s / 2))
+            else:
+                _wait_sent(weather, sent + chance.randrange(dumped.layer_bytes), process)
             struck = _strike(process.pid, dumped, chance)
             outcomes[struck] += 1
             started_s = time.time()
@@ -95,6 +102,12 @@ def _live(restorer: Restorer, reference: str, dumped: Checkpoint) -> float:
         pass
     restorer.assert_nothing_is_left()
     return took_s
+
+
+def _wait_sent(weather: Weather, count: int, process: "subprocess.Popen[str]") -> None:
+    wait_until(
+        lambda: weather.sent_bytes.total() >= count or process.poll() is not None, "bytes sent", 60
+    )
 
 
 def _strike(front: int, dumped: Checkpoint, chance: random.Random) -> str:
