@@ -67,8 +67,8 @@ _LOG_NAME_MOST_BYTES = 200
     "--lazy-pages",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     metavar="WORK_DIR",
-    help="Serve memory as it is wanted to what `criu restore --lazy-pages -W WORK_DIR` restores from "
-    "DIR, in place of `criu lazy-pages`. Who still misses memory when this daemon ends is killed.",
+    help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
+    "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
 )
 @source_options
 def mount_command(

@@ -12,6 +12,7 @@ criu/pie/restorer.c (vma_remap: what is registered).
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from lazyfs.checkpoint.criu_memory import PageFlags, Pagemap, Vma
@@ -65,8 +66,6 @@ class TaskMemory:
         for start, stop in lazy:
             if start % page_bytes:
                 raise MalformedError(f"{what}: pages at {start:#x}")
-            if self._stops and start < self._stops[-1]:
-                raise MalformedError(f"{what}: two pages at {start:#x}")
             self._find(start, stop, 0)
         self.ranges = tuple(_within(vmas, lazy, what))
         """What is missing before anything has come, split where mappings meet."""
@@ -141,6 +140,9 @@ class _Extents:
             )
             if item.page_count
         )
+        for before, after in pairwise(found):
+            if after[0] < before[1]:
+                raise MalformedError(f"{self._what}: two pages for {after[0]:#x}")
         self._starts = [item[0] for item in found]
         self._found = found
 

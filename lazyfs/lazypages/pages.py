@@ -3,6 +3,7 @@
 What is parsed is kept: several restores may be made from one mount.
 """
 
+import logging
 import mmap
 from collections.abc import Sequence
 from typing import Protocol
@@ -20,6 +21,8 @@ from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.layers.model import EntryType
 from lazyfs.lazypages.memory import Level, TaskMemory
+
+log = logging.getLogger(__name__)
 
 _IMAGE_LIMIT_BYTES = 512 << 20
 """Of a pagemap: some ten million pages that do not follow each other."""
@@ -79,8 +82,10 @@ class Images:
         data = await self._image(self._images().node, criu.PSTREE)
         processes = criu.parse_pstree(data)
         for process in processes:
-            if process.thread_ids:
+            try:
                 await self.memory_of(process.pid)
+            except MalformedError as error:  # a zombie; else CRIU will hear of it
+                log.debug("%s", error)
         return len(processes)
 
     async def memory_of(self, pid: int) -> LazyMemory:

@@ -51,7 +51,7 @@ class LazyPages:
 
     @property
     def failed(self) -> str | None:
-        """Why the tasks of a restore have been killed, if any have."""
+        """Why the tasks of the latest restore have been killed, if they have."""
         return self._failed
 
     @property
@@ -143,6 +143,7 @@ class LazyPages:
             if not _is_welcome(link):
                 return
             self._sessions.append(session)
+            self._failed = None
             try:
                 await self._live(session, link)
                 self._restores += 1

@@ -123,6 +123,8 @@ class Task:
 
     def hear(self) -> None:
         """Read messages, if there are any, apply them, and serve the faults among them."""
+        if self.is_over:
+            return
         began_s = time.monotonic()
         faults: list[int] = []
         for event in list(parse_messages(self.uffd.read())):
