@@ -152,7 +152,7 @@ class LazyPages:
                 self._fail(str(error))
             except Exception as error:  # a bug must not end the mount
                 log.exception("lazy pages failed: please report this")
-                self._fail(str(error))
+                self._fail(f"a bug: {error!r}")
             except trio.Cancelled:
                 self._fail("the server was stopped")
                 raise

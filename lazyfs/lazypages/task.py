@@ -73,6 +73,7 @@ class Task:
         self._on_fork = on_fork
         self._may_end = False
         self._gone = False
+        """Nothing more can be filled, or need be."""
         self._window_bytes = _FIRST_WINDOW_BYTES
         self._near = range(0)
         self._zeros_bytes = _PAGE
@@ -83,7 +84,7 @@ class Task:
 
     @property
     def missing_bytes(self) -> int:
-        """How much has still to come; 0 when the task has ended."""
+        """How much has still to come; 0 when nobody is left to want it."""
         return 0 if self._gone else self._missing.size_bytes
 
     @property
@@ -346,6 +347,7 @@ class Task:
         if self.is_over:
             return
         if self._gone or (self._may_end and not self._missing.size_bytes):
+            self._gone = True
             trio.lowlevel.notify_closing(self.uffd.descriptor)
             self.uffd.close()
 

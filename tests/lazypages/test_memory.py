@@ -1,5 +1,7 @@
 """Where a task's lazy pages are, against a search page by page."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,7 +137,7 @@ def test_each_page_is_found_where_a_search_finds_it_or_all_is_refused(
     found: list[list[tuple[int, int, PageFlags]]], borders: set[int]
 ) -> None:
     edges = [0, *sorted(borders), 40]
-    vmas = [vma(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    vmas = [vma(start, stop) for start, stop in itertools.pairwise(edges)]
     levels = [level(*(extent(*each) for each in extents)) for extents in found]
     try:
         memory = TaskMemory(vmas, levels, PAGE)

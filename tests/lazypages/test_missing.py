@@ -1,5 +1,7 @@
 """What is missing, against a model that knows each page by itself."""
 
+import itertools
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ PAGES = 60
 def beginnings(draw: st.DrawFn) -> list[Range]:
     """Disjoint ranges, some of which touch; their origins are all over the place."""
     edges = sorted(draw(st.sets(st.integers(0, PAGES), max_size=16)))
-    pairs = list(zip(edges, edges[1:], strict=False))
+    pairs = list(itertools.pairwise(edges))
     chosen = [pair for pair in pairs if draw(st.booleans())]
     return [Range(start, stop, 1000 * (n + 1)) for n, (start, stop) in enumerate(chosen)]
 
@@ -64,7 +66,7 @@ def test_it_is_as_if_each_page_were_noted_by_itself(
         assert missing.size_bytes == len(model)
         listed = list(missing)
         assert len(listed) == len(missing)
-        assert all(a.stop <= b.start for a, b in zip(listed, listed[1:], strict=False))
+        assert all(a.stop <= b.start for a, b in itertools.pairwise(listed))
         for page in range(-1, 2 * PAGES):
             found = missing.at(page)
             assert (found is not None) == (page in model)
