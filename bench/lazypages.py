@@ -23,7 +23,16 @@ from typing import Any
 from harness import machine, mounted, spread, write_json
 from rich.console import Console
 from rich.table import Table
-from testbed import Restored, Testbed, Workload, dump, restore, tar_checkpoint
+from testbed import (
+    Layer,
+    Restored,
+    Testbed,
+    Workload,
+    dump,
+    restore,
+    tar_checkpoint,
+    write_oci_layout,
+)
 from testbed.process import wait_until
 
 Row = dict[str, Any]
@@ -36,7 +45,7 @@ class Bench:
     def __init__(self, testbed: Testbed, work: Path, workload: Workload) -> None:
         self.testbed, self.work, self.workload = testbed, work, workload
         self.memory = workload.memory_hash()
-        self.layer = work / "checkpoint.tar"
+        self.reference = f"oci:{work / 'layout'}"
 
     def resume(self, images: Path, lazy_pages: bool | Path) -> Restored:
         """Restore the process from a directory of images."""
@@ -65,7 +74,7 @@ def local(bench: Bench, *, lazy: bool) -> Row:
 def mount(bench: Bench, *, lazy: bool) -> Row:
     """Restore from a mount whose cache is warm; with CRIU's server or without."""
     with (
-        mounted(str(bench.layer), bench.work / "lazyfs", keep_cache=True) as mounted_,
+        mounted(bench.reference, bench.work / "lazyfs", keep_cache=True) as mounted_,
         bench.resume(mounted_.directory, lazy) as restored,
     ):
         return bench.finish(restored, restored.wait_lazy_pages)
@@ -76,7 +85,7 @@ def own(bench: Bench) -> Row:
     socket = bench.work / "w" / SOCKET_NAME
     options = ("--lazy-pages", str(socket.parent))
     with (
-        mounted(str(bench.layer), bench.work / "lazyfs", *options, keep_cache=True) as mounted_,
+        mounted(bench.reference, bench.work / "lazyfs", *options, keep_cache=True) as mounted_,
         bench.resume(mounted_.directory, socket) as restored,
     ):
         pid = mounted_.status()["pid"]
@@ -152,7 +161,8 @@ def main() -> None:
         )
         bench = Bench(testbed, work, workload)
         dump(testbed, workload.pid, work / "images", work / "dump")
-        tar_checkpoint(work / "images", bench.layer)
+        tar_checkpoint(work / "images", work / "checkpoint.tar")
+        write_oci_layout(work / "layout", None, [Layer(work / "checkpoint.tar")])
         mount(bench, lazy=False)  # which warms the cache
         rows: dict[str, list[Row]] = {name: [] for name in ways}
         for run in range(options.runs):

@@ -1,11 +1,13 @@
 """Which memory of a task comes lazily, and where in the pages files its bytes are. Sans-I/O.
 
-Lazy is what its pagemap says so of, page by page: private anonymous memory but for the stack.
-Everything else CRIU reads before the task runs. A page that a checkpoint leaves to its parent is
-looked for there. Nothing is served by guessing: where a pagemap has a form that is not known
-here, or contradicts the mappings or its pages file, the restore is refused.
+Lazy is what its pagemap says so of, page by page: as a rule all private anonymous memory. (CRIU
+means to leave out the stack, but takes no page for one of it; or all, where a stack pointer happens
+to be a multiple of the page size.) Everything else CRIU reads before the task runs. A page that a
+checkpoint leaves to its parent is looked for there. Nothing is served by guessing: where a pagemap
+has a form that is not known here, or contradicts the mappings or its pages file, the restore is
+refused.
 
-Source: CRIU, criu/mem.c (generate_iovs, restore_priv_vma_content), criu/pagemap.c
+Source: CRIU, criu/mem.c (generate_iovs, is_stack, restore_priv_vma_content), criu/pagemap.c
 (read_parent_page), criu/uffd.c (collect_iovs: ranges are split where mappings meet),
 criu/pie/restorer.c (vma_remap: what is registered).
 """

@@ -88,14 +88,21 @@ class Moved(NamedTuple):
     length: int
 
 
-class Dropped(NamedTuple):
-    """Memory from `start` to `stop` is gone, or reads as zeros from now on."""
+class Zeroed(NamedTuple):
+    """Memory from `start` to `stop` reads as zeros from now on."""
 
     start: int
     stop: int
 
 
-Event: TypeAlias = Fault | Forked | Moved | Dropped
+class Unmapped(NamedTuple):
+    """There is no memory from `start` to `stop` any more; or there was none, at some time."""
+
+    start: int
+    stop: int
+
+
+Event: TypeAlias = Fault | Forked | Moved | Zeroed | Unmapped
 
 
 def parse_messages(data: bytes | memoryview) -> Iterator[Event]:
@@ -113,7 +120,9 @@ def parse_messages(data: bytes | memoryview) -> Iterator[Event]:
             yield Forked(first & 0xFFFFFFFF)
         elif kind == _REMAP:
             yield Moved(first, second, third)
-        elif kind in (_REMOVE, _UNMAP):
-            yield Dropped(first, second)
+        elif kind == _REMOVE:
+            yield Zeroed(first, second)
+        elif kind == _UNMAP:
+            yield Unmapped(first, second)
         else:
             raise MalformedError(f"unknown message of userfaultfd: {kind:#x}")

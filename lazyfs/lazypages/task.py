@@ -6,6 +6,11 @@ be looked up in `_missing` after the last read of messages, with no checkpoint i
 messages that were read together the faults come last. Both are the case since all of this runs on
 the trio thread, and `_missing` is asked anew after every `await`.
 
+A thread of the task waits until its message has been read, so messages that are read together are
+of different threads, and their order says little: the kernel lets go of the task's memory before
+it queues them. So what is unmapped is forgotten last: a child that was made at the same time may
+have it still, and what has been moved there is what came after it.
+
 Source: Linux, fs/userfaultfd.c (mmap_changing); CRIU, criu/uffd.c (handle_page_fault,
 handle_remove, handle_remap, handle_fork, uffd_check_op_error).
 """
@@ -26,7 +31,14 @@ from lazyfs.lazypages.counts import Counts
 from lazyfs.lazypages.ending import is_alive
 from lazyfs.lazypages.missing import Missing, Range
 from lazyfs.lazypages.pages import LazyMemory
-from lazyfs.lazypages.protocol import Dropped, Fault, Forked, Moved, parse_messages
+from lazyfs.lazypages.protocol import (
+    Fault,
+    Forked,
+    Moved,
+    Unmapped,
+    Zeroed,
+    parse_messages,
+)
 from lazyfs.lazypages.uffd import Copied, Outcome, Userfaultfd
 
 log = logging.getLogger(__name__)
@@ -128,6 +140,8 @@ class Task:
             return
         began_s = time.monotonic()
         faults: list[int] = []
+        moved: list[tuple[int, int]] = []
+        unmapped: list[Unmapped] = []
         for event in list(parse_messages(self.uffd.read())):
             if isinstance(event, Fault):
                 faults.append(event.address & -_PAGE)
@@ -135,8 +149,14 @@ class Task:
                 self._on_fork(self, event.descriptor)
             elif isinstance(event, Moved):
                 self._missing.move(*event)
-            elif isinstance(event, Dropped):
+                moved.append((event.to, event.to + event.length))
+            elif isinstance(event, Zeroed):
                 self._missing.drop(*event)
+            else:
+                unmapped.append(event)
+        for each in unmapped:
+            for start, stop in _without(each, moved):
+                self._missing.drop(start, stop)
         for page in faults:
             if self._gone:
                 break
@@ -350,6 +370,19 @@ class Task:
             self._gone = True
             trio.lowlevel.notify_closing(self.uffd.descriptor)
             self.uffd.close()
+
+
+def _without(whole: Unmapped, holes: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield what is left of a range."""
+    start = whole.start
+    for begin, end in sorted(holes):
+        if begin >= whole.stop:
+            break
+        if start < begin:
+            yield start, begin
+        start = max(start, end)
+    if start < whole.stop:
+        yield start, whole.stop
 
 
 def _pages(data: Data) -> Iterator[tuple[int, memoryview]]:

@@ -10,11 +10,12 @@ from lazyfs.lazypages.protocol import (
     FINISHED,
     MESSAGE_BYTES,
     Announced,
-    Dropped,
     Fault,
     Finished,
     Forked,
     Moved,
+    Unmapped,
+    Zeroed,
     Zombie,
     parse_announcement,
     parse_messages,
@@ -55,8 +56,8 @@ def test_messages_are_read_as_the_kernel_lays_them_out() -> None:
         Fault(0x7F0000001234),
         Forked(17),
         Moved(0x1000, 0x5000, 0x2000),
-        Dropped(0x1000, 0x3000),
-        Dropped(0x5000, 0x6000),
+        Zeroed(0x1000, 0x3000),
+        Unmapped(0x5000, 0x6000),
     ]
 
 

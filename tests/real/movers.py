@@ -4,12 +4,44 @@ import os
 import shutil
 import signal
 import subprocess
+import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from testbed import Event, Restored, Status, Testbed, dump, restore, tar_checkpoint
 from testbed.guard import watch
 from testbed.process import kill_child, wait_until
+
+from lazyfs.checkpoint.criu_memory import PageFlags, parse_pagemap
+
+
+class _Dumped(Protocol):
+    @property
+    def layer(self) -> Path: ...
+
+
+_D = TypeVar("_D", bound=_Dumped)
+
+
+def dumped_lazily(make: Callable[[str], _D]) -> _D:
+    """Make a dump, by a name; another one where nothing of it can be restored lazily.
+
+    That is so of one in 256: CRIU takes all pages for the stack's (criu/mem.c, is_stack) where the
+    stack pointer happens to be a multiple of the page size.
+    """
+    for attempt in range(4):
+        dumped = make(f"attempt-{attempt}")
+        with tarfile.open(dumped.layer) as layer:
+            for member in layer:
+                name = Path(member.name).name
+                if name.startswith("pagemap-") and not name.startswith("pagemap-shmem"):
+                    file = layer.extractfile(member)
+                    assert file is not None
+                    if parse_pagemap(file.read()).pages_with(PageFlags.LAZY):
+                        return dumped
+    raise AssertionError("no dump of several has lazy pages")
 
 
 @dataclass(frozen=True)
@@ -40,6 +72,10 @@ class Mover:
 
 def mover(testbed: Testbed, work: Path, *options: str) -> Mover:
     """Start one, dump it, make a layer of the dump."""
+    return dumped_lazily(lambda name: _mover(testbed, work / name, *options))
+
+
+def _mover(testbed: Testbed, work: Path, *options: str) -> Mover:
     work.mkdir(parents=True, exist_ok=True)
     status = Status((work / "status").absolute())
     words = [str(testbed.program("mover")), "--status", str(status.path), *options]

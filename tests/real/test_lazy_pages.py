@@ -15,7 +15,7 @@ from lazyfs.lazypages.protocol import SOCKET_NAME
 from tests.real.checkpoints import Checkpoint, checkpoint
 from tests.real.conftest import Store
 from tests.real.mounts import Mount, mounted
-from tests.real.movers import Mover, mover
+from tests.real.movers import Mover, dumped_lazily, mover
 
 pytestmark = pytest.mark.real
 
@@ -65,7 +65,7 @@ def restored(dumped: Checkpoint, mount: Mount, criu: Path) -> Restored:
 
 @pytest.fixture(scope="module")
 def single(testbed: Testbed, shelf: Path) -> Checkpoint:
-    return checkpoint(testbed, shelf / "single", size_mib=64)
+    return dumped_lazily(lambda name: checkpoint(testbed, shelf / "single" / name, size_mib=64))
 
 
 @pytest.fixture(scope="module")
@@ -237,18 +237,22 @@ def test_whoever_misses_memory_that_cannot_be_had_is_killed(
     store: Store, single: Checkpoint, work: Path
 ) -> None:
     image = store.push("lost", single)
+    options = ("--deadline", "1")
     excuses = (*KILLED, "gave up", "waiting to go on", "could not be fetched", "not proven yet")
-    with store.served_at(work / "far") as far, Weather(far.address, rate_bytes_s=16 << 20) as slow:
-        with served(f"{slow.address}/{image}", work, "--deadline", "1", forgiven=excuses) as (
+    with (
+        store.served_at(work / "far") as far,
+        Weather(far.address, rate_bytes_s=16 << 20) as slow,
+        served(f"{slow.address}/{image}", work, *options, forgiven=excuses) as (
             mount,
             criu,
-        ):
-            with restored(single, mount, criu) as process:
-                far.stop()
-                wait_until(lambda: not is_alive(process.pid), "the process has been killed", 60)
-                assert not process.status.events("hash", process.started_s)
-                wait_until(lambda: lazily(mount)["state"] == "failed", "that it is told", 10)
-                assert lazily(mount)["failed"]
+        ),
+        restored(single, mount, criu) as process,
+    ):
+        far.stop()
+        wait_until(lambda: not is_alive(process.pid), "the process has been killed", 60)
+        assert not process.status.events("hash", process.started_s)
+        wait_until(lambda: lazily(mount)["state"] == "failed", "that it is told", 10)
+        assert lazily(mount)["failed"]
 
 
 def test_what_cannot_be_served_fails_the_restore(
