@@ -367,7 +367,7 @@ class _Keeper:
         while True:
             pages = served.status().get("lazy_pages") or {}
             if pages.get("failed") is not None:
-                self._lose(served, str(pages["failed"]))
+                self._lose(served, str(pages["failed"]), of_source=True)
             if pages.get("state") == "home":
                 return
             if served.fileno() in self._poll([served.fileno()], served, _OWN_TICK_S):
@@ -381,11 +381,12 @@ class _Keeper:
         self._figures["home_after_s"] = round(home_s, 3)
         self._tell(event="home", after_s=home_s)
 
-    def _lose(self, served: Served, lost: str) -> NoReturn:
+    def _lose(self, served: Served, lost: str, *, of_source: bool = False) -> NoReturn:
         status = served.status()
         why = judge(status)
         error = LazyfsError(f"pages are lost: {why or lost}; what had been restored is killed")
-        error.exit_code = exit_code_of(status) if why is not None else RESTORE_FAILED
+        is_of_bytes = of_source or why is not None
+        error.exit_code = exit_code_of(status) if is_of_bytes else RESTORE_FAILED
         raise error
 
     def _wait_for_proof(self, served: Served) -> None:
@@ -472,7 +473,9 @@ class _Keeper:
 
     def _note_figures(self, status: Mapping[str, Any]) -> None:
         self._figures["fetched_bytes"] = status.get("bytes_fetched")
-        self._figures["read_bytes"] = status.get("bytes_read")
+        pages = status.get("lazy_pages") or {}
+        read = [status.get("bytes_read"), pages.get("bytes_faulted"), pages.get("bytes_background")]
+        self._figures["read_bytes"] = sum(count for count in read if isinstance(count, int))
         self._figures["requests"] = status.get("requests")
 
     def _tell(self, **words: Any) -> None:
