@@ -153,7 +153,7 @@ class _Keeper:
         self._figures["pid"] = gate.root_pid or None
         self._figures["resumed_after_s"] = round(resumed_s, 3)
         if not gate.asked:
-            self._believe(served.status())
+            self._believe(_status(served))
         self._tell(event="resumed", pid=gate.root_pid or None, after_s=resumed_s)
         if lazy is not None:
             self._wait_for_pages(served, lazy)
@@ -259,7 +259,7 @@ class _Keeper:
             served.end()
             return
         with suppress(LazyfsError):
-            self._note_figures(served.status())
+            self._note_figures(_status(served))
         served.end()
 
     def _start_lazy_pages(self, stack: ExitStack, served: Served) -> LazyPages | None:
@@ -333,7 +333,7 @@ class _Keeper:
 
     def _fail(self, served: Served, code: int, lost: str | None) -> NoReturn:
         """Raise why it was not restored: the bytes, or what CRIU says."""
-        status = served.status()
+        status = _status(served)
         why = self._denied or judge(status)
         self._note_figures(status)
         if why is not None:
@@ -365,7 +365,7 @@ class _Keeper:
     def _wait_for_own_pages(self, served: Served) -> None:
         """Wait until the mount's daemon has brought the last page."""
         while True:
-            pages = served.status().get("lazy_pages") or {}
+            pages = _status(served).get("lazy_pages") or {}
             if pages.get("failed") is not None:
                 self._lose(served, str(pages["failed"]), of_source=True)
             if pages.get("state") == "home":
@@ -375,14 +375,14 @@ class _Keeper:
 
     def _note_home(self, served: Served) -> None:
         home_s = time.monotonic() - self._plan.started_s
-        status = served.status()
+        status = _status(served)
         self._believe(status)
         self._note_figures(status)
         self._figures["home_after_s"] = round(home_s, 3)
         self._tell(event="home", after_s=home_s)
 
     def _lose(self, served: Served, lost: str, *, of_source: bool = False) -> NoReturn:
-        status = served.status()
+        status = _status(served)
         why = judge(status)
         error = LazyfsError(f"pages are lost: {why or lost}; what had been restored is killed")
         is_of_bytes = of_source or why is not None
@@ -393,7 +393,7 @@ class _Keeper:
         """Wait until all that a digest promises is proven: what was read may have been wrong."""
         asked = False
         while True:
-            status = served.status()
+            status = _status(served)
             self._believe(status)
             self._note_figures(status)
             if not _is_unproven(status):
@@ -437,7 +437,7 @@ class _Keeper:
         if now_s >= self._next_tick_s:
             self._next_tick_s = now_s + _TICK_S
             with suppress(LazyfsError):
-                self._note_figures(served.status())
+                self._note_figures(_status(served))
                 self._tell(event="progress", **self._figures)
         return ready
 
@@ -484,6 +484,15 @@ class _Keeper:
 
 
 _DAEMON_GONE = "the mount's daemon was killed; what had been restored is killed"
+
+
+def _status(served: Served) -> Mapping[str, Any]:
+    try:
+        return served.status()
+    except LazyfsError as error:
+        if served.has_ended:
+            raise LazyfsError(_DAEMON_GONE) from None
+        raise LazyfsError(f"{error}; what had been restored is killed") from None
 
 
 def _stands_for(images: Path) -> str | None:
