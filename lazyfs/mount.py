@@ -69,6 +69,10 @@ class MountConfig:
     """Where to serve metrics."""
     restores: str | None = None
     """What it is mounted for, if only for that: the container or the command."""
+    source_name: str | None = None
+    """What mountinfo shows as the mount's source; None: the reference, pinned."""
+    noexec: bool = False
+    """Whether nobody may execute a file of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,8 +243,9 @@ class _Mount:
             fuse.attach(
                 self._operations,
                 str(config.directory),
-                self._checkpoint.reference,
+                config.source_name or self._checkpoint.reference,
                 allow_other=os.geteuid() == 0,
+                noexec=config.noexec,
             )
 
     async def _announce(self, on_ready: Callable[[Ready], None], nursery: trio.Nursery) -> None:

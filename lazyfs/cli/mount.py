@@ -64,6 +64,8 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
     "read them: 127.0.0.1 is best.",
 )
+@click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
+@click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
 @source_options
 def mount_command(
     reference: str,
@@ -73,6 +75,8 @@ def mount_command(
     log_file: Path | None,
     replace: bool,
     metrics: str | None,
+    source_name: str | None,
+    noexec: bool,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -96,7 +100,9 @@ def mount_command(
     if descriptor is None:
         mountpoint.check(directory, replace=replace)
         directory = mountpoint.real(directory)
-    job = _Job(reference, directory, view, descriptor, replace, served_at, source)
+    job = _Job(
+        reference, directory, view, descriptor, replace, served_at, source_name, noexec, source
+    )
     if foreground:
         notifier = Notifier(os.environ)
         if log_file is not None:
@@ -133,6 +139,8 @@ class _Job:
     descriptor: int | None
     replace: bool
     metrics: Address | None
+    source_name: str | None
+    noexec: bool
     source: SourceOptions
 
 
@@ -148,7 +156,15 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
     cache = source.cache()
     opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
     config = MountConfig(
-        job.reference, directory, opening, job.view, job.descriptor, job.replace, job.metrics
+        job.reference,
+        directory,
+        opening,
+        job.view,
+        job.descriptor,
+        job.replace,
+        job.metrics,
+        source_name=job.source_name,
+        noexec=job.noexec,
     )
 
     is_ready = False
