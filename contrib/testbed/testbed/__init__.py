@@ -40,6 +40,7 @@ from .images import (
 )
 from .incremental import split_dump
 from .readers import Readers, Tally
+from .recorder import Recorder
 from .registry import Access, Registry
 from .roots import Testbed
 from .session import Session
@@ -71,6 +72,7 @@ __all__ = [
     "PodmanCheckpoint",
     "PushedCheckpoint",
     "Readers",
+    "Recorder",
     "Registry",
     "Restored",
     "Session",
