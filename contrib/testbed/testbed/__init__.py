@@ -39,6 +39,7 @@ from .images import (
     write_oci_layout,
 )
 from .incremental import split_dump
+from .portable import portable_lazyfs
 from .readers import Readers, Tally
 from .recorder import Recorder
 from .registry import Access, Registry
@@ -94,6 +95,7 @@ __all__ = [
     "make_bundle",
     "oras_push",
     "podman_checkpoint",
+    "portable_lazyfs",
     "push_blob",
     "push_manifest",
     "push_oci_image",
