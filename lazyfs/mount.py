@@ -67,6 +67,8 @@ class MountConfig:
     """Whether to take the place of a mount that is there."""
     metrics: Address | None = None
     """Where to serve metrics."""
+    restores: str | None = None
+    """What it is mounted for, if only for that: the container or the command."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,7 @@ class _Mount:
             doubts.messages,
             time.time(),
             self._whole.as_json,
+            config.restores,
         )
         self._operations = fuse.CheckpointOperations(
             view, checkpoint.reader, checkpoint.counters, activity, self._state.as_xattr
