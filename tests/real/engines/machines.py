@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from testbed import Event, Session, Testbed
+from testbed import Event, Session, Status, Testbed
 from testbed.podman import Container, Podman
 from testbed.portable import portable_lazyfs
 from testbed.process import last_lines, tree, wait_until
@@ -30,26 +30,6 @@ level = "debug"
 """
 _ALARMING = (" WARNING ", " ERROR ", " CRITICAL ")
 _END_S = 30
-
-
-@dataclass(frozen=True)
-class Going:
-    """A container of the workload, as it was at its checkpoint."""
-
-    last: dict[int, Event]
-    """Each member's last loop."""
-    hashes: tuple[str, ...]
-
-    @classmethod
-    def now(cls, container: Container) -> "Going":
-        """Note how far a running container is, which is about to be checkpointed."""
-        hashes = container.memory_hash()
-        return cls({event.member: event for event in container.status.events("loop")}, hashes)
-
-    @property
-    def members(self) -> int:
-        """How many processes it has."""
-        return len(self.hashes)
 
 
 class Machine:
@@ -134,16 +114,26 @@ class Resumed:
     began_s: float
     """`time.time()` before the pull."""
 
-    def assert_goes_on(self, before: Going) -> None:
-        """Check that each process does its next loop, with the memory that it had."""
-        status = type(self.container.status)(self.container.status.path, before.members)
+    def assert_goes_on(self, hashes: tuple[str, ...]) -> None:
+        """Check that each process does its next loop, with the memory that it had.
+
+        Args:
+            hashes: of their memory before the checkpoint.
+        """
+        status = Status(self.container.status.path, len(hashes))
         status.wait_loop(self.began_s)
-        loops = status.events("loop", self.began_s)
-        for member, last in before.last.items():
-            first = next(event for event in loops if event.member == member)
-            assert (first.number, first.value) == (last.number + 1, last.value)
-        hashes = status.wait_hashes(self.container.ask_hash)
-        assert hashes == before.hashes
+        last: dict[int, Event] = {}
+        first: dict[int, Event] = {}
+        for event in status.events("loop"):
+            if event.at_s < self.began_s:
+                last[event.member] = event
+            else:
+                first.setdefault(event.member, event)
+        assert len(last) == len(hashes)
+        for member, event in last.items():
+            goes_on = first[member]
+            assert (goes_on.number, goes_on.value) == (event.number + 1, event.value)
+        assert status.wait_hashes(self.container.ask_hash) == hashes
 
 
 @contextmanager
