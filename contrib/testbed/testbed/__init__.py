@@ -39,7 +39,9 @@ from .images import (
     write_oci_layout,
 )
 from .incremental import split_dump
+from .portable import portable_lazyfs
 from .readers import Readers, Tally
+from .recorder import Recorder
 from .registry import Access, Registry
 from .roots import Testbed
 from .session import Session
@@ -71,6 +73,7 @@ __all__ = [
     "PodmanCheckpoint",
     "PushedCheckpoint",
     "Readers",
+    "Recorder",
     "Registry",
     "Restored",
     "Session",
@@ -92,6 +95,7 @@ __all__ = [
     "make_bundle",
     "oras_push",
     "podman_checkpoint",
+    "portable_lazyfs",
     "push_blob",
     "push_manifest",
     "push_oci_image",
