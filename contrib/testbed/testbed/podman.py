@@ -111,6 +111,8 @@ class Podman:
         engine = _CONTAINERS_CONF.format(runtime=runtime, folder=folder)
         self.configure("containers.conf.d/10-testbed.conf", engine)
         self.configure("storage.conf", _STORAGE_CONF.format(folder=folder))
+        if runtime == "crun":
+            allow_crun(session)
         for registry in registries:
             self.configure(
                 f"registries.conf.d/{registry.replace(':', '-')}.conf",
@@ -199,6 +201,25 @@ class Podman:
         """Return what `podman container inspect` tells."""
         (told,) = json.loads(self("container", "inspect", name))
         return dict(told)
+
+
+def allow_crun(session: Session) -> None:
+    """Make crun run, checkpoint and restore in a session on a machine of mixed cgroup hierarchies.
+
+    crun refuses them where the second version has a controller (`libcrun_cgroup_enter` and
+    `detect_cgroup_mode`, src/libcrun/cgroup*.c). So the second version is not seen in the session.
+    CRIU, which finds it all the same, would copy the root's `cgroup.subtree_control` to where the
+    container is, which fails below a cgroup that has no controllers; so it is told to keep to those
+    of the first version.
+    """
+    mixed = "/sys/fs/cgroup/unified"
+    if session.path(mixed).is_mount():
+        session.run(["umount", mixed])
+        cgroups = (line.split(":") for line in Path("/proc/self/cgroup").read_text().splitlines())
+        names = [name for _, controllers, _ in cgroups for name in controllers.split(",") if name]
+        config = session.path("/etc/criu/default.conf")
+        config.parent.mkdir(exist_ok=True)
+        config.write_text("".join(f"cgroup-dump-controller {name}\n" for name in names))
 
 
 def _within(pid: int, session: Session) -> bool:

@@ -6,34 +6,40 @@ tests/data/engines/podman.json is that, and test_podman_calls.py sees that it st
 """
 
 import json
+import re
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from testbed import Registry, Session, Testbed, TestbedError
+from testbed import Recorder, Registry, Session, Testbed, TestbedError
 from testbed.engines import STATUS
 from testbed.podman import Podman
 from testbed.workload import workload_options
 
-from tests.real.engines.recorder import anonymous, calls, install
-
-RECORDS, RECORDER = "/records", "/opt/recorder/runc"
-_CONFIGURED = f'[engine.runtimes]\nrunc = ["{RECORDER}"]\n'
+_CONFIGURED = '[engine.runtimes]\nrunc = ["{}"]\n'
+_PASSING = {
+    r"\b[0-9a-f]{64}\b": "<random>",
+    r"tmpfs-dev-\d+": "tmpfs-dev-<number>",
+    r"exec-process-\d+": "exec-process-<random>",
+}
 
 
 class _Steps:
     """Podman's commands on one machine, each with the calls that it made."""
 
     def __init__(self, session: Session, registry: Registry, into: list[dict[str, Any]]) -> None:
-        install(session, RECORDS, RECORDER, "/usr/sbin/runc")
+        self._recorder = Recorder(session)
         self.podman = Podman(session, registries=[registry.address])
-        self.podman.configure("containers.conf.d/50-recorder.conf", _CONFIGURED)
+        self.podman.configure(
+            "containers.conf.d/50-recorder.conf", _CONFIGURED.format(self._recorder.path)
+        )
         self._into = into
         self._known = {registry.address: "registry", session.name: "session"}
 
     def __call__(self, *words: str) -> None:
-        before = len(calls(self.podman.session, RECORDS))
+        before = len(self._recorder.calls())
         try:
             self.podman(*words)
         except TestbedError:
@@ -41,9 +47,9 @@ class _Steps:
         else:
             failed = False
         self._learn()
-        made = calls(self.podman.session, RECORDS)[before:]
+        made = [_portable(call, self.podman.session) for call in self._recorder.calls()[before:]]
         step = {"command": ["podman", *words], "failed": failed, "calls": made}
-        self._into.append(anonymous(step, self._known))
+        self._into.append(_anonymous(step, self._known))
 
     def _learn(self) -> None:
         listed = self.podman("ps", "--all", "--no-trunc", "--format", "{{.ID}} {{.Names}}")
@@ -80,6 +86,23 @@ def record(testbed: Testbed, work: Path) -> list[dict[str, Any]]:
             step("rm", "first")
             step("rm", "--force", "--time", "0", "second")
     return into
+
+
+def _portable(call: Mapping[str, Any], session: Session) -> dict[str, Any]:
+    """Return a call without what is this machine's: of its cgroups those that are the engine's."""
+    paths = {line.split(":", 2)[2] for line in call["cgroup"]}
+    cgroup = sorted(path for path in paths if f"/{session.name}" in path)
+    return {**call, "cgroup": cgroup, "parent": call["parent"][0] if call["parent"] else None}
+
+
+def _anonymous(step: Mapping[str, Any], words: Mapping[str, str]) -> Any:
+    """Return a step with what differs from run to run replaced: names of things for the things."""
+    written = json.dumps(step)
+    for word, name in words.items():
+        written = written.replace(word, f"<{name}>")
+    for pattern, name in _PASSING.items():
+        written = re.sub(pattern, name, written)
+    return json.loads(written)
 
 
 if __name__ == "__main__":
