@@ -18,8 +18,9 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import requests
 import urllib3
@@ -56,6 +57,16 @@ class NotTls(SourceError):
 
 class ClosedEarly(FetchError):
     """The connection was closed before any answer; on one that was idle, that is nobody's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A request that is no GET, and what goes with it."""
+
+    method: Literal["HEAD", "POST", "PUT"]
+    body: bytes | BinaryIO = b""
+    """A file is read from where it stands to its end."""
+    size_bytes: int = 0
 
 
 class _Gate:
@@ -220,10 +231,13 @@ class Connection:
         headers: Mapping[str, str],
         *,
         form: bytes | None = None,
+        upload: Upload | None = None,
         proxy: str | None = None,
         on_peer: Callable[[str], None] = lambda peer: None,
     ) -> tuple[int, Mapping[str, str]]:
-        """GET `url`, or POST `form` to it, and return status and headers; `receive` the body.
+        """GET `url`, or POST `form` to it, or do what `upload` says; return status and headers.
+
+        `receive` the body.
 
         `on_peer` is told the address when a connection is made to it, before a byte is sent, and
         may raise; not where a proxy is on the way.
@@ -246,6 +260,11 @@ class Connection:
                 request.method = "POST"
                 request.body = form
                 request.headers["Content-Length"] = str(len(form))
+            if upload is not None:
+                request.method = upload.method
+                request.body = upload.body  # type: ignore[assignment]  # a file is fine
+                if upload.method != "HEAD":
+                    request.headers["Content-Length"] = str(upload.size_bytes)
             request.headers["Accept-Encoding"] = "identity"
             request.headers["User-Agent"] = f"lazyfs/{__version__}"
             self._response = self._session.send(

@@ -5,7 +5,7 @@ Standard library only. `../build.sh` builds what it runs; `../README.md` shows i
 
 from __future__ import annotations
 
-from .containerd import Containerd, ContainerdCheckpoint, containerd_checkpoint
+from .containerd import Containerd, ContainerdCheckpoint, Task, containerd_checkpoint
 from .convert import (
     CRIO_NAME,
     buildah_image,
@@ -78,6 +78,7 @@ __all__ = [
     "SociMount",
     "Status",
     "Tally",
+    "Task",
     "Testbed",
     "TestbedError",
     "TestbedMissing",
