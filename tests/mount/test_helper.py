@@ -134,7 +134,7 @@ def test_what_fails_is_said_by_mounts_own_exit_codes(place: Path) -> None:
     assert done.code == 0, done
     assert done.out.split() == ["32", "1", "1", "1", "0", "32", "32", "32"]
     for told in (
-        "is not an OCI layout",
+        "nothing cannot be opened",
         "option cachedir is not known",
         "'perhaps' is not one of",
         "'reg:1:2' is not a reference",
