@@ -13,7 +13,7 @@ from testbed import Session, Testbed, portable_lazyfs
 
 pytestmark = pytest.mark.real
 
-SAMPLE = Path(__file__).parents[2] / "contrib/demo/sample"
+SAMPLE = Path(__file__).parents[3] / "contrib/demo/sample"
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_it_starts_by_a_relative_link(tree: Path, tmp_path: Path) -> None:
 
 def test_a_directory_that_holds_something_is_not_built_into(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
-    build = Path(__file__).parents[2] / "contrib/portable/build.sh"
+    build = Path(__file__).parents[3] / "contrib/portable/build.sh"
     done = subprocess.run([build, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "is there and not empty" in done.stderr
