@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import compileall
+import contextlib
 import ctypes
+import importlib
 import importlib.metadata
 import os
 import py_compile
@@ -151,17 +153,13 @@ def copy_packages(app: Path, requirements: list[str]) -> None:
 
 def closure(requirements: list[str]) -> list[importlib.metadata.Distribution]:
     """Return the distributions that requirements lead to on this machine, each once."""
-    try:
-        from packaging.requirements import Requirement
-    except ImportError:
-        from pip._vendor.packaging.requirements import Requirement
-
+    parse = _requirement_parser()
     found: dict[str, importlib.metadata.Distribution] = {}
     seen: set[tuple[str, str]] = set()
     left = [(text, "") for text in requirements]
     while left:
         text, of_extra = left.pop()
-        requirement = Requirement(text)
+        requirement = parse(text)
         if requirement.marker and not requirement.marker.evaluate({"extra": of_extra}):
             continue
         name = re.sub(r"[-_.]+", "-", requirement.name).lower()
@@ -248,8 +246,9 @@ def check(tree: Path) -> None:
         tree.rename(moved)
         try:
             python = next((moved / "python" / "bin").iterdir())
-            loader = [moved / "lib" / "lazyfs", "--inhibit-cache", "--library-path", moved / "lib"]
-            words = [*loader, "--argv0", python, python, "-I", "-S", "-B", "-c", _SELF_CHECK]
+            words: list[str | Path] = [moved / "lib" / "lazyfs", "--inhibit-cache"]
+            words += ["--library-path", moved / "lib", "--argv0", python, python]
+            words += ["-I", "-S", "-B", "-c", _SELF_CHECK]
             run([*words, moved / "app", moved])
             run([moved / "bin" / "lazyfs", "--version"])
         finally:
@@ -286,6 +285,14 @@ def _seconds(words: list[str | Path]) -> float:
     started = time.perf_counter()
     subprocess.run(words, stdout=subprocess.DEVNULL, check=True)
     return time.perf_counter() - started
+
+
+def _requirement_parser() -> Any:
+    """Return `packaging`'s class of requirements; every pip has a copy of it."""
+    for name in ("packaging", "pip._vendor.packaging"):
+        with contextlib.suppress(ImportError):
+            return importlib.import_module(f"{name}.requirements").Requirement
+    fail(f"neither packaging nor pip is installed in {sys.prefix}")
 
 
 def _check_libc() -> None:
