@@ -65,9 +65,7 @@ class Machine:
     def fail_to_restore(self, image: str, *options: str, timeout_s: float = 120) -> str:
         """Run a `podman container restore` that has to fail; return what it says."""
         words = self.podman.command("container", "restore", *options, image)
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
         assert done.returncode != 0, done.stdout
         return done.stderr
 

@@ -1,4 +1,4 @@
-"""Unmodified Podman restores from stubs: the container goes on, and its memory comes as it is read."""
+"""Unmodified Podman restores from stubs: containers go on, with their memory as it was."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,9 +30,7 @@ def test_a_stub_goes_on_where_its_container_was(made: Origin, here: Machine, for
 
 def test_without_lazyfs_a_stub_is_refused(store: Store, made: Origin) -> None:
     """CRIU misses the pages: no container comes up without its memory."""
-    with machine(
-        store.testbed, [], [store.address], name=made.cgroup, wrapped=False
-    ) as plain:
+    with machine(store.testbed, [], [store.address], name=made.cgroup, wrapped=False) as plain:
         plain.podman("pull", "--quiet", made.stub("gzip"))
         said = plain.fail_to_restore(made.stub("gzip"))
         print(said)
