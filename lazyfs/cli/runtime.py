@@ -32,9 +32,10 @@ log = logging.getLogger(__name__)
     context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
     epilog="The configuration is /etc/lazyfs/runtime.toml, or what LAZYFS_RUNTIME_CONFIG names.",
 )
+@click.option("--ignored", default="0", hidden=True, help="SigIgn of /proc/PID/status, before.")
 @click.argument("program", metavar="RUNTIME", type=click.UNPROCESSED)
 @click.argument("words", metavar="[ARGUMENTS]...", nargs=-1, type=click.UNPROCESSED)
-def runtime_command(program: str, words: tuple[str, ...]) -> int:
+def runtime_command(ignored: str, program: str, words: tuple[str, ...]) -> int:
     """Run an OCI runtime; a restore of a stub becomes one of its real image.
 
     Not to be called by hand: name `lazyfs-runtime` to the engine as its runtime, or `lazyfs-runc`,
@@ -43,9 +44,9 @@ def runtime_command(program: str, words: tuple[str, ...]) -> int:
     call = parse_restore(words)
     directory = Path.cwd()
     found = _stub_directory(call, directory, program) if call is not None else None
+    if not _is_ignored(signal.SIGPIPE, ignored):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     if call is None or found is None:
-        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python has had ignored
-            signal.signal(number, signal.SIG_DFL)
         os.execv(program, [program, *words])  # noqa: S606 - that is what a runtime is for
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
@@ -58,10 +59,23 @@ def runtime_command(program: str, words: tuple[str, ...]) -> int:
         return error.exit_code
 
 
+def _is_ignored(number: int, mask: str) -> bool:
+    try:
+        return bool(int(mask, 16) >> (number - 1) & 1)
+    except ValueError:
+        return False
+
+
 def _stub_directory(call: RestoreCall, directory: Path, program: str) -> Path | None:
+    """Return the images directory if it is a stub's.
+
+    Where Podman has kept one (`--keep`), its next checkpoint is written over it: with pages beside
+    the marker it is a checkpoint of its own.
+    """
     for each in call.images_directories(str(directory), program):
-        if Path(each, MARKER).exists():
-            return Path(each)
+        path = Path(each)
+        if (path / MARKER).exists():
+            return path if not any(page.is_file() for page in path.glob("pages-*.img")) else None
     return None
 
 

@@ -59,7 +59,9 @@ class RuntimeConfig(
     """The real runtime; for the script."""
     lazy_pages: Literal["never", "always", "annotation"] = "annotation"
     on_failure: Literal["fail", "fetch"] = "fail"
-    allowed: Annotated[list[_Path], msgspec.Meta(max_length=1000)] = [_ANYWHERE]
+    allowed: Annotated[list[_Path], msgspec.Meta(max_length=1000)] = msgspec.field(
+        default_factory=lambda: [_ANYWHERE]
+    )
     """What a stub may name: hosts, or HOST/REPOSITORY and all below; `*.HOST`, `*`."""
     cache: Literal["disk", "memory"] = "disk"
     cache_dir: _AbsolutePath | None = None

@@ -116,8 +116,8 @@ def _run(program: str, words: Sequence[str], link: Link) -> int:
 def _become(program: str, words: Sequence[str], link: Link, parent: int) -> None:
     """Be the runtime; never returns."""
     try:
-        for number in (*_PASSED_ON, int(signal.SIGPIPE), int(signal.SIGXFSZ)):
-            if number not in _PASSED_ON or signal.getsignal(number) is not signal.SIG_IGN:
+        for number in _PASSED_ON:
+            if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() == parent and link.send(runs=os.getpid()):
