@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Job:
     log_file: Path
     restores: str
     """What it is for, as `lazyfs status` shows it: a container's name or id."""
+    check_with: str | None = None
+    """The CRIU that will restore it, for `Served.findings`; None: they are not looked for."""
 
 
 class Served:
@@ -70,6 +72,8 @@ class Served:
         """Where in the checkpoint it is."""
         self.warnings: tuple[str, ...] = tuple(told["warnings"])
         """What may keep it from being restored here, as far as the annotations tell."""
+        self.findings: tuple[Mapping[str, str], ...] = tuple(told["findings"])
+        """What `inspect --check` finds: `level`, `subject`, `message`."""
 
     @property
     def path(self) -> Path:
@@ -128,7 +132,7 @@ class Served:
             (signal.SIGKILL, _KILL_TIMEOUT_S),
         ):
             if number:
-                log.warning("the mount's daemon does not end: %s", signal.Signals(number).name)
+                log.info("the mount's daemon does not end: %s", signal.Signals(number).name)
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, number)
             if _wait_readable([self._pidfd], patience_s):
@@ -137,6 +141,10 @@ class Served:
             os.waitpid(self.pid, os.WNOHANG)
         os.close(self._pidfd)
         self._pidfd = -1
+
+    def fileno(self) -> int:
+        """Return what can be read when the daemon has ended."""
+        return self._pidfd
 
     @property
     def has_ended(self) -> bool:
@@ -251,6 +259,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
             "reference": ready.reference,
             "images_directory": ready.images_directory,
             "warnings": ready.warnings,
+            "findings": [asdict(each) for each in ready.findings],
         }
         try:
             _say(telling, words)
@@ -280,6 +289,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
             job.opening(),
             descriptor=place.fuse if place.fuse >= 0 else None,
             restores=job.restores,
+            check_with=job.check_with,
         )
         trio.run(main)
     except LazyfsError as error:
