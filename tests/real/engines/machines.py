@@ -16,12 +16,6 @@ from testbed.podman import Container, Podman
 from testbed.portable import portable_lazyfs
 from testbed.process import last_lines, tree, wait_until
 
-CONFIGURED = """\
-[engine.runtimes]
-runc = ["{bin}/lazyfs-runc"]
-crun = ["{bin}/lazyfs-crun"]
-"""
-"""As in contrib/podman."""
 LOG = "/var/log/lazyfs-runtime.log"
 _RUNTIME = """\
 {policy}
@@ -45,15 +39,11 @@ class Machine:
         self.runtime = runtime
         self.podman = Podman(session, registries=registries, runtime=runtime)
         if wrapped:
-            conf = CONFIGURED.format(bin=self.bin)
-            self.podman.configure("containers.conf.d/50-lazyfs.conf", conf)
-        self.policy()
+            self.policy()
 
     def policy(self, text: str = "") -> None:
         """Write /etc/lazyfs/runtime.toml: these keys, and a log that is asserted to be quiet."""
-        path = self.session.path("/etc/lazyfs/runtime.toml")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(_RUNTIME.format(policy=text, log=LOG))
+        self.podman.put_lazyfs_before(self.bin, _RUNTIME.format(policy=text, log=LOG))
 
     def restore(self, image: str, *options: str, timeout_s: float = 120) -> "Resumed":
         """Pull a checkpoint and restore it, as people do."""
