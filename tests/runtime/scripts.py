@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-SCRIPT = Path(__file__).resolve().parents[2] / "contrib/runtime/lazyfs-runtime"
+_CLONE = Path(__file__).resolve().parents[2]
+SCRIPT = _CLONE / "contrib/runtime/lazyfs-runtime"
 SHELLS = [shell for shell in ("dash", "bash", "busybox") if shutil.which(shell)]
 
 _NOTING = """\
 #!/bin/sh
-for what in cmdline environ status; do cat /proc/$$/$what >"$NOTES/$what"; done
+while read -r line; do echo "$line"; done </proc/$$/status >"$NOTES/status"
+for what in cmdline environ; do cat /proc/$$/$what >"$NOTES/$what"; done
 ls -l /proc/$$/fd >"$NOTES/descriptors"
 pwd >"$NOTES/directory"
 umask >"$NOTES/umask"
@@ -42,7 +44,8 @@ def install(directory: Path, name: str = "lazyfs-runtime") -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     shutil.copy(SCRIPT, directory / name)
     if not (directory / "lazyfs").exists():
-        write_program(directory / "lazyfs", f'#!/bin/sh\nexec {sys.executable} -m lazyfs "$@"\n')
+        start = f'PYTHONPATH={_CLONE} exec {sys.executable} -m lazyfs "$@"'
+        write_program(directory / "lazyfs", f"#!/bin/sh\n{start}\n")
     return directory / name
 
 
