@@ -267,8 +267,8 @@ class RegistrySource:
                     self._settle(scheme)
                     return
                 errors.append(SourceError(f"{self._host} wants another scheme than plain HTTP"))
-            if errors:
-                raise errors[0]
+            if errors:  # of HTTPS, which tells more
+                raise errors[0 if self._schemes[0] == "https" else -1]
 
     def close(self) -> None:
         """Close connections; those under way close when they end."""
