@@ -67,6 +67,10 @@ class MountConfig:
     """Whether to take the place of a mount that is there."""
     metrics: Address | None = None
     """Where to serve metrics."""
+    restores: str | None = None
+    """What it is mounted for, if only for that: the container or the command."""
+    check_with: str | None = None
+    """The CRIU that will restore it: `Ready` is to tell all that would keep it from that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +82,8 @@ class Ready:
     images_directory: str
     warnings: tuple[str, ...]
     """What may keep it from being restored here, as far as the annotations tell."""
+    findings: "tuple[Finding, ...]" = ()
+    """What `inspect --check` says, if that was asked for."""
 
 
 async def serve_mount(
@@ -156,6 +162,19 @@ class _Doubts:
         except Exception:  # a bug must not end the mount
             log.exception("whether it can be restored here is not known: please report this")
 
+    async def check(self, checkpoint: OpenedCheckpoint, criu: str) -> "tuple[Finding, ...]":
+        """Return what `inspect --check` finds; nothing where it cannot look."""
+        from lazyfs.checkpoint.inspect import inspect
+        from lazyfs.checkpoint.preflight import check_here
+
+        try:
+            return await check_here(await inspect(checkpoint, brief=True), criu)
+        except LazyfsError as error:
+            log.info("whether it can be restored here is not known: %s", error)
+        except Exception:  # a bug must not end the mount
+            log.exception("whether it can be restored here is not known: please report this")
+        return ()
+
     def _note(self, findings: "Iterable[Finding]") -> None:
         for finding in findings:
             if finding.message not in self.messages:
@@ -196,6 +215,7 @@ class _Mount:
             doubts.messages,
             time.time(),
             self._whole.as_json,
+            config.restores,
         )
         self._operations = fuse.CheckpointOperations(
             view, checkpoint.reader, checkpoint.counters, activity, self._state.as_xattr
@@ -258,10 +278,14 @@ class _Mount:
         checkpoint.raise_if_condemned()
         await nursery.start(self._be_controlled, device)
         directory = checkpoint.images_directory or ""
-        on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages)))
+        findings: tuple[Finding, ...] = ()
+        if config.check_with is not None:
+            findings = await doubts.check(checkpoint, config.check_with)
+        on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages), findings))
         self._notifier.tell(READY="1")
         nursery.start_soon(self._notifier.keep_telling, self._describe)
-        await doubts.look_inside(checkpoint)
+        if config.check_with is None:
+            await doubts.look_inside(checkpoint)
 
     async def _be_controlled(
         self, device: int | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

@@ -38,6 +38,8 @@ class MountState:
     mounted_at_s: float
     completion: Callable[[], Mapping[str, Any] | None]
     """What has become of the wish to fetch all of it; None if nobody had it."""
+    restores: str | None = None
+    """What it is mounted for, if only for that."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `docs/json.md` describes."""
@@ -49,6 +51,7 @@ class MountState:
             "reference": checkpoint.reference,
             "directory": str(self.directory),
             "view": self.view,
+            "restores": self.restores and self.restores[:_TEXT_MOST],
             "pid": os.getpid(),
             "version": lazyfs.__version__,
             "mounted_at": _iso(self.mounted_at_s),

@@ -12,8 +12,9 @@ import click
 
 from lazyfs import mountpoint
 from lazyfs.address import Address, parse_address
+from lazyfs.background import log_to
 from lazyfs.checkpoint.reference import parse_reference
-from lazyfs.cli.daemon import log_to, run_detached
+from lazyfs.cli.daemon import run_detached
 from lazyfs.cli.opening import proof_bar
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
 from lazyfs.cli.text import printable

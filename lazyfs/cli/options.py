@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import click
 
+from lazyfs.background import OneLine
 from lazyfs.checkpoint.reference import FORMS
 from lazyfs.cli.sizes import Seconds, size_or_share
-from lazyfs.cli.text import printable
 from lazyfs.ground.settings import (
     CACHE_LIMIT,
     MIRRORS,
@@ -259,14 +259,6 @@ def is_verbose() -> bool:
     logger = logging.getLogger("lazyfs")
     shown = all(handler.level <= logging.INFO for handler in logger.handlers)
     return shown and logger.isEnabledFor(logging.INFO)
-
-
-class OneLine(logging.Formatter):
-    """A line a record, whatever names are in it; a traceback follows on lines of its own."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Return the line, fit for a terminal."""
-        return printable(super().formatMessage(record))
 
 
 def log_to_stderr() -> None:
