@@ -41,6 +41,7 @@ from .images import (
 from .incremental import split_dump
 from .portable import portable_lazyfs
 from .readers import Readers, Tally
+from .recorder import Recorder
 from .registry import Access, Registry
 from .roots import Testbed
 from .session import Session
@@ -72,6 +73,7 @@ __all__ = [
     "PodmanCheckpoint",
     "PushedCheckpoint",
     "Readers",
+    "Recorder",
     "Registry",
     "Restored",
     "Session",

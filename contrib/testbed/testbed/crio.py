@@ -1,9 +1,9 @@
 """What CRI-O does between an image and conmon, done here with the real conmon and runtime.
 
 CRI-O is no package of Debian's, and wants a kubelet's requests. Storage (containers/storage, here
-by podman and buildah), conmon and the OCI runtime are the real ones; a `CrioPod` takes CRI-O's part:
-it makes a sandbox's namespaces, a bundle and a config.json, and calls conmon and the runtime with
-the words, the environment, the descriptors and the cgroup that CRI-O would.
+by podman and buildah), conmon and the OCI runtime are the real ones; a `CrioPod` takes CRI-O's
+part: it makes a sandbox's namespaces, a bundle and a config.json, and calls conmon and the runtime
+with the words, the environment, the descriptors and the cgroup that CRI-O would.
 
 Source: CRI-O v1.36.3: internal/oci/runtime_oci.go (CreateContainer, CheckpointContainer,
 RestoreContainer, runtimeCmd, prepareEnv), internal/lib/checkpoint.go and restore.go,
@@ -222,7 +222,7 @@ class CrioPod:
         return hashes
 
     def restore(self, image: str, name: str = "workload", *, members: int = 1) -> CrioContainer:
-        """Restore a container from a checkpoint image, as StartContainer does after CreateContainer.
+        """Restore a container from a checkpoint image: CreateContainer and StartContainer of CRI.
 
         Raises:
             TestbedError: it failed; the message has what CRI-O would report of it. Nothing of it
@@ -332,7 +332,7 @@ class CrioPod:
             "args": list(args),
             "env": ["PATH=/bin", "TERM=xterm", f"HOSTNAME={self.name}"],
             "cwd": "/",
-            "capabilities": {each: capabilities for each in sets},
+            "capabilities": dict.fromkeys(sets, capabilities),
             "oomScoreAdj": 1000,
         }
         return {

@@ -1,4 +1,4 @@
-"""Restores through conmon, called as CRI-O calls it, from stubs of checkpoint images as Kubernetes has them."""
+"""Stubs restored through conmon, called as CRI-O calls it."""
 
 import json
 from pathlib import Path
