@@ -87,7 +87,7 @@ def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> i
     stub = _read_marker(found / MARKER)
     check_allowed(stub, config)
     bundle = read_bundle(directory / (call.bundle or "."))
-    is_lazy, why = wants_lazy_pages(config, bundle.annotations, stub, asked=call.lazy_pages)
+    is_lazy = wants_lazy_pages(config, bundle.annotations, stub, asked=call.lazy_pages)
     source = _source(config, real_reference(stub).host)
     opening = partial(_open_config, source)
     task = Task(
@@ -101,13 +101,13 @@ def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> i
         cgroups_path=bundle.cgroups_path,
         log_file=Path(config.log.file) if config.log.file else _log_file(source.cache_dir),
         log_level=getattr(logging, config.log.level.upper()),
+        lazy_pages=is_lazy,
+        criu=call.criu or "criu",
     )
     if config.on_failure == "fetch":
         from lazyfs.runtime.fetched import fetch_images
 
         task = replace(task, fetch=partial(fetch_images, opening))
-    if is_lazy:
-        log.info("lazy pages, by %s", why)
     return restore(task)
 
 

@@ -21,7 +21,7 @@ from lazyfs.ground.errors import LazyfsError
 from lazyfs.restore.verdict import judge
 
 if TYPE_CHECKING:
-    from lazyfs.runtime.keeper import Pages
+    from lazyfs.runtime.lazy import Pages
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def linger(mount: Told, init: int, pages: "Pages | None", name: str) -> str | No
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
-        seen, since_s = None, time.monotonic()
+        has_ended, seen, since_s = False, None, time.monotonic()
         while True:
             try:
                 status = mount.status()
@@ -73,7 +73,11 @@ def linger(mount: Told, init: int, pages: "Pages | None", name: str) -> str | No
             elif time.monotonic() - since_s > _STANDSTILL_MOST_S and pages is None:
                 log.warning("%s: its layer could not be proven; what came was believed", name)
                 return None
-            if poll.poll(_LOOK_EVERY_S * 1000):
+            if has_ended:
+                time.sleep(_LOOK_EVERY_S)
+            elif poll.poll(_LOOK_EVERY_S * 1000):
+                has_ended = True  # but others of the container may still miss pages
+            if has_ended and (pages is None or pages.has_ended()):
                 return None
     finally:
         os.close(pidfd)
