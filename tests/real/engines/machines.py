@@ -3,6 +3,7 @@
 A machine is a session of the testbed's root, whose configuration is what contrib/podman says.
 """
 
+import contextlib
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -74,24 +75,19 @@ class Machine:
         self.session.run([self.bin / "lazyfs", "stub", "--plain-http", *options, image, name])
 
     def lazyfs_processes(self) -> list[str]:
-        """Return the command lines of all that runs here and is lazyfs or CRIU."""
+        """Return the command lines of what runs here of lazyfs and CRIU."""
         found = []
         for pid in tree(self.session.pid):
-            try:
-                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if "lazyfs" in line or "criu" in line:
-                found.append(line)
+            with contextlib.suppress(OSError):
+                program = Path(f"/proc/{pid}/exe").readlink()
+                if program.is_relative_to(self.bin.parent) or program.name == "criu":
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                    found.append(b" ".join(words).decode(errors="replace"))
         return found
 
     def wait_alone(self, timeout_s: float = _END_S) -> None:
         """Wait until nothing of lazyfs or CRIU runs here any more."""
-        wait_until(
-            lambda: not self.lazyfs_processes(),
-            f"the end of {self.lazyfs_processes()}\n{self.log()}",
-            timeout_s,
-        )
+        wait_until(lambda: not self.lazyfs_processes(), "lazyfs is gone", timeout_s)
 
     def log(self, lines: int = 60) -> str:
         """Return the end of what the runtime has logged."""
