@@ -23,7 +23,8 @@ from lazyfs import fuse
 from lazyfs.activity import Activity
 from lazyfs.address import Address
 from lazyfs.checkpoint.desk import OpenConfig
-from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from lazyfs.checkpoint.follow import open_followed
+from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.control import Answer, Route, Server, as_json, listen
@@ -84,6 +85,8 @@ class Ready:
     """What may keep it from being restored here, as far as the annotations tell."""
     findings: "tuple[Finding, ...]" = ()
     """What `inspect --check` says, if that was asked for."""
+    stub: str | None = None
+    """The stub that was asked for, if what is mounted is what it stands for."""
 
 
 async def serve_mount(
@@ -111,7 +114,7 @@ async def _serve(
     config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None], notifier: Notifier
 ) -> None:
     is_image = config.view == "image"
-    async with open_checkpoint(config.reference, config.open, unpack=is_image) as checkpoint:
+    async with open_followed(config.reference, config.open, unpack=is_image) as checkpoint:
         view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
         try:
             async with trio.open_nursery() as nursery:
@@ -281,7 +284,8 @@ class _Mount:
         findings: tuple[Finding, ...] = ()
         if config.check_with is not None:
             findings = await doubts.check(checkpoint, config.check_with)
-        on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages), findings))
+        messages = tuple(doubts.messages)
+        on_ready(Ready(checkpoint.reference, directory, messages, findings, checkpoint.stub))
         self._notifier.tell(READY="1")
         nursery.start_soon(self._notifier.keep_telling, self._describe)
         if config.check_with is None:

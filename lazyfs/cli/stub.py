@@ -75,6 +75,7 @@ def stub_command(
 
     asked = parse_reference(reference)
     real = _real(asked, real_reference, source)
+    source = replace(source, shows_stubs=True)
     if source.content.verify == "background":
         source = replace(source, content=replace(source.content, verify="full"))
 

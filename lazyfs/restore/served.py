@@ -68,6 +68,8 @@ class Served:
         """The daemon's; it is our child."""
         self.reference = str(told["reference"])
         """Pinned by digest where it has one."""
+        self.stub: str | None = told["stub"]
+        """The stub that was asked for, if this is what it stands for."""
         self.images_directory = str(told["images_directory"])
         """Where in the checkpoint it is."""
         self.warnings: tuple[str, ...] = tuple(told["warnings"])
@@ -257,6 +259,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
         nonlocal is_ready
         words = {
             "reference": ready.reference,
+            "stub": ready.stub,
             "images_directory": ready.images_directory,
             "warnings": ready.warnings,
             "findings": [asdict(each) for each in ready.findings],
