@@ -126,6 +126,7 @@ def restore_command(
         work_dir=work_dir,
         extra=extra,
         force=force,
+        keeps_stdout_clean=as_json,
         started_s=started_s,
     )
     source.cache()  # what is wrong with its directory is said here

@@ -64,7 +64,7 @@ _ADVICE = (
         "root directory (--root DIR), or restore it by its runtime (--runtime, --bundle)",
     ),
     (
-        r"shell-job|Found a session leader|tty: .*(inherit|stdin|external|slave)|"
+        r"shell-job|Found a session leader|is not a terminal|tty: .*(inherit|stdin|external|slave)|"
         r"tty: Can't (find|open|attach|dup)|controlling terminal",
         "the process had a terminal: restore with --shell-job (-j) from a terminal; for a terminal "
         "that somebody else holds, --inherit-fd fd[N]:tty[RDEV:DEV]",
@@ -164,6 +164,12 @@ _ADVICE = (
         "the images are of another version of CRIU: use the one that made them, or a newer one",
     ),
     (
+        r"vdso|VDSO",
+        "CRIU does not know this kernel's vdso: update CRIU",
+    ),
+)
+_LESS_TELLING = (
+    (
         r"Permission denied|Operation not permitted|needs? CAP_|CAP_CHECKPOINT_RESTORE",
         "something is not permitted: be root, or give criu CAP_CHECKPOINT_RESTORE and restore "
         "with --unprivileged what needs no more",
@@ -173,12 +179,12 @@ _ADVICE = (
         "there is no room: free memory (lazyfs inspect tells how much it needs), or raise the "
         "limit of the cgroup",
     ),
-    (
-        r"vdso|VDSO",
-        "CRIU does not know this kernel's vdso: update CRIU",
-    ),
 )
-_PATTERNS = tuple((re.compile(pattern), advice) for pattern, advice in _ADVICE)
+"""What other errors end with, too: for where nothing else is known."""
+_TABLES = tuple(
+    tuple((re.compile(pattern), advice) for pattern, advice in table)
+    for table in (_ADVICE, _LESS_TELLING)
+)
 
 
 def diagnose(log: str) -> Diagnosis:
@@ -188,13 +194,16 @@ def diagnose(log: str) -> Diagnosis:
     lines = telling or errors
     if not lines:
         lines = [line[:_LINE_MOST] for line in log[-_MOST_BYTES:].splitlines()[-3:] if line.strip()]
-    advice: list[str] = []
-    for line in telling:  # the first error is the cause of those that follow
-        for pattern, text in _PATTERNS:
-            if pattern.search(line):
-                advice.append(text)
-                break
-    return Diagnosis(_shortened(lines), tuple(dict.fromkeys(advice))[:_ADVICE_MOST])
+    advice = next((found for table in _TABLES if (found := _advice(telling, table))), ())
+    return Diagnosis(_shortened(lines), advice)
+
+
+def _advice(lines: list[str], table: tuple[tuple[re.Pattern[str], str], ...]) -> tuple[str, ...]:
+    """Return what helps, in the order of the lines: the first error causes those that follow."""
+    found = []
+    for line in lines:
+        found += [text for pattern, text in table if pattern.search(line)][:1]
+    return tuple(dict.fromkeys(found))[:_ADVICE_MOST]
 
 
 def _errors(log: str) -> Iterator[str]:

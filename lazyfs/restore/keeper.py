@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 
 RESTORE_FAILED = 6
 """Exit code: CRIU or the runtime could not restore it."""
+_STANDARD_ERROR = 2
 _TICK_S = 0.25
 _UNDO_TIMEOUT_S = 20.0
 _LOG_MOST_BYTES = 4 << 20
@@ -133,6 +134,7 @@ class _Keeper:
         plan = self._plan
         served = self._mount(stack)
         gate = stack.enter_context(Gate())
+        self._tell(event="helpers", pids=sorted(self._spared), directories=[gate.home])
         lazy = self._start_lazy_pages(stack, served)
         stack.callback(self._undo)
         program = self._start(served, gate)
@@ -210,7 +212,7 @@ class _Keeper:
         lazy = LazyPages.start(self._work, served.path, self._plan.criu, served.holders)
         stack.callback(lazy.end)
         self._spared.add(lazy.pid)
-        self._tell(event="helpers", pids=sorted(self._spared))
+        self._tell(event="helpers", pids=sorted(self._spared), directories=[])
         return lazy
 
     def _start(self, served: Served, gate: Gate) -> "subprocess.Popen[bytes]":
@@ -221,6 +223,7 @@ class _Keeper:
             return subprocess.Popen(
                 words,
                 close_fds=False,
+                stdout=_STANDARD_ERROR if self._plan.keeps_stdout_clean else None,
                 env={**os.environ, **gate.environment},
                 preexec_fn=lambda: die_with_parent(us),
             )

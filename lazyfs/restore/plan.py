@@ -41,6 +41,8 @@ class Plan:
     """Options for `criu restore`, or for the runtime's restore."""
     force: bool = False
     """Restore in spite of what the preflight says."""
+    keeps_stdout_clean: bool = False
+    """What CRIU or the runtime prints goes to standard error: the caller's output is JSON."""
     started_s: float = 0.0
     """By time.monotonic()."""
 

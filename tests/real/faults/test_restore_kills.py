@@ -1,0 +1,100 @@
+"""`lazyfs restore` killed at random moments, its parts too: nothing of it is left.
+
+And what is left of a restore that had ended well by then is intact.
+"""
+
+import ctypes
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from testbed import Testbed, Weather
+from testbed.process import children
+
+from tests.real.checkpoints import Checkpoint, checkpoint
+from tests.real.conftest import Store
+from tests.real.restoring import Restorer, alive
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+
+MIB = 1 << 20
+RATE_BYTES_S = 24 * MIB
+_PR_SET_CHILD_SUBREAPER = 36
+_KILLS = 20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _adopting() -> Iterator[None]:
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def dumped(testbed: Testbed, shelf: Path) -> Checkpoint:
+    return checkpoint(testbed, shelf / "dumped", size_mib=16, shared_mib=2, children=1)
+
+
+def test_no_kill_leaves_anything_behind(
+    testbed: Testbed, store: Store, dumped: Checkpoint, work: Path, seed: int
+) -> None:
+    chance = random.Random(seed)
+    image = store.push("killed", dumped)
+    outcomes: Counter[str] = Counter()
+    with Weather(store.address, rate_bytes_s=RATE_BYTES_S) as weather:
+        reference = f"{weather.address}/{image}"
+        whole_s = _live(Restorer(testbed, work / "whole"), reference, dumped)
+        for number in range(_KILLS):
+            lazy = ["--lazy-pages"] if number % 2 else []
+            restorer = Restorer(testbed, work / str(number))
+            dumped.rewind()
+            process = restorer.start(restorer.words(reference, "--deadline=2", *lazy))
+            time.sleep(chance.uniform(0, whole_s))
+            outcomes[_strike(process.pid, chance)] += 1
+            print(number, outcomes, flush=True)
+            started_s = time.time()
+            ended = restorer.wait(process)
+            if ended.code == 0:
+                outcomes["was whole before"] += 1
+                with alive(dumped.pids[0], dumped, started_s) as restored:
+                    assert restored.memory_hash() == dumped.before.hashes
+            restorer.assert_nothing_is_left()
+            known = {event.value for event in dumped.before.last.values()}
+            assert {event.value for event in dumped.status.events("loop")} <= known
+    print(outcomes)
+    assert outcomes["was whole before"] < _KILLS / 2
+
+
+def _live(restorer: Restorer, reference: str, dumped: Checkpoint) -> float:
+    """Let one live; return its seconds."""
+    dumped.rewind()
+    began_s, started_s = time.monotonic(), time.time()
+    ended = restorer.run(reference, "--lazy-pages")
+    took_s = time.monotonic() - began_s
+    assert ended.code == 0, ended
+    with alive(dumped.pids[0], dumped, started_s):
+        pass
+    restorer.assert_nothing_is_left()
+    return took_s
+
+
+def _strike(front: int, chance: random.Random) -> str:
+    """Send a signal to the front, the keeper, or something else that takes part; name it."""
+    number = chance.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+    whom = chance.choice(["front", "keeper", "keeper", "part"])
+    pids = [front]
+    if whom != "front":
+        pids = children(front) or [front]
+    if whom == "part" and pids != [front]:
+        number = signal.SIGKILL
+        pids = children(pids[0]) or pids
+    with suppress(ProcessLookupError):
+        os.kill(chance.choice(pids), number)
+    return f"{number.name} of the {whom}"
