@@ -280,25 +280,25 @@ class _Keeper:
         """The runtime says that it is done: believe it, or end what came up."""
         reason = self._denied or self._judge()
         if status != 0:
-            log.warning("%s: %s failed (%d)", self._name, Path(self._task.program).name, status)
+            log.info("%s: %s failed (%d)", self._name, Path(self._task.program).name, status)
             remains.kill_holders(self._mount, self._spared())
             self._link.send(verdict=reason, advice=self._advice() if reason is None else "")
             return
         if reason is not None:
-            log.critical("%s is killed: %s", self._name, reason)
+            log.error("%s is killed: %s", self._name, reason)
             self._destroy()
             self._link.send(verdict=reason)
             return
         init = remains.read_pid(self._pid_file)
         if not self._link.send(verdict=None) or not self._is_heard():
-            log.warning("%s is killed: whoever asked for the restore is gone", self._name)
+            log.error("%s is killed: whoever asked for the restore is gone", self._name)
             self._destroy()
             return
         log.info("%s: restored", self._name)
         if self._served is not None and init is not None:
             reason = linger(self._served, init, self._pages, self._name)
             if reason is not None:
-                log.critical("%s is killed: %s", self._name, reason)
+                log.error("%s is killed: %s", self._name, reason)
                 self._destroy()
 
     def _is_heard(self) -> bool:
