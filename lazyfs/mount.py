@@ -72,6 +72,10 @@ class MountConfig:
     """What it is mounted for, if only for that: the container or the command."""
     check_with: str | None = None
     """The CRIU that will restore it: `Ready` is to tell all that would keep it from that."""
+    source_name: str | None = None
+    """What mountinfo shows as the mount's source; None: the reference, pinned."""
+    noexec: bool = False
+    """Whether nobody may execute a file of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,8 +263,9 @@ class _Mount:
             fuse.attach(
                 self._operations,
                 str(config.directory),
-                self._checkpoint.reference,
+                config.source_name or self._checkpoint.reference,
                 allow_other=os.geteuid() == 0,
+                noexec=config.noexec,
             )
 
     async def _announce(self, on_ready: Callable[[Ready], None], nursery: trio.Nursery) -> None:

@@ -22,6 +22,7 @@ import argparse
 import compileall
 import contextlib
 import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -111,6 +112,7 @@ def build(tree: Path) -> None:
     strip(tree)
     write_scripts(tree, project)
     compile_all(tree)
+    (tree / "VERSION").write_text(f"{version_of(tree)}\n")
     for path in sorted(tree.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o555 if path.is_dir() or path.stat().st_mode & 0o100 else 0o444)
@@ -234,6 +236,18 @@ def compile_all(tree: Path) -> None:
     )
     if not done:
         fail("some modules cannot be compiled")
+
+
+def version_of(tree: Path) -> str:
+    """Return lazyfs's version and a digest of all that is in the tree: one name, one content."""
+    digest = hashlib.sha256()
+    for path in sorted(tree.rglob("*")):
+        name = str(path.relative_to(tree))
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape") + content)
+    found = re.search(r'__version__ = "([^"]+)"', (CLONE / "lazyfs" / "__init__.py").read_text())
+    return f"{found[1] if found else '0'}-{digest.hexdigest()[:12]}"
 
 
 def check(tree: Path) -> None:

@@ -70,6 +70,8 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
     "read them: 127.0.0.1 is best.",
 )
+@click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
+@click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
 @source_options
 @follow_option
 def mount_command(
@@ -80,6 +82,8 @@ def mount_command(
     log_file: Path | None,
     replace: bool,
     metrics: str | None,
+    source_name: str | None,
+    noexec: bool,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -103,7 +107,9 @@ def mount_command(
     if descriptor is None:
         mountpoint.check(directory, replace=replace)
         directory = mountpoint.real(directory)
-    job = _Job(reference, directory, view, descriptor, replace, served_at, source)
+    job = _Job(
+        reference, directory, view, descriptor, replace, served_at, source_name, noexec, source
+    )
     if foreground:
         notifier = Notifier(os.environ)
         if log_file is not None:
@@ -140,6 +146,8 @@ class _Job:
     descriptor: int | None
     replace: bool
     metrics: Address | None
+    source_name: str | None
+    noexec: bool
     source: SourceOptions
 
 
@@ -162,7 +170,15 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         source.shows_stubs,
     )
     config = MountConfig(
-        job.reference, directory, opening, job.view, job.descriptor, job.replace, job.metrics
+        job.reference,
+        directory,
+        opening,
+        job.view,
+        job.descriptor,
+        job.replace,
+        job.metrics,
+        source_name=job.source_name,
+        noexec=job.noexec,
     )
 
     is_ready = False

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from lazyfs.transport.target import Target
 
 NEWREF_FORMS = """\
-  [docker://]HOST[:PORT]/REPOSITORY[:TAG]           in a registry
-  oci:DIRECTORY[:TAG]                               in an OCI layout on disk
-  oci-archive:FILE[:TAG]                            a tar of an OCI layout
-  containers-storage:NAME                           what Podman and CRI-O have (by skopeo)"""
+  [docker://]HOST[:PORT]/REPOSITORY[:TAG]  in a registry
+  oci:DIRECTORY[:TAG]                      in an OCI layout on disk
+  oci-archive:FILE[:TAG]                   a tar of an OCI layout
+  containers-storage:NAME                  Podman's and CRI-O's, by skopeo"""
 _STORAGE = "containers-storage:"
 _TAG_IN_PASSING = "stub"
 

@@ -48,6 +48,16 @@ def test_it_mounts_where_there_is_no_python(session: Session) -> None:
         session.run(["lazyfs", "umount", "/mnt/sample"])
 
 
+def test_its_mount_helper_is_called_by_mount(session: Session) -> None:
+    session.run(["mkdir", "/mnt/sample"])
+    session.run(["ln", "-s", "/opt/lazyfs/bin/mount.lazyfs", "/sbin/"])
+    line = f"oci:{SAMPLE} /mnt/sample lazyfs view=image,_netdev 0 0"
+    session.run(["sh", "-c", f"echo {line} >> /etc/fstab"])
+    session.run(["mount", "-a"])
+    assert "config.dump" in session.run(["ls", "/mnt/sample"]).split()
+    session.run(["umount", "/mnt/sample"])
+
+
 def test_its_processes_are_called_lazyfs_and_hold_nothing_of_the_machines(session: Session) -> None:
     session.run(["mkdir", "/mnt/sample"])
     session.run(["lazyfs", "mount", f"oci:{SAMPLE}", "/mnt/sample"])
