@@ -273,11 +273,9 @@ def report(tree: Path) -> None:
     """Say how large it is, and how long it takes to say its version beside the original."""
     total = sum(path.lstat().st_size for path in tree.rglob("*") if not path.is_dir())
     print(f"{tree}: {total / 1e6:.1f} MB, Python {sys.version.split()[0]}")
-    beside = Path(sys.executable).parent / "lazyfs"
-    for path in (tree / "bin" / "lazyfs", beside):
-        if path.exists():
-            least = min(_seconds([path, "--version"]) for _ in range(5))
-            print(f"{path} --version: {least * 1e3:.0f} ms (the least of five)")
+    for path in (tree / "bin" / "lazyfs", Path(sys.executable).parent / "lazyfs"):
+        if path.exists() and (taken := [_seconds([path, "--version"]) for _ in range(5)]):
+            print(f"{path} --version: {min(taken) * 1e3:.0f} ms (the least of five)")
 
 
 def run(words: Iterable[str | Path]) -> str:

@@ -17,7 +17,12 @@ _LINES_MOST = 8
 _LINE_MOST = 300
 _ADVICE_MOST = 3
 _ERROR = re.compile(r"^(?:\([0-9. ]{1,20}\)\s{1,8})?(?:\s{0,8}[0-9]{1,10}:\s{1,8})?Error \(")
-_TRAILING = ("Restoring FAILED", "Killing processes because", "cr_system", "Pages are not")
+_TRAILING = (
+    "Restoring FAILED",
+    "Killing processes because",
+    "cgroupd: recv req",
+    "Can't setup RLIMIT_NOFILE",
+)
 
 
 @dataclass(frozen=True, slots=True)

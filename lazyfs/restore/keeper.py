@@ -49,6 +49,8 @@ RESTORE_FAILED = 6
 """Exit code: CRIU or the runtime could not restore it."""
 _STANDARD_ERROR = 2
 _TICK_S = 0.25
+_PATIENCE_S = 5.0
+"""For CRIU to fail by itself, once its lazy-pages side has."""
 _UNDO_TIMEOUT_S = 20.0
 _LOG_MOST_BYTES = 4 << 20
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -243,36 +245,35 @@ class _Keeper:
     ) -> None:
         """Wait until the program has restored it, or raise what became of it instead."""
         pidfd = os.pidfd_open(program.pid)
+        watched = [pidfd, gate.fileno(), served.fileno()]
+        if lazy is not None:
+            watched.append(lazy.fileno())
         lost: str | None = None
+        patient_until_s = float("inf")
         try:
-            watched = [pidfd, gate.fileno(), served.fileno()]
-            if lazy is not None:
-                watched.append(lazy.fileno())
-            while True:
+            while time.monotonic() < patient_until_s:
                 ready = self._poll(watched, served)
                 if gate.fileno() in ready:
-                    self._denied = lost or served.judge()
+                    self._denied = served.judge() or lost
                     gate.answer(may_live=self._denied is None)
                 if served.fileno() in ready:
                     raise LazyfsError(_DAEMON_GONE)
-                if lazy is not None and lazy.fileno() in ready and pidfd not in ready:
-                    lost = lazy.wait()
-                    watched.remove(lazy.fileno())
-                    if lost is not None:
-                        break
-                    self._pages_are_home = True
                 if pidfd in ready:
                     break
+                if lazy is not None and lazy.fileno() in ready:
+                    watched.remove(lazy.fileno())
+                    lost = lazy.wait()
+                    self._pages_are_home = lost is None
+                    if lost is not None:  # CRIU has failed, or is to
+                        patient_until_s = time.monotonic() + _PATIENCE_S
+            else:
+                program.kill()
         finally:
             os.close(pidfd)
-        if lost is None:
-            code = program.wait()
-            if code == 0:
-                return
-        else:
-            program.kill()
-            code = program.wait()
-        self._fail(served, code, lost)
+        code = program.wait()
+        if code == 0 and lost is None:
+            return
+        self._fail(served, code, lost if code in (0, -signal.SIGKILL) else None)
 
     _pages_are_home = False
 

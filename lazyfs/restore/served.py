@@ -99,14 +99,23 @@ class Served:
         Raises:
             LazyfsError: there is none, or none within five seconds.
         """
-        path = self.path / "."
+        path = self.path
+
+        def ask() -> bytes | OSError:
+            try:
+                return os.getxattr(path, _STATUS_XATTR)
+            except OSError as error:
+                return error
+
         try:
-            text = answer_of(lambda: os.getxattr(path, _STATUS_XATTR))
-            told = json.loads(text)
+            answer = answer_of(ask)
+            if isinstance(answer, OSError):
+                raise LazyfsError(f"the daemon of the mount is gone: {answer.strerror}")
+            told = json.loads(answer)
         except TimeoutError:
             raise LazyfsError("the daemon of the mount does not answer") from None
-        except (OSError, ValueError) as error:
-            raise LazyfsError(f"the daemon of the mount is gone: {error}") from None
+        except ValueError:
+            raise LazyfsError("the daemon of the mount says what cannot be understood") from None
         return told if isinstance(told, dict) else {}
 
     def judge(self) -> str | None:
@@ -206,7 +215,7 @@ def _hear(hearing: int, pid: int, abandon: Sequence[int]) -> Mapping[str, Any]:
     while True:
         readable = _wait_readable([hearing, *abandon], None)
         if hearing not in readable:
-            raise Abandoned("nobody waits for the restore any more")
+            raise Abandoned("interrupted; nothing of the restore is left")
         piece = os.read(hearing, _PIECE_BYTES)
         if not piece or len(heard) > _MESSAGE_MOST_BYTES:
             break

@@ -42,6 +42,11 @@ class Checkpoint:
     before: Before
 
     @property
+    def root_pid(self) -> int:
+        """The first process's."""
+        return self.before.last[0].pid
+
+    @property
     def layer_bytes(self) -> int:
         """The size of the layer."""
         return self.layer.stat().st_size

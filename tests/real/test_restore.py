@@ -81,12 +81,12 @@ def test_a_person_is_told_what_happens(
 ) -> None:
     started_s = time.time()
     ended = restorer.run(f"{store.address}/{image}", "--lazy-pages", "--work-dir", "criu")
-    with alive(dumped.pids[0], dumped, started_s) as restored:
+    with alive(dumped.root_pid, dumped, started_s) as restored:
         dumped.before.assert_goes_on(restored)
     assert ended.code == 0, ended
     lines = ended.err.splitlines()
     assert lines[0].startswith(f"restoring {store.address}/restored@sha256:")
-    assert lines[1].startswith(f"resumed as process {dumped.pids[0]} after ")
+    assert lines[1].startswith(f"resumed as process {dumped.root_pid} after ")
     assert lines[2].startswith("all pages home after ")
     assert lines[-1].startswith("done: fetched ")
     assert ended.out == ""
@@ -115,7 +115,7 @@ def test_a_pid_that_is_taken_is_told_before_and_after(
     with alive(first.told["pid"], dumped, started_s) as restored:
         told = restorer.run(reference)
         assert told.code == 4
-        assert f"{dumped.pids[0]}" in told.err
+        assert f"{dumped.root_pid}" in told.err
         assert "With --force it is tried" in told.err
         forced = restorer.run(reference, "--force", "--json")
         assert forced.code == 6
@@ -188,7 +188,7 @@ def test_a_stub_is_followed_to_what_it_stands_for(
     stub = _push_stub(store, dumped, restorer.work, reference)
     started_s = time.time()
     ended = restorer.run(stub)
-    with alive(dumped.pids[0], dumped, started_s) as restored:
+    with alive(dumped.root_pid, dumped, started_s) as restored:
         assert ended.code == 0, ended
         assert f"is a stub of {reference}" in ended.err
         dumped.before.assert_goes_on(restored)

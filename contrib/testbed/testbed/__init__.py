@@ -40,6 +40,7 @@ from .images import (
 )
 from .incremental import split_dump
 from .portable import portable_lazyfs
+from .podman import Container, Podman
 from .readers import Readers, Tally
 from .recorder import Recorder
 from .registry import Access, Registry
@@ -60,6 +61,7 @@ __all__ = [
     "REFUSING",
     "Access",
     "Config",
+    "Container",
     "Containerd",
     "ContainerdCheckpoint",
     "CriuError",
@@ -70,6 +72,7 @@ __all__ = [
     "Image",
     "Layer",
     "Pattern",
+    "Podman",
     "PodmanCheckpoint",
     "PushedCheckpoint",
     "Readers",

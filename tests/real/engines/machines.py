@@ -6,7 +6,7 @@ A machine is a session of the testbed's root, whose configuration is what contri
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +105,18 @@ class Resumed:
             hashes: of their memory before the checkpoint.
         """
         status = Status(self.container.status.path, len(hashes))
-        status.wait_loop(self.began_s)
+        self.check(status, self.began_s, self.container.ask_hash, hashes)
+
+    @staticmethod
+    def check(
+        status: Status, began_s: float, ask_hash: Callable[[], object], hashes: tuple[str, ...]
+    ) -> None:
+        """Check the same of any workload that was restored at a moment of `time.time()`."""
+        status.wait_loop(began_s)
         last: dict[int, Event] = {}
         first: dict[int, Event] = {}
         for event in status.events("loop"):
-            if event.at_s < self.began_s:
+            if event.at_s < began_s:
                 last[event.member] = event
             else:
                 first.setdefault(event.member, event)
@@ -117,7 +124,7 @@ class Resumed:
         for member, event in last.items():
             goes_on = first[member]
             assert (goes_on.number, goes_on.value) == (event.number + 1, event.value)
-        assert status.wait_hashes(self.container.ask_hash) == hashes
+        assert status.wait_hashes(ask_hash) == hashes
 
 
 @contextmanager

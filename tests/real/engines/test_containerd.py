@@ -164,13 +164,13 @@ def test_a_restore_that_fails_midway_takes_no_other_with_it(
         reference = f"{slow.address}/{made.repository}:wrapped"
         with node(store.testbed, shelf, slow.address, name=made.cgroup, forgiven=[""]) as here:
             here.here.policy('deadline = 2.0\ncache = "memory"')
-            here.here.stub(reference, f"{reference}-own", "--real", reference)
-            here.fetch(f"{reference}-own")
+            here.here.stub(quick, f"{quick}-slow", "--real", reference)
+            here.fetch(f"{quick}-slow")
             began_s = time.time()
             other = here.restore(f"{quick}-stub", "other", members=1 + _CHILDREN)
             assert_goes_on(other, began_s, made.hashes["wrapped"])
             here.here.wait_alone()
-            begun = here.begin_restore(f"{reference}-own", "workload")
+            begun = here.begin_restore(f"{quick}-slow", "workload")
             mounted = f"mounted {slow.address}"
             wait_until(lambda: mounted in here.here.log(), "the mount", 60)
             own.kill()

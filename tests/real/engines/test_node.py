@@ -17,7 +17,7 @@ from testbed.process import run, stop
 
 pytestmark = pytest.mark.real
 
-CLONE = Path(__file__).parents[2]
+CLONE = Path(__file__).parents[3]
 PROGRAM = CLONE / "contrib/kubernetes/lazyfs-node"
 SAMPLE = CLONE / "contrib/demo/sample"
 
