@@ -29,9 +29,11 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from lazyfs.asking import complete_of
 from lazyfs.background import close_inherited, log_to
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.restore.criulog import diagnose
@@ -296,7 +298,9 @@ class _Keeper:
             return
         log.info("%s: restored", self._name)
         if self._served is not None and init is not None:
-            reason = linger(self._served, init, self._pages, self._name)
+            device, pid = self._served.path.stat().st_dev, self._served.pid
+            hurry = partial(complete_of, device, pid)
+            reason = linger(self._served, init, self._pages, self._name, hurry)
             if reason is not None:
                 log.error("%s is killed: %s", self._name, reason)
                 self._destroy()
