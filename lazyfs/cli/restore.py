@@ -1,6 +1,7 @@
 """`lazyfs restore`: what a person sees of a restore, and how it ends."""
 
 import json
+import os
 import shlex
 import sys
 import time
@@ -117,6 +118,12 @@ def restore_command(
 
         return OpenConfig(source.cache(), source.transport, source.content, source.referrers)
 
+    is_allowed = os.geteuid() == 0 or force or "--unprivileged" in extra
+    if container is None and not is_allowed:
+        raise UsageError(
+            "CRIU needs root to restore; or a criu that has CAP_CHECKPOINT_RESTORE, for what "
+            "needs no more, and its option: lazyfs restore REF -- --unprivileged"
+        )
     plan = Plan(
         reference=reference,
         opening=opening,

@@ -17,15 +17,18 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from lazyfs.asking import complete_of
+from lazyfs.checkpoint.stub import LARGEST_MARKER_BYTES, MARKER, read_stub, real_reference
 from lazyfs.ground.errors import (
     LazyfsError,
+    MalformedError,
     NotACheckpoint,
     SourceError,
     UsageError,
@@ -55,7 +58,7 @@ _UNDO_TIMEOUT_S = 20.0
 _LOG_MOST_BYTES = 4 << 20
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-Tell = Callable[[Mapping[str, Any]], None]
+_T = TypeVar("_T")
 
 
 class RestoreFailed(LazyfsError):
@@ -124,6 +127,8 @@ class _Keeper:
             end |= {"exit_code": error.exit_code, "error": str(error)}
         except LazyfsError as error:
             end |= {"exit_code": error.exit_code, "error": str(error)}
+            if isinstance(error, Abandoned) and plan.work_dir is None:
+                shutil.rmtree(self._work, ignore_errors=True)
         if end["exit_code"] and self._work != Path() and self._work.exists():
             if plan.work_dir is None and not (self._work / LOG).exists():
                 shutil.rmtree(self._work, ignore_errors=True)  # there is nothing to be seen
@@ -136,7 +141,8 @@ class _Keeper:
         plan = self._plan
         served = self._mount(stack)
         gate = stack.enter_context(Gate())
-        self._tell(event="helpers", pids=sorted(self._spared), directories=[gate.home])
+        homes = [gate.home, *([str(self._work)] if plan.work_dir is None else [])]
+        self._tell(event="helpers", pids=sorted(self._spared), directories=homes)
         lazy = self._start_lazy_pages(stack, served)
         stack.callback(self._undo)
         program = self._start(served, gate)
@@ -169,8 +175,13 @@ class _Keeper:
         """Mount the checkpoint, or the one that a stub stands for; look at what keeps it."""
         plan = self._plan
         served = self._serve(stack, plan.reference)
-        if served.stub is not None:
-            self._tell(event="stub", reference=served.stub, real=served.reference)
+        real = self._look(served, _stands_for)
+        if real is not None:
+            self._tell(event="stub", reference=served.reference, real=real)
+            served.end()
+            served = self._serve(stack, real)
+            if self._look(served, _stands_for) is not None:
+                raise NotACheckpoint(f"{real} is a stub too; a stub has to name a whole checkpoint")
         self._figures["reference"] = served.reference
         self._figures["images_directory"] = served.images_directory
         self._warnings += served.warnings
@@ -188,8 +199,34 @@ class _Keeper:
             )
             error.exit_code = NotACheckpoint.exit_code
             raise error
-        self._figures["pages_bytes"] = _pages_bytes(served.path)
+        self._figures["pages_bytes"] = self._look(served, _pages_bytes)
         return served
+
+    def _look(self, served: Served, question: Callable[[Path], _T]) -> _T:
+        """Return what a look at the mount tells; names that have not come yet are waited for."""
+        answers: list[_T | BaseException] = []
+        done, ending = os.pipe()
+
+        def look() -> None:
+            try:
+                answers.append(question(served.path))
+            except BaseException as error:  # noqa: BLE001 - raised by who asked
+                answers.append(error)
+            os.close(ending)
+
+        asking = threading.Thread(target=look, daemon=True)
+        asking.start()
+        try:
+            while done not in self._poll([done, served.fileno()], served):
+                if served.has_ended:
+                    raise LazyfsError(_DAEMON_GONE)
+        finally:
+            os.close(done)
+        asking.join()
+        (answer,) = answers
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def _serve(self, stack: ExitStack, reference: str) -> Served:
         plan = self._plan
@@ -414,6 +451,21 @@ class _Keeper:
 
 
 _DAEMON_GONE = "the mount's daemon was killed; what had been restored is killed"
+
+
+def _stands_for(images: Path) -> str | None:
+    """Return the image that a stub names; None if it is none.
+
+    Raises:
+        MalformedError: its marker is wrong.
+    """
+    try:
+        with (images / MARKER).open("rb") as file:
+            return str(real_reference(read_stub(file.read(LARGEST_MARKER_BYTES + 1))))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise MalformedError(f"{MARKER} cannot be read: {error.strerror}") from None
 
 
 def _pages_bytes(images: Path) -> int | None:
