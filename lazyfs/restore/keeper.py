@@ -25,10 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from lazyfs.asking import complete_of
-from lazyfs.checkpoint.stub import LARGEST_MARKER_BYTES, MARKER, read_stub, real_reference
 from lazyfs.ground.errors import (
     LazyfsError,
-    MalformedError,
     NotACheckpoint,
     SourceError,
     UsageError,
@@ -175,13 +173,8 @@ class _Keeper:
         """Mount the checkpoint, or the one that a stub stands for; look at what keeps it."""
         plan = self._plan
         served = self._serve(stack, plan.reference)
-        real = self._look(served, _stands_for)
-        if real is not None:
-            self._tell(event="stub", reference=served.reference, real=real)
-            served.end()
-            served = self._serve(stack, real)
-            if self._look(served, _stands_for) is not None:
-                raise NotACheckpoint(f"{real} is a stub too; a stub has to name a whole checkpoint")
+        if served.stub is not None:
+            self._tell(event="stub", reference=served.stub, real=served.reference)
         self._figures["reference"] = served.reference
         self._figures["images_directory"] = served.images_directory
         self._warnings += served.warnings
@@ -451,21 +444,6 @@ class _Keeper:
 
 
 _DAEMON_GONE = "the mount's daemon was killed; what had been restored is killed"
-
-
-def _stands_for(images: Path) -> str | None:
-    """Return the image that a stub names; None if it is none.
-
-    Raises:
-        MalformedError: its marker is wrong.
-    """
-    try:
-        with (images / MARKER).open("rb") as file:
-            return str(real_reference(read_stub(file.read(LARGEST_MARKER_BYTES + 1))))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise MalformedError(f"{MARKER} cannot be read: {error.strerror}") from None
 
 
 def _pages_bytes(images: Path) -> int | None:
