@@ -173,7 +173,9 @@ def _open_config(
     transport = source.transport
     if kubelet is not None:
         transport = _with_login(transport, kubelet, reference)
-    return OpenConfig(source.cache(), transport, source.content, source.referrers)
+    # What a marker names is a whole checkpoint: a stub of a stub might lead to what is not allowed.
+    cache, content = source.cache(), source.content
+    return OpenConfig(cache, transport, content, source.referrers, shows_stubs=True)
 
 
 def _with_login(
