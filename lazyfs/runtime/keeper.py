@@ -33,10 +33,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from lazyfs.asking import complete_of
 from lazyfs.background import close_inherited, log_to
 from lazyfs.ground.errors import LazyfsError
-from lazyfs.restore.criulog import diagnose
 from lazyfs.restore.gate import Gate
 from lazyfs.restore.plan import LOG
 from lazyfs.restore.processes import descendants
@@ -298,6 +296,8 @@ class _Keeper:
             return
         log.info("%s: restored", self._name)
         if self._served is not None and init is not None:
+            from lazyfs.asking import complete_of  # the front has no use for it
+
             device, pid = self._served.path.stat().st_dev, self._served.pid
             hurry = partial(complete_of, device, pid)
             reason = linger(self._served, init, self._pages, self._name, hurry)
@@ -313,6 +313,8 @@ class _Keeper:
 
     def _advice(self) -> str:
         """Return what CRIU's log of this restore says, and what helps; "" if it says nothing."""
+        from lazyfs.restore.criulog import diagnose
+
         call = self._task.call
         if call.work_path is None:
             return ""
