@@ -39,8 +39,8 @@ from .images import (
     write_oci_layout,
 )
 from .incremental import split_dump
-from .portable import portable_lazyfs
 from .podman import Container, Podman
+from .portable import portable_lazyfs
 from .readers import Readers, Tally
 from .recorder import Recorder
 from .registry import Access, Registry
