@@ -23,7 +23,8 @@ from lazyfs import fuse
 from lazyfs.activity import Activity
 from lazyfs.address import Address
 from lazyfs.checkpoint.desk import OpenConfig
-from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from lazyfs.checkpoint.follow import open_followed
+from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.control import Answer, Route, Server, as_json, listen
@@ -69,6 +70,8 @@ class MountConfig:
     """Where to serve metrics."""
     restores: str | None = None
     """What it is mounted for, if only for that: the container or the command."""
+    check_with: str | None = None
+    """The CRIU that will restore it: `Ready` is to tell all that would keep it from that."""
     source_name: str | None = None
     """What mountinfo shows as the mount's source; None: the reference, pinned."""
     noexec: bool = False
@@ -84,6 +87,10 @@ class Ready:
     images_directory: str
     warnings: tuple[str, ...]
     """What may keep it from being restored here, as far as the annotations tell."""
+    findings: "tuple[Finding, ...]" = ()
+    """What `inspect --check` says, if that was asked for."""
+    stub: str | None = None
+    """The stub that was asked for, if what is mounted is what it stands for."""
 
 
 async def serve_mount(
@@ -111,7 +118,7 @@ async def _serve(
     config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None], notifier: Notifier
 ) -> None:
     is_image = config.view == "image"
-    async with open_checkpoint(config.reference, config.open, unpack=is_image) as checkpoint:
+    async with open_followed(config.reference, config.open, unpack=is_image) as checkpoint:
         view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
         try:
             async with trio.open_nursery() as nursery:
@@ -161,6 +168,19 @@ class _Doubts:
             log.info("whether it can be restored here is not known: %s", error)
         except Exception:  # a bug must not end the mount
             log.exception("whether it can be restored here is not known: please report this")
+
+    async def check(self, checkpoint: OpenedCheckpoint, criu: str) -> "tuple[Finding, ...]":
+        """Return what `inspect --check` finds; nothing where it cannot look."""
+        from lazyfs.checkpoint.inspect import inspect
+        from lazyfs.checkpoint.preflight import check_here
+
+        try:
+            return await check_here(await inspect(checkpoint, brief=True), criu)
+        except LazyfsError as error:
+            log.info("whether it can be restored here is not known: %s", error)
+        except Exception:  # a bug must not end the mount
+            log.exception("whether it can be restored here is not known: please report this")
+        return ()
 
     def _note(self, findings: "Iterable[Finding]") -> None:
         for finding in findings:
@@ -266,10 +286,15 @@ class _Mount:
         checkpoint.raise_if_condemned()
         await nursery.start(self._be_controlled, device)
         directory = checkpoint.images_directory or ""
-        on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages)))
+        findings: tuple[Finding, ...] = ()
+        if config.check_with is not None:
+            findings = await doubts.check(checkpoint, config.check_with)
+        messages = tuple(doubts.messages)
+        on_ready(Ready(checkpoint.reference, directory, messages, findings, checkpoint.stub))
         self._notifier.tell(READY="1")
         nursery.start_soon(self._notifier.keep_telling, self._describe)
-        await doubts.look_inside(checkpoint)
+        if config.check_with is None:
+            await doubts.look_inside(checkpoint)
 
     async def _be_controlled(
         self, device: int | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

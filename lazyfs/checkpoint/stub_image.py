@@ -24,12 +24,13 @@ import trio
 
 from lazyfs.checkpoint import containerd
 from lazyfs.checkpoint.criu import INVENTORY, PARENT, is_pages
+from lazyfs.checkpoint.follow import find_stub
 from lazyfs.checkpoint.images import ImagesDirectory
 from lazyfs.checkpoint.manifest import IMAGE_TYPES, INDEX_TYPES, ImageIndex, parse_manifest
 from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.placed import PlacedLayer
-from lazyfs.checkpoint.stub import MARKER, Pages, Stub, write_stub
+from lazyfs.checkpoint.stub import ANNOTATION, MARKER, Pages, Stub, write_stub
 from lazyfs.checkpoint.stub_layer import Plan, Written, write_layer
 from lazyfs.checkpoint.tree import path_of
 from lazyfs.content.lanes import Lane
@@ -98,12 +99,15 @@ async def write_stub_of(
     or its like elsewhere.
 
     Raises:
-        NotACheckpoint: it has no images directory.
-        UsageError: it is a stub already.
+        NotACheckpoint: it has no images directory, or is a stub already.
         UnsupportedLayer: no stub can be made of images of its shape.
         IntegrityError, FetchError, SourceError: it cannot be read, or not be written.
     """
     await checkpoint.complete()
+    if ANNOTATION in checkpoint.image.annotations or await find_stub(checkpoint) is not None:
+        raise NotACheckpoint(
+            f"{checkpoint.reference} is a stub already: make another of what it stands for"
+        )
     images = checkpoint.images
     if images is None:
         raise NotACheckpoint(f"{checkpoint.reference} has no inventory.img: it is no checkpoint")
@@ -118,7 +122,7 @@ async def write_stub_of(
     )
     with ExitStack() as stack:
         writer = _Writer(checkpoint, target, stack)
-        digest, image_bytes = await writer.write(images, write_stub(stub), tag)
+        digest, image_bytes = await writer.write(images, stub, tag)
     largest_path, largest_bytes = _largest(checkpoint)
     return StubReport(
         reference=f"{target.name}@{digest}",
@@ -168,19 +172,23 @@ class _Writer:
         self._stack = stack
         self._name = checkpoint.reference
 
-    async def write(self, images: ImagesDirectory, marker: bytes, tag: str) -> tuple[Digest, int]:
+    async def write(self, images: ImagesDirectory, stub: Stub, tag: str) -> tuple[Digest, int]:
         """Write all of it; return the manifest's digest, and how large the layers are."""
         if self._image.source is None or self._image.digest is None:
             raise UnsupportedLayer(f"{self._name} is an archive, not an image")
         served = await _in_thread(self._image.source.manifest, str(self._image.digest))
         document = json.loads(served.data)
-        written = await self._write_layers(images, marker)
+        written = await self._write_layers(images, write_stub(stub))
         kind = self._image.manifest.media_type
         if kind in INDEX_TYPES:
             await self._edit_index(document, served, written)
         else:
             await self._edit_manifest(document, kind, written)
         document.pop("subject", None)
+        document["annotations"] = {
+            **(document.get("annotations") or {}),
+            ANNOTATION: stub.reference,
+        }
         media_type = str(document.get("mediaType") or kind)
         data = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
         digest = await _in_thread(self._target.put_manifest, data, media_type, tag)

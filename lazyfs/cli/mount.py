@@ -15,8 +15,14 @@ from lazyfs.address import Address, parse_address
 from lazyfs.background import log_to
 from lazyfs.checkpoint.reference import parse_reference
 from lazyfs.cli.daemon import run_detached
-from lazyfs.cli.opening import proof_bar
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
+from lazyfs.cli.opening import proof_bar, stub_line
+from lazyfs.cli.options import (
+    REFERENCE_HELP,
+    SourceOptions,
+    follow_option,
+    source_options,
+    verbose_option,
+)
 from lazyfs.cli.text import printable
 from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
@@ -67,6 +73,7 @@ _LOG_NAME_MOST_BYTES = 200
 @click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
 @click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
 @source_options
+@follow_option
 def mount_command(
     reference: str,
     directory: Path,
@@ -154,7 +161,14 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
 
     source, directory = job.source, job.directory
     cache = source.cache()
-    opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
+    opening = OpenConfig(
+        cache,
+        source.transport,
+        source.content,
+        source.referrers,
+        proof_bar(),
+        source.shows_stubs,
+    )
     config = MountConfig(
         job.reference,
         directory,
@@ -171,6 +185,8 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
 
     def tell(ready: "Ready") -> None:
         nonlocal is_ready
+        if ready.stub is not None:
+            click.echo(printable(stub_line(ready.stub, ready.reference)), err=True)
         for warning in ready.warnings:
             click.echo(f"lazyfs: it may not restore here: {printable(warning)}", err=True)
         try:

@@ -16,7 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,8 @@ class Job:
     log_file: Path
     restores: str
     """What it is for, as `lazyfs status` shows it: a container's name or id."""
+    check_with: str | None = None
+    """The CRIU that will restore it, for `Served.findings`; None: they are not looked for."""
 
 
 class Served:
@@ -66,10 +68,14 @@ class Served:
         """The daemon's; it is our child."""
         self.reference = str(told["reference"])
         """Pinned by digest where it has one."""
+        self.stub: str | None = told["stub"]
+        """The stub that was asked for, if this is what it stands for."""
         self.images_directory = str(told["images_directory"])
         """Where in the checkpoint it is."""
         self.warnings: tuple[str, ...] = tuple(told["warnings"])
         """What may keep it from being restored here, as far as the annotations tell."""
+        self.findings: tuple[Mapping[str, str], ...] = tuple(told["findings"])
+        """What `inspect --check` finds: `level`, `subject`, `message`."""
 
     @property
     def path(self) -> Path:
@@ -93,14 +99,23 @@ class Served:
         Raises:
             LazyfsError: there is none, or none within five seconds.
         """
-        path = self.path / "."
+        path = self.path
+
+        def ask() -> bytes | OSError:
+            try:
+                return os.getxattr(path, _STATUS_XATTR)
+            except OSError as error:
+                return error
+
         try:
-            text = answer_of(lambda: os.getxattr(path, _STATUS_XATTR))
-            told = json.loads(text)
+            answer = answer_of(ask)
+            if isinstance(answer, OSError):
+                raise LazyfsError(f"the daemon of the mount is gone: {answer.strerror}")
+            told = json.loads(answer)
         except TimeoutError:
             raise LazyfsError("the daemon of the mount does not answer") from None
-        except (OSError, ValueError) as error:
-            raise LazyfsError(f"the daemon of the mount is gone: {error}") from None
+        except ValueError:
+            raise LazyfsError("the daemon of the mount says what cannot be understood") from None
         return told if isinstance(told, dict) else {}
 
     def judge(self) -> str | None:
@@ -128,7 +143,7 @@ class Served:
             (signal.SIGKILL, _KILL_TIMEOUT_S),
         ):
             if number:
-                log.warning("the mount's daemon does not end: %s", signal.Signals(number).name)
+                log.info("the mount's daemon does not end: %s", signal.Signals(number).name)
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(self._pidfd, number)
             if _wait_readable([self._pidfd], patience_s):
@@ -137,6 +152,10 @@ class Served:
             os.waitpid(self.pid, os.WNOHANG)
         os.close(self._pidfd)
         self._pidfd = -1
+
+    def fileno(self) -> int:
+        """Return what can be read when the daemon has ended."""
+        return self._pidfd
 
     @property
     def has_ended(self) -> bool:
@@ -196,7 +215,7 @@ def _hear(hearing: int, pid: int, abandon: Sequence[int]) -> Mapping[str, Any]:
     while True:
         readable = _wait_readable([hearing, *abandon], None)
         if hearing not in readable:
-            raise Abandoned("nobody waits for the restore any more")
+            raise Abandoned("interrupted; nothing of the restore is left")
         piece = os.read(hearing, _PIECE_BYTES)
         if not piece or len(heard) > _MESSAGE_MOST_BYTES:
             break
@@ -249,8 +268,10 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
         nonlocal is_ready
         words = {
             "reference": ready.reference,
+            "stub": ready.stub,
             "images_directory": ready.images_directory,
             "warnings": ready.warnings,
+            "findings": [asdict(each) for each in ready.findings],
         }
         try:
             _say(telling, words)
@@ -280,6 +301,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
             job.opening(),
             descriptor=place.fuse if place.fuse >= 0 else None,
             restores=job.restores,
+            check_with=job.check_with,
         )
         trio.run(main)
     except LazyfsError as error:

@@ -9,6 +9,8 @@ Sans-I/O. What it is given is what the mount's daemon says of itself (`docs/json
 from collections.abc import Mapping
 from typing import Any
 
+from lazyfs.ground.errors import IntegrityError, SourceError
+
 
 def judge(status: Mapping[str, Any]) -> str | None:
     """Return why what was restored must be killed, in words for a person; None if it may live."""
@@ -23,3 +25,8 @@ def judge(status: Mapping[str, Any]) -> str | None:
         many = "a read" if reads == 1 else f"{reads} reads"
         return f"{many} of the checkpoint failed" + (f": {last}" if last else "")
     return None
+
+
+def exit_code_of(status: Mapping[str, Any]) -> int:
+    """Return the exit code for a verdict: wrong bytes, or none to be had."""
+    return IntegrityError.exit_code if status.get("failed") is not None else SourceError.exit_code

@@ -72,6 +72,8 @@ class RestoreCall:
     pid_file: str | None
     detach: bool
     lazy_pages: bool
+    criu: str | None
+    """Of an older runc: which CRIU to run."""
     log: str | None
     log_format: str
     """"text" unless something else is asked for."""
@@ -133,6 +135,7 @@ def parse_restore(words: Sequence[str]) -> RestoreCall | None:
         pid_file=theirs.values.get("pid-file") or None,
         detach=theirs.is_on("detach"),
         lazy_pages=theirs.is_on("lazy-pages"),
+        criu=ours.values.get("criu") or None,
         log=ours.values.get("log") or None,
         log_format=ours.values.get("log-format", "text"),
         _command=command,

@@ -10,15 +10,15 @@ has failed: conmon and shims take standard error for the container's own once it
 """
 
 import contextlib
-import ctypes
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lazyfs.ground.printable import printable
+from lazyfs.restore.processes import die_with_parent
 from lazyfs.runtime import remains
 from lazyfs.runtime.arguments import RestoreCall
 from lazyfs.runtime.enginelog import EngineLog, open_engine_log
@@ -27,7 +27,6 @@ from lazyfs.runtime.link import Link
 
 log = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
 _NOT_RUN = 127
 _KEEPER_GONE = (
     "the process that looks after the restore was killed; whether the checkpoint's bytes were "
@@ -37,7 +36,6 @@ _PASSED_ON: tuple[int, ...] = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1),
     *(signal.SIGUSR2, signal.SIGWINCH, signal.SIGCONT, signal.SIGALRM),
 )
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def restore(task: Task) -> int:
@@ -54,14 +52,15 @@ def restore(task: Task) -> int:
         tell(engine_log, _in_full(task, str(told["error"])))
         return int(told["exit_code"]) or 1
     words = call.with_image_path(str(told["path"]), *map(str, told["more"]))
-    status = _run(task.program, words, link)
-    heard = link.receive() if link.send(ended=status) else None
+    status = _run(task.program, words, dict(told["environment"]), link)
+    heard = link.receive() if link.send(ended=status) or not call.detach else None
+    link.send(heard=True)
     link.close()
     if heard is None:
         _be_rid_of(task)
         verdict: str | None = _KEEPER_GONE
     else:
-        verdict = heard.get("verdict")
+        verdict = heard.get("verdict") or heard.get("advice") or None
     if verdict is not None:
         last = engine_log.last_error() if status != 0 else None
         name = Path(task.program).name
@@ -84,7 +83,7 @@ def _in_full(task: Task, reason: str) -> str:
     return f"{name} cannot be restored{where}: {reason}; more in {task.log_file}"
 
 
-def _run(program: str, words: Sequence[str], link: Link) -> int:
+def _run(program: str, words: Sequence[str], more: Mapping[str, str], link: Link) -> int:
     """Run the runtime to its end; return its exit code, or minus the signal that ended it."""
     child = 0
     early: list[int] = []
@@ -103,7 +102,7 @@ def _run(program: str, words: Sequence[str], link: Link) -> int:
             signal.signal(number, pass_on)
     child = os.fork()
     if child == 0:
-        _become(program, words, link, parent)
+        _become(program, words, {**os.environ, **more}, link, parent)
     for number in early:
         pass_on(number, None)
     _, wait_status = os.waitpid(child, 0)
@@ -113,15 +112,17 @@ def _run(program: str, words: Sequence[str], link: Link) -> int:
     return os.waitstatus_to_exitcode(wait_status)
 
 
-def _become(program: str, words: Sequence[str], link: Link, parent: int) -> None:
+def _become(
+    program: str, words: Sequence[str], environ: Mapping[str, str], link: Link, parent: int
+) -> None:
     """Be the runtime; never returns."""
     try:
         for number in _PASSED_ON:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() == parent and link.send(runs=os.getpid()):
-            os.execv(program, [program, *words])  # noqa: S606 - that is what a runtime is for
+        die_with_parent(parent)
+        if link.send(runs=os.getpid()):
+            os.execve(program, [program, *words], environ)  # noqa: S606 - that is what a runtime is for
     except OSError as error:
         with contextlib.suppress(OSError):
             os.write(2, f"lazyfs: {program} cannot be run: {error.strerror}\n".encode())

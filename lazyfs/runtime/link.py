@@ -4,7 +4,6 @@ The kernel closes a dead process's end, so each learns of the other's death, how
 """
 
 import json
-import select
 import socket
 from collections.abc import Mapping
 from typing import Any
@@ -35,16 +34,8 @@ class Link:
             return False
         return True
 
-    def receive(self, timeout_s: float | None = None) -> Mapping[str, Any] | None:
-        """Return the next word; None when the other is gone.
-
-        Raises:
-            TimeoutError: it says nothing in time.
-        """
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        if not poll.poll(None if timeout_s is None else timeout_s * 1000):
-            raise TimeoutError
+    def receive(self) -> Mapping[str, Any] | None:
+        """Return the next word; None when the other is gone."""
         try:
             data = self._socket.recv(_MESSAGE_MOST_BYTES)
         except OSError:

@@ -7,7 +7,6 @@ Sans-I/O, but for reading the bundle's config.json.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
 import msgspec
 
@@ -66,10 +65,8 @@ def check_allowed(stub: Stub, config: RuntimeConfig) -> None:
 
 def wants_lazy_pages(
     config: RuntimeConfig, annotations: Mapping[str, str], stub: Stub, *, asked: bool
-) -> tuple[
-    bool, Literal["the command line", "the configuration", "the annotation", "the stub", ""]
-]:
-    """Whether pages are to come lazily, and who says so.
+) -> bool:
+    """Whether pages are to come lazily: by the configuration, the engine, the container, the stub.
 
     `asked`: the engine itself gave --lazy-pages.
 
@@ -77,16 +74,12 @@ def wants_lazy_pages(
         UsageError: the annotation says neither yes nor no.
     """
     if config.lazy_pages != "annotation":
-        return config.lazy_pages == "always", "the configuration"
+        return config.lazy_pages == "always"
     if asked:
-        return True, "the command line"
+        return True
     word = annotations.get(LAZY_ANNOTATION)
-    if word is not None:
-        if word.lower() not in _YES + _NO:
-            raise UsageError(
-                f'the annotation {LAZY_ANNOTATION} is {word[:100]!r}: "true" or "false"'
-            )
-        return word.lower() in _YES, "the annotation"
-    if stub.lazy_pages is not None:
-        return stub.lazy_pages, "the stub"
-    return False, ""
+    if word is None:
+        return bool(stub.lazy_pages)
+    if word.lower() not in _YES + _NO:
+        raise UsageError(f'the annotation {LAZY_ANNOTATION} is {word[:100]!r}: "true" or "false"')
+    return word.lower() in _YES

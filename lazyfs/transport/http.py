@@ -262,8 +262,8 @@ class Connection:
                 request.headers["Content-Length"] = str(len(form))
             if upload is not None:
                 request.method = upload.method
-                request.body = upload.body  # type: ignore[assignment]  # a file is fine
                 if upload.method != "HEAD":
+                    request.body = upload.body  # type: ignore[assignment]  # a file is fine
                     request.headers["Content-Length"] = str(upload.size_bytes)
             request.headers["Accept-Encoding"] = "identity"
             request.headers["User-Agent"] = f"lazyfs/{__version__}"

@@ -25,7 +25,13 @@ from urllib.parse import quote
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, SourceError
+from lazyfs.ground.errors import (
+    FetchError,
+    IntegrityError,
+    LazyfsError,
+    MalformedError,
+    SourceError,
+)
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.address import Address
@@ -35,7 +41,7 @@ from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.certs import certs_directories, registry_endpoints
 from lazyfs.transport.client import HttpClient, SmallReply, refuse_encoding
 from lazyfs.transport.credentials import Credentials, find_credentials
-from lazyfs.transport.http import Upload
+from lazyfs.transport.http import NotTls, Upload
 from lazyfs.transport.httpblob import HttpBlob
 from lazyfs.transport.place import Health
 from lazyfs.transport.referrers import list_referrers
@@ -268,7 +274,8 @@ class RegistrySource:
                     return
                 errors.append(SourceError(f"{self._host} wants another scheme than plain HTTP"))
             if errors:
-                raise errors[0]
+                speaks_tls = not isinstance(errors[-1], NotTls | FetchError)
+                raise errors[-1 if speaks_tls else 0]
 
     def close(self) -> None:
         """Close connections; those under way close when they end."""

@@ -39,8 +39,10 @@ from .images import (
     write_oci_layout,
 )
 from .incremental import split_dump
+from .podman import Container, Podman
 from .portable import portable_lazyfs
 from .readers import Readers, Tally
+from .recorder import Recorder
 from .registry import Access, Registry
 from .roots import Testbed
 from .session import Session
@@ -59,6 +61,7 @@ __all__ = [
     "REFUSING",
     "Access",
     "Config",
+    "Container",
     "Containerd",
     "ContainerdCheckpoint",
     "CriuError",
@@ -69,9 +72,11 @@ __all__ = [
     "Image",
     "Layer",
     "Pattern",
+    "Podman",
     "PodmanCheckpoint",
     "PushedCheckpoint",
     "Readers",
+    "Recorder",
     "Registry",
     "Restored",
     "Session",

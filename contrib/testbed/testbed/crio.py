@@ -1,9 +1,9 @@
 """What CRI-O does between an image and conmon, done here with the real conmon and runtime.
 
 CRI-O is no package of Debian's, and wants a kubelet's requests. Storage (containers/storage, here
-by podman and buildah), conmon and the OCI runtime are the real ones; a `CrioPod` takes CRI-O's part:
-it makes a sandbox's namespaces, a bundle and a config.json, and calls conmon and the runtime with
-the words, the environment, the descriptors and the cgroup that CRI-O would.
+by podman and buildah), conmon and the OCI runtime are the real ones; a `CrioPod` takes CRI-O's
+part: it makes a sandbox's namespaces, a bundle and a config.json, and calls conmon and the runtime
+with the words, the environment, the descriptors and the cgroup that CRI-O would.
 
 Source: CRI-O v1.36.3: internal/oci/runtime_oci.go (CreateContainer, CheckpointContainer,
 RestoreContainer, runtimeCmd, prepareEnv), internal/lib/checkpoint.go and restore.go,
@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import secrets
 import shutil
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,12 +223,37 @@ class CrioPod:
         return hashes
 
     def restore(self, image: str, name: str = "workload", *, members: int = 1) -> CrioContainer:
-        """Restore a container from a checkpoint image, as StartContainer does after CreateContainer.
+        """Restore a container from a checkpoint image: CreateContainer and StartContainer of CRI.
 
         Raises:
             TestbedError: it failed; the message has what CRI-O would report of it. Nothing of it
                 is left but its files.
         """
+        container = self._import(image, name, members)
+        try:
+            self._conmon(container, self._restored(container), "container restore failed")
+        except TestbedError:
+            container.remove()
+            raise
+        shutil.rmtree(container.folder / "checkpoint")
+        for each in ("rootfs-diff.tar", "stats-dump"):
+            (container.folder / each).unlink(missing_ok=True)
+        for each in ("restore.log", "stats-restore"):
+            (container.bundle / each).unlink(missing_ok=True)
+        return container
+
+    def begin_restore(self, image: str, name: str = "workload") -> subprocess.Popen[str]:
+        """Begin to restore a container; the process prints what conmon answers, if it does."""
+        container = self._import(image, name, 1)
+        words = self.session.command(self._call(container, self._restored(container)))
+        pipe, null = subprocess.PIPE, subprocess.DEVNULL
+        return subprocess.Popen(words, stdin=null, stdout=pipe, stderr=null, text=True)
+
+    def _restored(self, container: CrioContainer) -> list[str]:
+        return ["--restore", f"{_PERSISTENT.format(container.id)}/checkpoint"]
+
+    def _import(self, image: str, name: str, members: int) -> CrioContainer:
+        """Do all of a restore but to call conmon."""
         self.podman("pull", "--quiet", image)
         mounted = self.session.path(self.podman("image", "mount", image))
         spec = json.loads((mounted / "spec.dump").read_text())
@@ -237,7 +263,7 @@ class CrioPod:
         for each in _IMPORTED:
             source, target = mounted / each, container.folder / each
             if source.is_dir():
-                shutil.copytree(source, target)
+                shutil.copytree(source, target, symlinks=True)
             elif source.exists():
                 shutil.copy(source, target)
         self.podman("image", "unmount", image)
@@ -248,17 +274,6 @@ class CrioPod:
         if not (container.folder / "checkpoint/inventory.img").exists():
             raise TestbedError("a complete checkpoint for this container cannot be found")
         (container.bundle / "restore.log").touch()
-        restored = ["--restore", f"{inside}/checkpoint"]
-        try:
-            self._conmon(container, restored, "container restore failed")
-        except TestbedError:
-            container.remove()
-            raise
-        shutil.rmtree(container.folder / "checkpoint")
-        for each in ("rootfs-diff.tar", "stats-dump"):
-            (container.folder / each).unlink(missing_ok=True)
-        for each in ("restore.log", "stats-restore"):
-            (container.bundle / each).unlink(missing_ok=True)
         return container
 
     def runtime_command(self, *words: str, timeout_s: float = 120) -> str:
@@ -278,22 +293,24 @@ class CrioPod:
         return [*words, *more]
 
     def _conmon(self, container: CrioContainer, more: Sequence[str], failure: str) -> None:
+        told = self.session.run(self._call(container, more), timeout_s=300)
+        if not told.strip():
+            raise TestbedError(f"{failure}: conmon said nothing")
+        answer = json.loads(told)
+        if answer.get("pid", -1) == -1:
+            raise TestbedError(f"{failure}: {answer.get('message', '')}")
+
+    def _call(self, container: CrioContainer, more: Sequence[str]) -> list[str]:
+        """Return the words that call conmon as CRI-O does, and print its answer."""
         pipes = {"_OCI_SYNCPIPE": "3", "_OCI_STARTPIPE": "4"}
-        environ = {**self.monitor_env, **_ENVIRONMENT, **pipes}
         asked = {
             "argv": self.conmon_words(container, more),
-            "environ": environ,
+            "environ": {**self.monitor_env, **_ENVIRONMENT, **pipes},
             "cwd": _BUNDLES.format(container.id),
             "cgroup": f"{self.cgroup}/crio-conmon-{container.id}",
             "timeout_s": 240,
         }
-        caller = ["python3", "-IS", "/run/crio-testbed/call", json.dumps(asked)]
-        told = self.session.run(caller, timeout_s=300)
-        if not told.strip():
-            raise TestbedError(f"{failure}: conmon said nothing")
-        answer = json.loads(told)
-        if answer["pid"] == -1 or "pid" not in answer:
-            raise TestbedError(f"{failure}: {answer.get('message', '')}")
+        return ["python3", "-IS", "/run/crio-testbed/call", json.dumps(asked)]
 
     def _environ(self) -> list[str]:
         return [f"{key}={value}" for key, value in {**self.monitor_env, **_ENVIRONMENT}.items()]
@@ -332,7 +349,7 @@ class CrioPod:
             "args": list(args),
             "env": ["PATH=/bin", "TERM=xterm", f"HOSTNAME={self.name}"],
             "cwd": "/",
-            "capabilities": {each: capabilities for each in sets},
+            "capabilities": dict.fromkeys(sets, capabilities),
             "oomScoreAdj": 1000,
         }
         return {

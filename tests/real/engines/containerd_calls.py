@@ -6,36 +6,35 @@ tests/data/engines/containerd.json is that, and test_containerd.py sees that it 
 """
 
 import json
-import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from testbed import Containerd, Registry, Session, Testbed, TestbedError
+from testbed import Containerd, Recorder, Registry, Session, Testbed, TestbedError
 
-from tests.real.engines.recorder import anonymous, calls, install
-
-RECORDS, RECORDER = "/records", "/opt/recorder/runc"
+from tests.real.engines.calls import anonymous, portable
 
 
 class _Steps:
     """`ctr`'s commands on one machine, each with the calls that the shims made."""
 
-    def __init__(self, containerd: Containerd, registry: str, into: list[dict[str, Any]]) -> None:
-        self._containerd, self._into = containerd, into
+    def __init__(
+        self, containerd: Containerd, recorder: Recorder, registry: str, into: list[dict[str, Any]]
+    ) -> None:
+        self._containerd, self._recorder, self._into = containerd, recorder, into
         self._known = {registry: "registry", containerd.session.name: "session"}
 
     def __call__(self, *words: str) -> None:
-        session = self._containerd.session
-        before = len(calls(session, RECORDS))
+        before = len(self._recorder.calls())
         try:
             self._containerd.ctr(*words)
         except TestbedError:
             failed = True
         else:
             failed = False
-        made = [_settled(call) for call in calls(session, RECORDS)[before:]]
+        made = [_settled(call) for call in self._recorder.calls()[before:]]
+        made = [portable(call, self._containerd.session) for call in made]
         step = {"command": ["ctr", *words], "failed": failed, "calls": made}
         self._into.append(anonymous(step, self._known))
 
@@ -48,7 +47,6 @@ def _settled(call: dict[str, Any]) -> dict[str, Any]:
     """
     call["descriptors"].pop("3", None)
     call["environ"].pop("GOMAXPROCS")
-    call["argv"] = [re.sub(r"^(/tmp/\D+)\d+$", r"\1<random>", word) for word in call["argv"]]
     return call
 
 
@@ -62,11 +60,11 @@ def record(testbed: Testbed, work: Path) -> list[dict[str, Any]]:
             Session(testbed, [work], name=name) as session,
             Containerd(session, work / "first.log") as containerd,
         ):
-            install(session, RECORDS, RECORDER, "/usr/sbin/runc")
+            recorder = Recorder(session)
             containerd.import_base(work)
-            binary = ["--runc-binary", RECORDER]
+            binary = ["--runc-binary", recorder.path]
             containerd.run_workload("first", options=binary, changed=False, size_mib=8)
-            step = _Steps(containerd, registry.address, into)
+            step = _Steps(containerd, recorder, registry.address, into)
             step("task", "exec", "--exec-id", "true", "first", "/bin/busybox", "true")
             step("task", "kill", "--signal", "SIGUSR1", "first")
             step("container", "checkpoint", "--image", "--rw", "--task", "first", checkpoint)
@@ -75,26 +73,18 @@ def record(testbed: Testbed, work: Path) -> list[dict[str, Any]]:
             Session(testbed, [work], name=name) as session,
             Containerd(session, work / "second.log") as containerd,
         ):
-            install(session, RECORDS, RECORDER, "/usr/sbin/runc")
+            recorder = Recorder(session)
             containerd.import_base(work)
-            step = _Steps(containerd, registry.address, into)
+            step = _Steps(containerd, recorder, registry.address, into)
             step("content", "fetch", "--plain-http", checkpoint)
             step("container", "restore", "--live", "--rw", "first", checkpoint)
             step("task", "kill", "--signal", "SIGKILL", "first")
             step("task", "rm", "--force", "first")
             step("container", "rm", "first")
-            install_failing(session)
+            Recorder(session, restores_with=3)
             step("container", "restore", "--live", "--rw", "first", checkpoint)
             step("task", "rm", "--force", "first")
     return into
-
-
-def install_failing(session: Session) -> None:
-    """Have the recorder's restores fail from now on, with a word on standard error alone."""
-    script = session.path(RECORDER)
-    fails = 'case " $* " in *" restore "*) echo "it cannot be" >&2; exit 3 ;; esac\n'
-    recorder, last = script.read_text().rsplit("exec", 1)
-    script.write_text(f"{recorder}{fails}exec{last}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What CRI-O has conmon, and conmon its runtime, called with: from a container's run to its restore.
+"""What CRI-O calls conmon with, and conmon its runtime: a container's run and its restore.
 
     python -m tests.real.engines.crio_calls FILE      writes it anew
 
@@ -12,14 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from testbed import CRIO_NAME, Registry, Session, Testbed, buildah_image
+from testbed import CRIO_NAME, Recorder, Registry, Session, Testbed, buildah_image
 from testbed.crio import CrioContainer, CrioPod
 from testbed.podman import Podman
 from testbed.process import run
 
-from tests.real.engines.recorder import anonymous, calls, install
-
-RECORDS, RECORDER = "/records", "/opt/recorder/runc"
+from tests.real.engines.calls import anonymous, portable
 
 
 def push_checkpoint(
@@ -38,34 +36,37 @@ def record(testbed: Testbed, work: Path) -> list[dict[str, Any]]:
     with Registry(testbed, work / "registry") as registry:
         base, checkpoint = f"{registry.address}/base:1", f"{registry.address}/checkpoint:1"
         with Session(testbed, [work], name=name) as session:
-            pod = _pod(session, registry)
+            recorder, pod = _pod(session, registry)
             pod.podman.push_base(work, base)
             container = pod.run(base, size_mib=8)
             pod.checkpoint(container, work / "tree", base)
-            into.append(_step("run, hash, checkpoint", container, []))
+            into.append(_step("run, hash, checkpoint", recorder, container, []))
             push_checkpoint(session, work / "tree", checkpoint)
         with Session(testbed, [work], name=name) as session:
-            container = _pod(session, registry).restore(checkpoint)
+            recorder, pod = _pod(session, registry)
+            container = pod.restore(checkpoint)
             restored = [
                 "--restore",
                 f"/var/lib/containers/storage/overlay-containers/{container.id}",
             ]
             restored[-1] += "/userdata/checkpoint"
             container.remove()
-            into.append(_step("restore, remove", container, restored))
+            into.append(_step("restore, remove", recorder, container, restored))
     return into
 
 
-def _pod(session: Session, registry: Registry) -> CrioPod:
-    install(session, RECORDS, RECORDER, "/usr/sbin/runc")
-    return CrioPod(Podman(session, registries=[registry.address]), runtime=RECORDER)
+def _pod(session: Session, registry: Registry) -> tuple[Recorder, CrioPod]:
+    recorder = Recorder(session)
+    return recorder, CrioPod(Podman(session, registries=[registry.address]), runtime=recorder.path)
 
 
-def _step(what: str, container: CrioContainer, more: list[str]) -> dict[str, Any]:
+def _step(
+    what: str, recorder: Recorder, container: CrioContainer, more: list[str]
+) -> dict[str, Any]:
     pod = container.pod
     known = {container.id: "id", pod.uid: "pod", pod.session.name: "session"}
-    conmon = pod.conmon_words(container, more)
-    step = {"what": what, "conmon": conmon, "calls": calls(pod.session, RECORDS)}
+    made = [portable(call, pod.session) for call in recorder.calls()]
+    step = {"what": what, "conmon": pod.conmon_words(container, more), "calls": made}
     return dict(anonymous(step, known))
 
 

@@ -3,9 +3,10 @@
 A machine is a session of the testbed's root, whose configuration is what contrib/podman says.
 """
 
+import contextlib
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,6 @@ from testbed.podman import Container, Podman
 from testbed.portable import portable_lazyfs
 from testbed.process import last_lines, tree, wait_until
 
-CONFIGURED = """\
-[engine.runtimes]
-runc = ["{bin}/lazyfs-runc"]
-crun = ["{bin}/lazyfs-crun"]
-"""
-"""As in contrib/podman."""
 LOG = "/var/log/lazyfs-runtime.log"
 _RUNTIME = """\
 {policy}
@@ -44,15 +39,11 @@ class Machine:
         self.runtime = runtime
         self.podman = Podman(session, registries=registries, runtime=runtime)
         if wrapped:
-            conf = CONFIGURED.format(bin=self.bin)
-            self.podman.configure("containers.conf.d/50-lazyfs.conf", conf)
-        self.policy()
+            self.policy()
 
     def policy(self, text: str = "") -> None:
         """Write /etc/lazyfs/runtime.toml: these keys, and a log that is asserted to be quiet."""
-        path = self.session.path("/etc/lazyfs/runtime.toml")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(_RUNTIME.format(policy=text, log=LOG))
+        self.podman.put_lazyfs_before(self.bin, _RUNTIME.format(policy=text, log=LOG))
 
     def restore(self, image: str, *options: str, timeout_s: float = 120) -> "Resumed":
         """Pull a checkpoint and restore it, as people do."""
@@ -65,9 +56,7 @@ class Machine:
     def fail_to_restore(self, image: str, *options: str, timeout_s: float = 120) -> str:
         """Run a `podman container restore` that has to fail; return what it says."""
         words = self.podman.command("container", "restore", *options, image)
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, check=False)
         assert done.returncode != 0, done.stdout
         return done.stderr
 
@@ -76,24 +65,19 @@ class Machine:
         self.session.run([self.bin / "lazyfs", "stub", "--plain-http", *options, image, name])
 
     def lazyfs_processes(self) -> list[str]:
-        """Return the command lines of all that runs here and is lazyfs or CRIU."""
+        """Return the command lines of what runs here of lazyfs and CRIU."""
         found = []
         for pid in tree(self.session.pid):
-            try:
-                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except OSError:
-                continue
-            if "lazyfs" in line or "criu" in line:
-                found.append(line)
+            with contextlib.suppress(OSError):
+                program = Path(f"/proc/{pid}/exe").readlink()
+                if program.is_relative_to(self.bin.parent) or program.name == "criu":
+                    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                    found.append(b" ".join(words).decode(errors="replace"))
         return found
 
     def wait_alone(self, timeout_s: float = _END_S) -> None:
         """Wait until nothing of lazyfs or CRIU runs here any more."""
-        wait_until(
-            lambda: not self.lazyfs_processes(),
-            f"the end of {self.lazyfs_processes()}\n{self.log()}",
-            timeout_s,
-        )
+        wait_until(lambda: not self.lazyfs_processes(), "lazyfs is gone", timeout_s)
 
     def log(self, lines: int = 60) -> str:
         """Return the end of what the runtime has logged."""
@@ -121,11 +105,18 @@ class Resumed:
             hashes: of their memory before the checkpoint.
         """
         status = Status(self.container.status.path, len(hashes))
-        status.wait_loop(self.began_s)
+        self.check(status, self.began_s, self.container.ask_hash, hashes)
+
+    @staticmethod
+    def check(
+        status: Status, began_s: float, ask_hash: Callable[[], object], hashes: tuple[str, ...]
+    ) -> None:
+        """Check the same of any workload that was restored at a moment of `time.time()`."""
+        status.wait_loop(began_s)
         last: dict[int, Event] = {}
         first: dict[int, Event] = {}
         for event in status.events("loop"):
-            if event.at_s < self.began_s:
+            if event.at_s < began_s:
                 last[event.member] = event
             else:
                 first.setdefault(event.member, event)
@@ -133,7 +124,7 @@ class Resumed:
         for member, event in last.items():
             goes_on = first[member]
             assert (goes_on.number, goes_on.value) == (event.number + 1, event.value)
-        assert status.wait_hashes(self.container.ask_hash) == hashes
+        assert status.wait_hashes(ask_hash) == hashes
 
 
 @contextmanager
