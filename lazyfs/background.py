@@ -35,7 +35,15 @@ def log_to(path: Path) -> None:
 
 
 def close_inherited(kept: Collection[int]) -> None:
-    """Let go of the caller's descriptors: a lock of its shell must not live as long as we do."""
+    """Let go of the caller's descriptors: a lock of its shell must not live as long as we do.
+
+    Of its log as well, properly: else what is logged went to whatever is opened next.
+    """
+    logger = logging.getLogger("lazyfs")
+    for handler in logger.handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            logger.removeHandler(handler)
+            handler.close()
     for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
         if descriptor > 2 and descriptor not in kept:
             with contextlib.suppress(OSError):

@@ -23,7 +23,8 @@ from lazyfs import fuse
 from lazyfs.activity import Activity
 from lazyfs.address import Address
 from lazyfs.checkpoint.desk import OpenConfig
-from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from lazyfs.checkpoint.follow import open_followed
+from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.control import Answer, Route, Server, as_json, listen
@@ -77,6 +78,10 @@ class MountConfig:
     """What it is mounted for, if only for that: the container or the command."""
     check_with: str | None = None
     """The CRIU that will restore it: `Ready` is to tell all that would keep it from that."""
+    source_name: str | None = None
+    """What mountinfo shows as the mount's source; None: the reference, pinned."""
+    noexec: bool = False
+    """Whether nobody may execute a file of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +95,8 @@ class Ready:
     """What may keep it from being restored here, as far as the annotations tell."""
     findings: "tuple[Finding, ...]" = ()
     """What `inspect --check` says, if that was asked for."""
+    stub: str | None = None
+    """The stub that was asked for, if what is mounted is what it stands for."""
 
 
 async def serve_mount(
@@ -117,7 +124,7 @@ async def _serve(
     config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None], notifier: Notifier
 ) -> None:
     is_image = config.view == "image"
-    async with open_checkpoint(config.reference, config.open, unpack=is_image) as checkpoint:
+    async with open_followed(config.reference, config.open, unpack=is_image) as checkpoint:
         view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
         try:
             async with trio.open_nursery() as nursery:
@@ -289,8 +296,9 @@ class _Mount:
             fuse.attach(
                 self._operations,
                 str(config.directory),
-                self._checkpoint.reference,
+                config.source_name or self._checkpoint.reference,
                 allow_other=os.geteuid() == 0,
+                noexec=config.noexec,
             )
 
     async def _announce(self, on_ready: Callable[[Ready], None], nursery: trio.Nursery) -> None:
@@ -314,7 +322,8 @@ class _Mount:
         findings: tuple[Finding, ...] = ()
         if config.check_with is not None:
             findings = await doubts.check(checkpoint, config.check_with)
-        on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages), findings))
+        messages = tuple(doubts.messages)
+        on_ready(Ready(checkpoint.reference, directory, messages, findings, checkpoint.stub))
         self._notifier.tell(READY="1")
         nursery.start_soon(self._notifier.keep_telling, self._describe)
         if config.check_with is None:

@@ -51,6 +51,7 @@ class MountState:
         poison = checkpoint.poison
         return {
             "reference": checkpoint.reference,
+            "stub": checkpoint.stub,
             "directory": str(self.directory),
             "view": self.view,
             "restores": self.restores and self.restores[:_TEXT_MOST],

@@ -15,8 +15,14 @@ from lazyfs.address import Address, parse_address
 from lazyfs.background import log_to
 from lazyfs.checkpoint.reference import parse_reference
 from lazyfs.cli.daemon import run_detached
-from lazyfs.cli.opening import proof_bar
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
+from lazyfs.cli.opening import proof_bar, stub_line
+from lazyfs.cli.options import (
+    REFERENCE_HELP,
+    SourceOptions,
+    follow_option,
+    source_options,
+    verbose_option,
+)
 from lazyfs.cli.text import printable
 from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
@@ -71,7 +77,10 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
     "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
 )
+@click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
+@click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
 @source_options
+@follow_option
 def mount_command(
     reference: str,
     directory: Path,
@@ -81,6 +90,8 @@ def mount_command(
     replace: bool,
     metrics: str | None,
     lazy_pages: Path | None,
+    source_name: str | None,
+    noexec: bool,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -106,7 +117,18 @@ def mount_command(
         directory = mountpoint.real(directory)
     if lazy_pages is not None:
         lazy_pages = lazy_pages.absolute()
-    job = _Job(reference, directory, view, descriptor, replace, served_at, lazy_pages, source)
+    job = _Job(
+        reference,
+        directory,
+        view,
+        descriptor,
+        replace,
+        served_at,
+        lazy_pages,
+        source_name,
+        noexec,
+        source,
+    )
     if foreground:
         notifier = Notifier(os.environ)
         if log_file is not None:
@@ -144,6 +166,8 @@ class _Job:
     replace: bool
     metrics: Address | None
     lazy_pages: Path | None
+    source_name: str | None
+    noexec: bool
     source: SourceOptions
 
 
@@ -162,7 +186,14 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
 
     source, directory = job.source, job.directory
     cache = source.cache()
-    opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
+    opening = OpenConfig(
+        cache,
+        source.transport,
+        source.content,
+        source.referrers,
+        proof_bar(),
+        source.shows_stubs,
+    )
     config = MountConfig(
         job.reference,
         directory,
@@ -173,12 +204,16 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         job.metrics,
         job.lazy_pages,
         guard,
+        source_name=job.source_name,
+        noexec=job.noexec,
     )
 
     is_ready = False
 
     def tell(ready: "Ready") -> None:
         nonlocal is_ready
+        if ready.stub is not None:
+            click.echo(printable(stub_line(ready.stub, ready.reference)), err=True)
         for warning in ready.warnings:
             click.echo(f"lazyfs: it may not restore here: {printable(warning)}", err=True)
         try:

@@ -4,7 +4,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
@@ -42,6 +42,8 @@ class SourceOptions:
     referrers: Literal["auto", "always", "never"]
     cache_kind: Literal["disk", "memory"] = "disk"
     cache_limit: Limit = CACHE_LIMIT
+    shows_stubs: bool = False
+    """Whether a stub is taken for what it is."""
 
     def cache(self) -> "Cache":
         """Return where fetched bytes are to be kept; on disk there is a directory then.
@@ -229,6 +231,22 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         return command(*args, source=source, **kwargs)
 
     return with_source
+
+
+def follow_option(command: Callable[..., _R]) -> Callable[..., _R]:
+    """Give a command `--no-follow`, below `source_options`, as a part of its `source`."""
+
+    @click.option(
+        "--no-follow",
+        "shows_stubs",
+        is_flag=True,
+        help="Take a stub (lazyfs stub) for what it is, instead of the checkpoint that it names.",
+    )
+    @functools.wraps(command)
+    def with_follow(*args: Any, source: SourceOptions, shows_stubs: bool, **kwargs: Any) -> _R:
+        return command(*args, source=replace(source, shows_stubs=shows_stubs), **kwargs)
+
+    return with_follow
 
 
 def _mirrors(context: click.Context, parameter: click.Parameter, value: str) -> str:

@@ -20,10 +20,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lazyfs.checkpoint.stub import LARGEST_MARKER_BYTES, MARKER, read_stub, real_reference
 from lazyfs.ground.errors import (
     LazyfsError,
-    MalformedError,
     NotACheckpoint,
     UsageError,
 )
@@ -178,13 +176,8 @@ class _Keeper:
         """Mount the checkpoint, or the one that a stub stands for; look at what keeps it."""
         plan = self._plan
         served = self._serve(stack, plan.reference)
-        real = self._watch.look(served, _stands_for)
-        if real is not None:
-            self._watch.tell(event="stub", reference=served.reference, real=real)
-            served.end()
-            served = self._serve(stack, real)
-            if self._watch.look(served, _stands_for) is not None:
-                raise NotACheckpoint(f"{real} is a stub too; a stub has to name a whole checkpoint")
+        if served.stub is not None:
+            self._watch.tell(event="stub", reference=served.stub, real=served.reference)
         self._watch.figures["reference"] = served.reference
         self._watch.figures["images_directory"] = served.images_directory
         self._warnings += served.warnings
@@ -354,21 +347,6 @@ class _Keeper:
             lazy.end()
         self._end_mount(served)
         reap()
-
-
-def _stands_for(images: Path) -> str | None:
-    """Return the image that a stub names; None if it is none.
-
-    Raises:
-        MalformedError: its marker is wrong.
-    """
-    try:
-        with (images / MARKER).open("rb") as file:
-            return str(real_reference(read_stub(file.read(LARGEST_MARKER_BYTES + 1))))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise MalformedError(f"{MARKER} cannot be read: {error.strerror}") from None
 
 
 def _pages_bytes(images: Path) -> int | None:

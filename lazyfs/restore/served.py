@@ -73,6 +73,8 @@ class Served:
         It must not be killed before them."""
         self.reference = str(told["reference"])
         """Pinned by digest where it has one."""
+        self.stub: str | None = told["stub"]
+        """The stub that was asked for, if this is what it stands for."""
         self.images_directory = str(told["images_directory"])
         """Where in the checkpoint it is."""
         self.warnings: tuple[str, ...] = tuple(told["warnings"])
@@ -276,6 +278,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
         nonlocal is_ready
         words = {
             "reference": ready.reference,
+            "stub": ready.stub,
             "images_directory": ready.images_directory,
             "warnings": ready.warnings,
             "guard_pid": guard.pid if guard is not None else 0,

@@ -18,7 +18,7 @@ from typing import Protocol, Self
 
 from lazyfs.ground.errors import FetchError, SourceError
 from lazyfs.ground.settings import TransportSettings
-from lazyfs.transport.http import ClosedEarly, Connection, context_for
+from lazyfs.transport.http import ClosedEarly, Connection, Upload, context_for
 from lazyfs.transport.local import LocalGuard
 from lazyfs.transport.proxies import proxy_for
 from lazyfs.transport.tls import Endpoints, TlsConfig, plain_endpoint
@@ -237,6 +237,38 @@ class HttpClient:
         """
         return _read_whole(self._ask_once(url, headers, None, led_by, form), limit_bytes)
 
+    def send(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        upload: Upload,
+        authorizer: Authorizer,
+        *,
+        led_by: Origin | None = None,
+    ) -> SmallReply:
+        """Do what `upload` says and return the answer, of its body at most 64 KiB.
+
+        A redirect is followed for a HEAD alone. A 401 or 403 is answered once, as by `open`; a
+        file is then sent again from where it stood.
+
+        Raises:
+            FetchError: as `get`.
+            SourceError: as `get`.
+        """
+        origin = origin_of(url)
+        sent = authorizer.authorization(origin)
+        start = 0 if isinstance(upload.body, bytes) else upload.body.tell()
+        reply = self._send(url, headers, upload, sent, led_by)
+        challenge = reply.headers.get("WWW-Authenticate")
+        refused = reply.status in _REFUSALS and origin_of(reply.url) == origin
+        if refused and not (challenge is None and sent is None):
+            renewed = authorizer.renew(origin, challenge, sent)
+            if renewed is not None:
+                if not isinstance(upload.body, bytes):
+                    upload.body.seek(start)
+                reply = self._send(url, headers, upload, renewed, led_by)
+        return reply
+
     def give_back(self, connection: Connection, *, clean: bool) -> None:
         """Take a connection back, to be used again if its last answer was read to the end."""
         if clean:
@@ -258,16 +290,32 @@ class HttpClient:
         for each in connections:
             each.close()
 
+    def _send(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        upload: Upload,
+        authorization: str | None,
+        led_by: Origin | None,
+    ) -> SmallReply:
+        if upload.method == "HEAD":
+            reply = self._follow(url, headers, authorization, led_by, upload)
+        else:
+            reply = self._ask_once(url, headers, authorization, led_by, upload=upload)
+        with reply:
+            return SmallReply(reply.url, reply.status, reply.headers, reply.discard())
+
     def _follow(
         self,
         url: str,
         headers: Mapping[str, str],
         authorization: str | None,
         led_by: Origin | None,
+        upload: Upload | None = None,
     ) -> Reply:
         asked = url
         for _ in range(_HOPS_MOST + 1):
-            reply = self._ask_once(url, headers, authorization, led_by)
+            reply = self._ask_once(url, headers, authorization, led_by, upload=upload)
             if reply.status not in _REDIRECTS:
                 return reply
             reply.discard()
@@ -286,8 +334,11 @@ class HttpClient:
         authorization: str | None,
         led_by: Origin | None,
         form: bytes | None = None,
+        upload: Upload | None = None,
     ) -> Reply:
         origin = origin_of(url)
+        body = b"" if upload is None else upload.body
+        start = 0 if isinstance(body, bytes) else body.tell()
         self._guard.check(origin, origin.host, led_by)
 
         def judge(peer: str) -> None:
@@ -303,8 +354,15 @@ class HttpClient:
             try:
                 if connection.peer is not None:
                     judge(connection.peer)
+                if not isinstance(body, bytes):
+                    body.seek(start)
                 answer = connection.ask(
-                    url, headers, form=form, proxy=self._proxies[origin], on_peer=judge
+                    url,
+                    headers,
+                    form=form,
+                    upload=upload,
+                    proxy=self._proxies[origin],
+                    on_peer=judge,
                 )
             except BaseException as error:
                 connection.close()

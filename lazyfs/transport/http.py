@@ -18,8 +18,9 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import requests
 import urllib3
@@ -32,7 +33,7 @@ from lazyfs import __version__
 from lazyfs.ground.errors import FetchError, LazyfsError, SourceError, UnknownHost
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
-from lazyfs.transport.tls import TlsConfig
+from lazyfs.transport.tls import TlsConfig, machine_bundle
 from lazyfs.transport.urls import Origin, origin_of, shown
 from lazyfs.transport.wake import blocks_on
 
@@ -56,6 +57,16 @@ class NotTls(SourceError):
 
 class ClosedEarly(FetchError):
     """The connection was closed before any answer; on one that was idle, that is nobody's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A request that is no GET, and what goes with it."""
+
+    method: Literal["HEAD", "POST", "PUT"]
+    body: bytes | BinaryIO = b""
+    """A file is read from where it stands to its end."""
+    size_bytes: int = 0
 
 
 class _Gate:
@@ -220,10 +231,13 @@ class Connection:
         headers: Mapping[str, str],
         *,
         form: bytes | None = None,
+        upload: Upload | None = None,
         proxy: str | None = None,
         on_peer: Callable[[str], None] = lambda peer: None,
     ) -> tuple[int, Mapping[str, str]]:
-        """GET `url`, or POST `form` to it, and return status and headers; `receive` the body.
+        """GET `url`, or POST `form` to it, or do what `upload` says; return status and headers.
+
+        `receive` the body.
 
         `on_peer` is told the address when a connection is made to it, before a byte is sent, and
         may raise; not where a proxy is on the way.
@@ -246,6 +260,11 @@ class Connection:
                 request.method = "POST"
                 request.body = form
                 request.headers["Content-Length"] = str(len(form))
+            if upload is not None:
+                request.method = upload.method
+                if upload.method != "HEAD":
+                    request.body = upload.body  # type: ignore[assignment]  # a file is fine
+                    request.headers["Content-Length"] = str(upload.size_bytes)
             request.headers["Accept-Encoding"] = "identity"
             request.headers["User-Agent"] = f"lazyfs/{__version__}"
             self._response = self._session.send(
@@ -302,7 +321,8 @@ def context_for(tls: TlsConfig) -> ssl.SSLContext:
     context = ssl.create_default_context()
     paths = ssl.get_default_verify_paths()
     if paths.cafile is None and paths.capath is None:
-        context.load_verify_locations(requests.certs.where())  # a machine without a trust store
+        # a machine without a trust store, or an OpenSSL that looks for it elsewhere
+        context.load_verify_locations(machine_bundle() or requests.certs.where())
     tls.apply(context)
     return context
 
