@@ -147,7 +147,8 @@ _ADVICE = (
         "with --libdir",
     ),
     (
-        r"Can't open images|Couldn't open image dir|Can't open dir|Unable to open inventory|inventory.*[Ee]mpty|"
+        r"Can't open images|Couldn't open image dir|Can't open dir|Unable to open inventory|"
+        r"inventory.*[Ee]mpty|"
         r"Can't open .*inventory",
         "the images directory cannot be opened: where restoring is confined (a container, another "
         "mount namespace), /proc must be that of lazyfs' pid namespace",

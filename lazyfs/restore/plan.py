@@ -37,6 +37,8 @@ class Plan:
     container: Container | None = None
     """None: CRIU is called itself."""
     lazy_pages: bool = False
+    pages_by_criu: bool = False
+    """With `lazy_pages`: have `criu lazy-pages` bring the memory, not the mount's own daemon."""
     work_dir: Path | None = None
     """Where CRIU works; None: in a fresh directory, which is removed on success."""
     extra: tuple[str, ...] = ()

@@ -18,6 +18,7 @@ from lazyfs.ground.errors import LazyfsError
 from lazyfs.mountpoint import check_fuse
 from tests.real.checkpoints import Checkpoint
 from tests.real.faults.ledger import Ledger, ledger_of, report
+from tests.real.movers import Mover
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SWEEP = """
@@ -68,7 +69,7 @@ class Store:
         """Its `host:port`."""
         return self.registry.address
 
-    def push(self, repository: str, checkpoint: Checkpoint) -> str:
+    def push(self, repository: str, checkpoint: "Checkpoint | Mover") -> str:
         """Push a checkpoint's layer as it is, uncompressed; return `repository:tag`."""
         layer = Layer(checkpoint.layer)
         push_oci_image(self.address, repository, "1", [layer])

@@ -19,7 +19,11 @@ from tests.real.restoring import Restorer, alive
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180), pytest.mark.usefixtures("adopting")]
 
 MIB = 1 << 20
-lazily = pytest.mark.parametrize("lazy", [(), ("--lazy-pages",)], ids=["eager", "lazy-pages"])
+lazily = pytest.mark.parametrize(
+    "lazy",
+    [(), ("--lazy-pages",), ("--lazy-pages", "--pages-by=criu")],
+    ids=["eager", "lazy-pages", "criu lazy-pages"],
+)
 
 
 @pytest.fixture(scope="module")

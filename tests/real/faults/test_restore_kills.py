@@ -24,7 +24,8 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(600), pytest.mark.usefixture
 
 MIB = 1 << 20
 RATE_BYTES_S = 24 * MIB
-_KILLS = 20
+_KILLS = 21
+_WAYS = ([], ["--lazy-pages"], ["--lazy-pages", "--pages-by=criu"])
 _EARLY_SHARE = 0.4
 """Of the kills: at any time; the others while bytes arrive."""
 
@@ -44,7 +45,7 @@ def test_no_kill_leaves_anything_behind(
         reference = f"{weather.address}/{image}"
         whole_s = _live(Restorer(testbed, work / "whole"), reference, dumped)
         for number in range(_KILLS):
-            lazy = ["--lazy-pages"] if number % 2 else []
+            lazy = _WAYS[number % len(_WAYS)]
             restorer = Restorer(testbed, work / str(number))
             dumped.rewind()
             sent = weather.sent_bytes.total()

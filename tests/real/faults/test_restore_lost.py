@@ -17,7 +17,11 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(180), pytest.mark.usefixture
 
 MIB = 1 << 20
 SLOW_BYTES_S = 12 * MIB
-lazily = pytest.mark.parametrize("lazy", [(), ("--lazy-pages",)], ids=["eager", "lazy-pages"])
+lazily = pytest.mark.parametrize(
+    "lazy",
+    [(), ("--lazy-pages",), ("--lazy-pages", "--pages-by=criu")],
+    ids=["eager", "lazy-pages", "criu lazy-pages"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,9 @@ def test_a_lazy_pages_daemon_that_is_killed_leaves_no_task_with_pages_of_zeros(
     store: Store, image: str, dumped: Checkpoint, restorer: Restorer
 ) -> None:
     with Weather(store.address, rate_bytes_s=SLOW_BYTES_S) as weather:
-        words = restorer.words(f"{weather.address}/{image}", "--lazy-pages", "--json")
+        words = restorer.words(
+            f"{weather.address}/{image}", "--lazy-pages", "--pages-by=criu", "--json"
+        )
         process = restorer.start(words)
         weather.wait_sent(12 * MIB)
         (daemon,) = wait_until(
