@@ -72,6 +72,13 @@ _LOG_NAME_MOST_BYTES = 200
 )
 @click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
 @click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
+@click.option(
+    "--lazy-pages",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="WORK_DIR",
+    help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
+    "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
+)
 @source_options
 @follow_option
 def mount_command(
@@ -84,6 +91,7 @@ def mount_command(
     metrics: str | None,
     source_name: str | None,
     noexec: bool,
+    lazy_pages: Path | None,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -107,8 +115,19 @@ def mount_command(
     if descriptor is None:
         mountpoint.check(directory, replace=replace)
         directory = mountpoint.real(directory)
+    if lazy_pages is not None:
+        lazy_pages = lazy_pages.absolute()
     job = _Job(
-        reference, directory, view, descriptor, replace, served_at, source_name, noexec, source
+        reference=reference,
+        directory=directory,
+        view=view,
+        descriptor=descriptor,
+        replace=replace,
+        metrics=served_at,
+        source_name=source_name,
+        noexec=noexec,
+        lazy_pages=lazy_pages,
+        source=source,
     )
     if foreground:
         notifier = Notifier(os.environ)
@@ -148,11 +167,17 @@ class _Job:
     metrics: Address | None
     source_name: str | None
     noexec: bool
+    lazy_pages: Path | None
     source: SourceOptions
 
 
 def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | None" = None) -> int:
     """Import what a mount needs (after the fork: the caller does not), and live its life."""
+    guard = None
+    if job.lazy_pages is not None:
+        from lazyfs.lazypages.guard import Guard
+
+        guard = Guard.start()
     import trio
 
     from lazyfs.checkpoint.desk import OpenConfig
@@ -177,6 +202,8 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         job.descriptor,
         job.replace,
         job.metrics,
+        job.lazy_pages,
+        guard,
         source_name=job.source_name,
         noexec=job.noexec,
     )

@@ -55,6 +55,8 @@ class Job:
     """What it is for, as `lazyfs status` shows it: a container's name or id."""
     check_with: str | None = None
     """The CRIU that will restore it, for `Served.findings`; None: they are not looked for."""
+    lazy_pages: Path | None = None
+    """The work directory of a restore with lazy pages, which the daemon is to serve."""
 
 
 class Served:
@@ -66,6 +68,9 @@ class Served:
         self._pidfd = os.pidfd_open(pid)
         self.pid = pid
         """The daemon's; it is our child."""
+        self.guard_pid = int(told["guard_pid"])
+        """Of who kills the tasks that wait for memory if the daemon is killed; 0 if there is none.
+        It must not be killed before them."""
         self.reference = str(told["reference"])
         """Pinned by digest where it has one."""
         self.stub: str | None = told["stub"]
@@ -257,6 +262,11 @@ def _live(job: Job, place: Place, telling: int, watching: int) -> None:
 
 def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
     """Mount and serve to the end; return the daemon's exit code."""
+    guard = None
+    if job.lazy_pages is not None:
+        from lazyfs.lazypages.guard import Guard
+
+        guard = Guard.start()
     import trio
 
     from lazyfs.ground.errors import raise_sole_error
@@ -271,6 +281,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
             "stub": ready.stub,
             "images_directory": ready.images_directory,
             "warnings": ready.warnings,
+            "guard_pid": guard.pid if guard is not None else 0,
             "findings": [asdict(each) for each in ready.findings],
         }
         try:
@@ -302,6 +313,8 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
             descriptor=place.fuse if place.fuse >= 0 else None,
             restores=job.restores,
             check_with=job.check_with,
+            lazy_pages=job.lazy_pages,
+            guard=guard,
         )
         trio.run(main)
     except LazyfsError as error:

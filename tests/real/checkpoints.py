@@ -51,7 +51,7 @@ class Checkpoint:
         """The size of the layer."""
         return self.layer.stat().st_size
 
-    def restore(self, images_dir: Path, work: Path, *, lazy_pages: bool = False) -> Restored:
+    def restore(self, images_dir: Path, work: Path, *, lazy_pages: bool | Path = False) -> Restored:
         """Restore it from a mount."""
         self.rewind()
         return restore(

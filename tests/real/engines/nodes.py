@@ -13,7 +13,7 @@ from testbed.process import children
 
 from tests.real.engines.machines import Machine, machine
 
-WRAPPER = "/usr/local/bin/lazyfs-runc"
+WRAPPER = "/opt/lazyfs/bin/lazyfs-runc"
 """As in contrib/containerd and contrib/cri-o."""
 
 

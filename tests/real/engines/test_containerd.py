@@ -4,13 +4,16 @@ import json
 import os
 import signal
 import time
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from testbed import Testbed, Weather
+from testbed import Layer, Testbed, Weather, push_oci_image
+from testbed.engines import STATUS, write_base
 from testbed.process import wait_until
+from testbed.workload import workload_options
 
 from tests.real.conftest import Store
 from tests.real.engines.containerd_calls import record
@@ -20,8 +23,10 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
 _RECORDED = Path(__file__).parents[2] / "data/engines/containerd.json"
 _SIZE_MIB, _CHILDREN = 32, 1
+_CONTRIB = Path(__file__).parents[3] / "contrib/containerd"
 _SLOW_BYTES_S = 4 << 20
 _OPT_RUNC = "/opt/containerd/bin/runc"
+_WORK = "/var/lib/containers/containerd/io.containerd.runtime.v2.task/default"
 _CHECKPOINTS = "/tmp"  # where containerd unpacks them
 
 
@@ -62,6 +67,12 @@ def stub(store: Store, made: _Made) -> str:
     return f"{store.address}/{made.repository}:wrapped-stub"
 
 
+def _commands(readme: str) -> list[str]:
+    """Return the commands of a README's section about ctr."""
+    section = readme.partition("## ctr")[2].partition("\n## ")[0]
+    return [line.strip()[2:] for line in section.splitlines() if line.strip()[:2] in ("$ ", "# ")]
+
+
 def test_containerd_calls_its_runtime_as_was_recorded(testbed: Testbed, work: Path) -> None:
     assert record(testbed, work) == json.loads(_RECORDED.read_text())
 
@@ -77,6 +88,60 @@ def test_a_stub_goes_on_where_its_container_was(
     unpacked = list(here.here.session.path(_CHECKPOINTS).glob("ctrd-checkpoint*/*"))
     assert unpacked
     assert sum(path.lstat().st_size for path in unpacked) < 1 << 20
+    log = here.here.session.path(f"{_WORK}/workload/restore.log").read_text(errors="replace")
+    assert ("uffd" in log) == (lazy_pages == "always")
+
+
+def test_the_readme_does_what_it_says(store: Store, shelf: Path, made: _Made, here: Node) -> None:
+    """The lines are run as they stand, but for the registry, and what keeps the testbed tidy."""
+    commands = _commands((_CONTRIB / "README.md").read_text())
+    assert len(commands) == 9
+    place = f"{store.address}/{made.repository}-readme"
+    write_base(store.testbed, shelf / "readme.tar")
+    push_oci_image(
+        store.address, f"{made.repository}-readme/web", "1", [Layer(shelf / "readme.tar")]
+    )
+    here.containerd.ctr("image", "pull", "--plain-http", f"{place}/web:1")
+    words = workload_options(Path(STATUS), size_mib=8)
+    changes = {
+        "registry.example": place,
+        "ctr run": f"ctr run --null-io --cgroup /{made.cgroup}/web",
+        "web:1 web": "web:1 web /workload " + " ".join(words),
+        "ctr image push": "ctr image push --plain-http",
+        "ctr image pull": "ctr image pull --plain-http",
+        "ctr content fetch": "ctr content fetch --plain-http",
+        "lazyfs stub": f"{here.here.bin}/lazyfs stub --plain-http",
+    }
+    for command in commands:
+        changed = command
+        for written, run in changes.items():
+            if not (written == "web:1 web" and "ctr run" not in command):
+                changed = changed.replace(written, run)
+        if "container restore" in command:
+            here.containerd.task("web").remove()
+            began_s = time.time()
+        here.here.session.run(["sh", "-ec", changed])
+        if "ctr run" in command:
+            here.containerd.task("web").status.wait_loop()
+    here.containerd.task("web").status.wait_loop(began_s)
+
+
+def test_the_drop_in_is_understood(store: Store, here: Node) -> None:
+    folder = here.here.session.path("/etc/containerd/conf.d")
+    folder.mkdir(parents=True)
+    (folder / "lazyfs.toml").write_text((_CONTRIB / "lazyfs.toml").read_text())
+    main = 'version = 2\nimports = ["/etc/containerd/conf.d/*.toml"]\n'
+    (folder.parent / "config.toml").write_text(main)
+    dumped = tomllib.loads(here.here.session.run(["containerd", "config", "dump"]))
+    cri = dumped["plugins"]["io.containerd.grpc.v1.cri"]
+    handler = cri["containerd"]["runtimes"]["lazyfs"]
+    assert handler["options"]["BinaryName"] == WRAPPER
+    assert handler["runtime_type"] == "io.containerd.runc.v2"
+    assert handler["pod_annotations"] == ["io.lazyfs.*"]
+    newer = tomllib.loads((_CONTRIB / "lazyfs-2.toml").read_text())
+    newer_cri = newer["plugins"]["io.containerd.cri.v1.runtime"]
+    newer_handler = newer_cri["containerd"]["runtimes"]["lazyfs"]
+    assert newer_handler["options"]["BinaryName"] == WRAPPER
 
 
 def test_a_runc_before_all_others_restores_what_names_no_runtime(

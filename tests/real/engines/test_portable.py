@@ -60,6 +60,30 @@ def test_its_mount_helper_is_called_by_mount(session: Session) -> None:
     session.run(["umount", "/mnt/sample"])
 
 
+_AS_NOBODY = """
+mknod -m 666 /run/fuse c 10 229
+mount --bind /run/fuse /dev/fuse
+mkdir -p /home/nobody/mnt
+chown -R nobody /home/nobody
+ln -sf ../proc/self/mounts /etc/mtab
+ln -s /opt/lazyfs/bin/mount.lazyfs /sbin/
+echo "oci:$1 /home/nobody/mnt lazyfs user,noauto,cache-dir=/home/nobody/cache 0 0" >> /etc/fstab
+exec setpriv --reuid=nobody --regid=nogroup --clear-groups sh -euc '
+    export HOME=/home/nobody
+    mount /home/nobody/mnt
+    findmnt -n -o OPTIONS /home/nobody/mnt
+    ls /home/nobody/mnt
+    umount /home/nobody/mnt
+'
+"""
+
+
+def test_fstab_lets_a_user_mount_and_unmount(session: Session) -> None:
+    options, *names = session.run(["sh", "-euc", _AS_NOBODY, "sh", SAMPLE]).split()
+    assert {"ro", "noexec", "nosuid", "nodev", "user_id=65534"} <= set(options.split(","))
+    assert "inventory.img" in names
+
+
 def test_its_processes_are_called_lazyfs_and_hold_nothing_of_the_machines(session: Session) -> None:
     session.run(["mkdir", "/mnt/sample"])
     session.run(["lazyfs", "mount", f"oci:{SAMPLE}", "/mnt/sample"])

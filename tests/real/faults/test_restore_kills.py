@@ -3,14 +3,12 @@
 And what is left of a restore that had ended well by then is intact.
 """
 
-import ctypes
 import os
 import random
 import signal
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,22 +20,14 @@ from tests.real.checkpoints import Checkpoint, checkpoint
 from tests.real.conftest import Store
 from tests.real.restoring import Restorer, alive
 
-pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600), pytest.mark.usefixtures("adopting")]
 
 MIB = 1 << 20
 RATE_BYTES_S = 24 * MIB
-_PR_SET_CHILD_SUBREAPER = 36
-_KILLS = 20
+_KILLS = 21
+_WAYS = ([], ["--lazy-pages"], ["--lazy-pages", "--pages-by=criu"])
 _EARLY_SHARE = 0.4
 """Of the kills: at any time; the others while bytes arrive."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _adopting() -> Iterator[None]:
-    libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-    yield
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def test_no_kill_leaves_anything_behind(
         reference = f"{weather.address}/{image}"
         whole_s = _live(Restorer(testbed, work / "whole"), reference, dumped)
         for number in range(_KILLS):
-            lazy = ["--lazy-pages"] if number % 2 else []
+            lazy = _WAYS[number % len(_WAYS)]
             restorer = Restorer(testbed, work / str(number))
             dumped.rewind()
             sent = weather.sent_bytes.total()
