@@ -1,4 +1,4 @@
-"""The command `lazyfs`, also as `python -m lazyfs`."""
+"""The command `lazyfs`, also as `python -m lazyfs`; and mount(8)'s helper `mount.lazyfs`."""
 
 import os
 import sys
@@ -15,6 +15,14 @@ def main() -> None:
     except KeyboardInterrupt:  # what a command itself does with it, `run` decides
         sys.exit(_INTERRUPTED)
     sys.exit(run(sys.argv[1:]))
+
+
+def mount_helper() -> None:
+    """Do what mount(8) asks for and exit with a code of its own."""
+    _open_standard_descriptors()
+    from lazyfs.cli.mount_helper import run_helper
+
+    sys.exit(run_helper(sys.argv[1:]))
 
 
 def _open_standard_descriptors() -> None:

@@ -305,9 +305,14 @@ class _Undelivered(logging.Handler):
 
 
 def attach(
-    operations: CheckpointOperations, mountpoint: str, name: str, *, allow_other: bool
+    operations: CheckpointOperations,
+    mountpoint: str,
+    name: str,
+    *,
+    allow_other: bool,
+    noexec: bool = False,
 ) -> None:
-    """Mount; requests are served once `serve` runs.
+    """Mount; requests are served once `serve` runs. `name` is what mountinfo calls its source.
 
     Raises:
         LazyfsError: the kernel or fusermount3 refuses.
@@ -319,8 +324,11 @@ def attach(
         "noatime",
         "default_permissions",
         f"subtype={FUSE_SUBTYPE}",
-        f"fsname={name.replace(',', '_')}",
+        # libfuse, lib/fuse_opt.c: a backslash before what separates options
+        "fsname=" + name.replace("\\", "\\\\").replace(",", "\\,"),
     }
+    if noexec:
+        options.add("noexec")
     if allow_other:
         options.add("allow_other")
     logging.getLogger("pyfuse3").addHandler(_Undelivered(operations))

@@ -22,6 +22,7 @@ import argparse
 import compileall
 import contextlib
 import ctypes
+import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -111,6 +112,7 @@ def build(tree: Path) -> None:
     strip(tree)
     write_scripts(tree, project)
     compile_all(tree)
+    (tree / "VERSION").write_text(f"{version_of(tree)}\n")
     for path in sorted(tree.rglob("*")):
         if not path.is_symlink():
             path.chmod(0o555 if path.is_dir() or path.stat().st_mode & 0o100 else 0o444)
@@ -236,6 +238,18 @@ def compile_all(tree: Path) -> None:
         fail("some modules cannot be compiled")
 
 
+def version_of(tree: Path) -> str:
+    """Return lazyfs's version and a digest of all that is in the tree: one name, one content."""
+    digest = hashlib.sha256()
+    for path in sorted(tree.rglob("*")):
+        name = str(path.relative_to(tree))
+        if path.is_file():
+            content = path.read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode(errors="surrogateescape") + content)
+    found = re.search(r'__version__ = "([^"]+)"', (CLONE / "lazyfs" / "__init__.py").read_text())
+    return f"{found[1] if found else '0'}-{digest.hexdigest()[:12]}"
+
+
 def check(tree: Path) -> None:
     """Import everything within the tree, and see that nothing came from outside it.
 
@@ -259,11 +273,9 @@ def report(tree: Path) -> None:
     """Say how large it is, and how long it takes to say its version beside the original."""
     total = sum(path.lstat().st_size for path in tree.rglob("*") if not path.is_dir())
     print(f"{tree}: {total / 1e6:.1f} MB, Python {sys.version.split()[0]}")
-    beside = Path(sys.executable).parent / "lazyfs"
-    for path in (tree / "bin" / "lazyfs", beside):
-        if path.exists():
-            least = min(_seconds([path, "--version"]) for _ in range(5))
-            print(f"{path} --version: {least * 1e3:.0f} ms (the least of five)")
+    for path in (tree / "bin" / "lazyfs", Path(sys.executable).parent / "lazyfs"):
+        if path.exists() and (taken := [_seconds([path, "--version"]) for _ in range(5)]):
+            print(f"{path} --version: {min(taken) * 1e3:.0f} ms (the least of five)")
 
 
 def run(words: Iterable[str | Path]) -> str:

@@ -70,6 +70,15 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
     "read them: 127.0.0.1 is best.",
 )
+@click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
+@click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
+@click.option(
+    "--lazy-pages",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="WORK_DIR",
+    help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
+    "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
+)
 @source_options
 @follow_option
 def mount_command(
@@ -80,6 +89,9 @@ def mount_command(
     log_file: Path | None,
     replace: bool,
     metrics: str | None,
+    source_name: str | None,
+    noexec: bool,
+    lazy_pages: Path | None,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -103,7 +115,20 @@ def mount_command(
     if descriptor is None:
         mountpoint.check(directory, replace=replace)
         directory = mountpoint.real(directory)
-    job = _Job(reference, directory, view, descriptor, replace, served_at, source)
+    if lazy_pages is not None:
+        lazy_pages = lazy_pages.absolute()
+    job = _Job(
+        reference=reference,
+        directory=directory,
+        view=view,
+        descriptor=descriptor,
+        replace=replace,
+        metrics=served_at,
+        source_name=source_name,
+        noexec=noexec,
+        lazy_pages=lazy_pages,
+        source=source,
+    )
     if foreground:
         notifier = Notifier(os.environ)
         if log_file is not None:
@@ -140,11 +165,19 @@ class _Job:
     descriptor: int | None
     replace: bool
     metrics: Address | None
+    source_name: str | None
+    noexec: bool
+    lazy_pages: Path | None
     source: SourceOptions
 
 
 def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | None" = None) -> int:
     """Import what a mount needs (after the fork: the caller does not), and live its life."""
+    guard = None
+    if job.lazy_pages is not None:
+        from lazyfs.lazypages.guard import Guard
+
+        guard = Guard.start()
     import trio
 
     from lazyfs.checkpoint.desk import OpenConfig
@@ -162,7 +195,17 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         source.shows_stubs,
     )
     config = MountConfig(
-        job.reference, directory, opening, job.view, job.descriptor, job.replace, job.metrics
+        job.reference,
+        directory,
+        opening,
+        job.view,
+        job.descriptor,
+        job.replace,
+        job.metrics,
+        job.lazy_pages,
+        guard,
+        source_name=job.source_name,
+        noexec=job.noexec,
     )
 
     is_ready = False

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from lazyfs.checkpoint.reference import RegistryReference
 from lazyfs.checkpoint.stub import LARGEST_MARKER_BYTES, MARKER, Stub, read_stub, real_reference
 from lazyfs.cli.options import SourceOptions, default_cache_dir
 from lazyfs.cli.sizes import size_or_share
 from lazyfs.ground.errors import LazyfsError, UsageError
 from lazyfs.ground.settings import CACHE_LIMIT, MIRRORS, ContentSettings, TransportSettings
 from lazyfs.runtime.arguments import RestoreCall, parse_restore
-from lazyfs.runtime.config import RuntimeConfig, read_config
+from lazyfs.runtime.config import Kubelet, RuntimeConfig, read_config
 from lazyfs.runtime.enginelog import open_engine_log
 from lazyfs.runtime.policy import check_allowed, read_bundle, wants_lazy_pages
 from lazyfs.transport.run_directory import run_directory
@@ -88,8 +89,9 @@ def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> i
     check_allowed(stub, config)
     bundle = read_bundle(directory / (call.bundle or "."))
     is_lazy = wants_lazy_pages(config, bundle.annotations, stub, asked=call.lazy_pages)
-    source = _source(config, real_reference(stub).host)
-    opening = partial(_open_config, source)
+    reference = real_reference(stub)
+    source = _source(config, reference.host)
+    opening = partial(_open_config, source, config.kubelet, reference)
     task = Task(
         reference=stub.reference,
         opening=opening,
@@ -163,7 +165,30 @@ def _source(config: RuntimeConfig, host: str) -> SourceOptions:
     )
 
 
-def _open_config(source: SourceOptions) -> "OpenConfig":
+def _open_config(
+    source: SourceOptions, kubelet: Kubelet | None, reference: RegistryReference
+) -> "OpenConfig":
     from lazyfs.checkpoint.desk import OpenConfig
 
-    return OpenConfig(source.cache(), source.transport, source.content, source.referrers)
+    transport = source.transport
+    if kubelet is not None:
+        transport = _with_login(transport, kubelet, reference)
+    # What a marker names is a whole checkpoint: a stub of a stub might lead to what is not allowed.
+    cache, content = source.cache(), source.content
+    return OpenConfig(cache, transport, content, source.referrers, shows_stubs=True)
+
+
+def _with_login(
+    transport: TransportSettings, kubelet: Kubelet, reference: RegistryReference
+) -> TransportSettings:
+    """Ask the kubelet's providers; what they know becomes an auth file in this process's memory."""
+    from lazyfs.transport.kubelet import find_login
+
+    where, host = Path(kubelet.bin_dir), reference.host
+    found = find_login(Path(kubelet.config), where, host, reference.repository, os.environ)
+    if found is None:
+        return transport
+    log.info("credentials for %s are from the credential provider %s", host, found.provider)
+    file = os.memfd_create("auth")
+    os.write(file, found.auth_file(host))
+    return replace(transport, authfile=f"/proc/{os.getpid()}/fd/{file}")

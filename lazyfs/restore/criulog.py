@@ -17,7 +17,12 @@ _LINES_MOST = 8
 _LINE_MOST = 300
 _ADVICE_MOST = 3
 _ERROR = re.compile(r"^(?:\([0-9. ]{1,20}\)\s{1,8})?(?:\s{0,8}[0-9]{1,10}:\s{1,8})?Error \(")
-_TRAILING = ("Restoring FAILED", "Killing processes because", "cr_system", "Pages are not")
+_TRAILING = (
+    "Restoring FAILED",
+    "Killing processes because",
+    "cgroupd: recv req",
+    "Can't setup RLIMIT_NOFILE",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,8 @@ _ADVICE = (
         "root directory (--root DIR), or restore it by its runtime (--runtime, --bundle)",
     ),
     (
-        r"shell-job|Found a session leader|is not a terminal|tty: .*(inherit|stdin|external|slave)|"
-        r"tty: Can't (find|open|attach|dup)|controlling terminal",
+        r"shell-job|Don't have tty to inherit|Found dangling tty|Can't open slave tty|self_stdin|"
+        r"ctty inheritance|Can't set sid on terminal|Can't place stdin fd|tty: ",
         "the process had a terminal: restore with --shell-job (-j) from a terminal; for a terminal "
         "that somebody else holds, --inherit-fd fd[N]:tty[RDEV:DEV]",
     ),
@@ -137,12 +142,13 @@ _ADVICE = (
         "--inherit-fd fd[N]:extRootNetNS, or restore with --empty-ns net",
     ),
     (
-        r"Unable to (open|find|load).*plugin|plugin .*(is missing|not found)",
+        r"Missing required plugin|Can't load plugin|Corrupted plugin|plugin path",
         "a CRIU plugin that took part in the dump is not here: install it, or say where it is "
         "with --libdir",
     ),
     (
-        r"Can't open images|Can't open dir|Unable to open inventory|inventory.*[Ee]mpty|"
+        r"Can't open images|Couldn't open image dir|Can't open dir|Unable to open inventory|"
+        r"inventory.*[Ee]mpty|"
         r"Can't open .*inventory",
         "the images directory cannot be opened: where restoring is confined (a container, another "
         "mount namespace), /proc must be that of lazyfs' pid namespace",
@@ -153,7 +159,8 @@ _ADVICE = (
         "(lazyfs inspect tells its version)",
     ),
     (
-        r"pages-\d+\.img|[Cc]an't (open|read) .*pages|Page (read|entry)|pagemap.*(short|missing)|"
+        r"pages-\d+\.img|[Cc]an't (open|read) .*pages|Can't read async pr bytes|"
+        r"Can't read mapping page|Page (read|entry)|pagemap.*(short|missing)|"
         r"Missing .* in parent|No parent for snapshot",
         "pages are missing: if it is a stub (lazyfs inspect says so), restore it by lazyfs "
         "restore or lazyfs-runtime; of an incremental checkpoint the parents are needed too",

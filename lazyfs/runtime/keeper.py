@@ -29,12 +29,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lazyfs.background import close_inherited, log_to
 from lazyfs.ground.errors import LazyfsError
-from lazyfs.restore.criulog import diagnose
 from lazyfs.restore.gate import Gate
 from lazyfs.restore.plan import LOG
 from lazyfs.restore.processes import descendants
@@ -280,25 +280,29 @@ class _Keeper:
         """The runtime says that it is done: believe it, or end what came up."""
         reason = self._denied or self._judge()
         if status != 0:
-            log.warning("%s: %s failed (%d)", self._name, Path(self._task.program).name, status)
+            log.info("%s: %s failed (%d)", self._name, Path(self._task.program).name, status)
             remains.kill_holders(self._mount, self._spared())
             self._link.send(verdict=reason, advice=self._advice() if reason is None else "")
             return
         if reason is not None:
-            log.critical("%s is killed: %s", self._name, reason)
+            log.error("%s is killed: %s", self._name, reason)
             self._destroy()
             self._link.send(verdict=reason)
             return
         init = remains.read_pid(self._pid_file)
         if not self._link.send(verdict=None) or not self._is_heard():
-            log.warning("%s is killed: whoever asked for the restore is gone", self._name)
+            log.error("%s is killed: whoever asked for the restore is gone", self._name)
             self._destroy()
             return
         log.info("%s: restored", self._name)
         if self._served is not None and init is not None:
-            reason = linger(self._served, init, self._pages, self._name)
+            from lazyfs.asking import complete_of  # the front has no use for it
+
+            device, pid = self._served.path.stat().st_dev, self._served.pid
+            hurry = partial(complete_of, device, pid)
+            reason = linger(self._served, init, self._pages, self._name, hurry)
             if reason is not None:
-                log.critical("%s is killed: %s", self._name, reason)
+                log.error("%s is killed: %s", self._name, reason)
                 self._destroy()
 
     def _is_heard(self) -> bool:
@@ -309,6 +313,8 @@ class _Keeper:
 
     def _advice(self) -> str:
         """Return what CRIU's log of this restore says, and what helps; "" if it says nothing."""
+        from lazyfs.restore.criulog import diagnose
+
         call = self._task.call
         if call.work_path is None:
             return ""

@@ -5,16 +5,16 @@ behind what was read (`--verify=background`). A container that was restored from
 so the mount stays until the layer is proven, and a container whose bytes were wrong is killed. With
 lazy pages the mount stays until the last page is home, too.
 
-Gives up, with a warning, when nothing has come for a long time, or the mount's daemon is gone: what
-was read is then as good as the connection that it came by. Pages that come lazily are another
-matter: without them the container cannot live.
+What cannot be proven is killed, too: who serves wrong bytes could as well serve no proof. But a
+registry that is away for a while does no harm: the proof is asked for again until nothing has come
+for ten minutes.
 """
 
 import logging
 import os
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lazyfs.ground.errors import LazyfsError
@@ -41,48 +41,70 @@ class Told(Protocol):
         ...
 
 
-def linger(mount: Told, init: int, pages: "Pages | None", name: str) -> str | None:
+def linger(
+    mount: Told, init: int, pages: "Pages | None", name: str, hurry: Callable[[], object]
+) -> str | None:
     """Wait until a restore is proven; return why the container must be killed, else None.
 
-    `init`: its first process; when that has ended there is nothing to wait for.
+    `init`: its first process; when that has ended there is nothing to wait for. `hurry` has the
+    mount fetch and prove all that is missing; it may be asked again when that has failed.
     """
     try:
         pidfd = os.pidfd_open(init)
     except OSError:
-        return None
+        pidfd = None
     try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        has_ended, seen, since_s = False, None, time.monotonic()
-        while True:
-            try:
-                status = mount.status()
-            except LazyfsError as error:
-                if pages is not None and not pages.has_ended():
-                    return str(error)
-                log.warning("%s: its layer could not be proven: %s", name, error)
-                return None
-            reason = (pages.failure() if pages is not None else None) or judge(status)
-            if reason is not None:
-                return reason
-            if is_proven(status) and (pages is None or pages.has_ended()):
-                return None
+        return _linger(mount, pidfd, pages, name, hurry)
+    finally:
+        if pidfd is not None:
+            os.close(pidfd)
+
+
+def _linger(
+    mount: Told,
+    pidfd: int | None,
+    pages: "Pages | None",
+    name: str,
+    hurry: Callable[[], object],
+) -> str | None:
+    is_asked, seen, since_s = False, None, time.monotonic()
+    while True:
+        are_home = pages is None or pages.has_ended()
+        try:
+            status = mount.status()
+        except LazyfsError as error:
+            return f"what it was restored from cannot be proven any more: {error}"
+        reason = (pages.failure() if pages is not None else None) or judge(status)
+        if reason is not None:
+            return reason
+        if are_home and (is_proven(status) or _has_ended(pidfd)):
+            return None
+        if are_home:
+            state = (status.get("completion") or {}).get("state")
+            if not is_asked or state == "failed":
+                log.info("%s: what it was restored from is to be proven", name)
+                hurry()
+                is_asked = True
             now = (status.get("proven_bytes"), status.get("bytes_fetched"))
             if now != seen:
                 seen, since_s = now, time.monotonic()
-            elif time.monotonic() - since_s > _STANDSTILL_MOST_S and pages is None:
-                log.warning("%s: its layer could not be proven; what came was believed", name)
-                return None
-            if has_ended:
-                time.sleep(_LOOK_EVERY_S)
-            elif poll.poll(_LOOK_EVERY_S * 1000):
-                has_ended = True  # but others of the container may still miss pages
-            if has_ended and (pages is None or pages.has_ended()):
-                return None
-    finally:
-        os.close(pidfd)
+            elif time.monotonic() - since_s > _STANDSTILL_MOST_S:
+                return "what it was restored from cannot be proven: the rest does not come"
+        time.sleep(_LOOK_EVERY_S)
+
+
+def _has_ended(pidfd: int | None) -> bool:
+    """Whether a container's first process has."""
+    if pidfd is None:
+        return True
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def is_proven(status: Mapping[str, Any]) -> bool:
     """Whether nothing that was served can turn out to be wrong any more."""
-    return bool(status.get("chunks_proven") or status.get("blob_proven"))
+    layers = status.get("layers")
+    return isinstance(layers, list) and all(
+        layer.get("proof") != "layer" or layer.get("blob_proven") is True for layer in layers
+    )

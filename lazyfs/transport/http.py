@@ -33,7 +33,7 @@ from lazyfs import __version__
 from lazyfs.ground.errors import FetchError, LazyfsError, SourceError, UnknownHost
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
-from lazyfs.transport.tls import TlsConfig
+from lazyfs.transport.tls import TlsConfig, machine_bundle
 from lazyfs.transport.urls import Origin, origin_of, shown
 from lazyfs.transport.wake import blocks_on
 
@@ -321,7 +321,8 @@ def context_for(tls: TlsConfig) -> ssl.SSLContext:
     context = ssl.create_default_context()
     paths = ssl.get_default_verify_paths()
     if paths.cafile is None and paths.capath is None:
-        context.load_verify_locations(requests.certs.where())  # a machine without a trust store
+        # a machine without a trust store, or an OpenSSL that looks for it elsewhere
+        context.load_verify_locations(machine_bundle() or requests.certs.where())
     tls.apply(context)
     return context
 

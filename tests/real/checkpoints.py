@@ -42,11 +42,16 @@ class Checkpoint:
     before: Before
 
     @property
+    def root_pid(self) -> int:
+        """The first process's."""
+        return self.before.last[0].pid
+
+    @property
     def layer_bytes(self) -> int:
         """The size of the layer."""
         return self.layer.stat().st_size
 
-    def restore(self, images_dir: Path, work: Path, *, lazy_pages: bool = False) -> Restored:
+    def restore(self, images_dir: Path, work: Path, *, lazy_pages: bool | Path = False) -> Restored:
         """Restore it from a mount."""
         self.rewind()
         return restore(

@@ -50,6 +50,20 @@ class Restorer:
         self._started: list[subprocess.Popen[str]] = []
         (work / "tmp").mkdir(parents=True, exist_ok=True)
 
+    def offer_programs(self) -> None:
+        """Put the testbed's CRIU, and what it calls, where a runtime on the host finds them."""
+        programs = self.work / "bin"
+        programs.mkdir()
+        xtables = self.testbed.host_command("xtables-nft-multi")
+        words = {name: [*xtables, name] for name in ("iptables-restore", "ip6tables-restore")}
+        words["criu"] = self.testbed.host_command("criu")
+        for name, command in words.items():
+            (programs / name).write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+            (programs / name).chmod(0o755)
+        (libraries,) = self.testbed.root.glob("usr/lib/*/xtables")
+        self.environment["XTABLES_LIBDIR"] = str(libraries)
+        self.environment["PATH"] = f"{programs}:{self.environment['PATH']}"
+
     def words(self, reference: str, *options: str | Path, extra: Sequence[str] = ()) -> list[str]:
         """Return the words of a command."""
         words = [sys.executable, "-m", "lazyfs", "restore", reference, "--plain-http"]
@@ -60,11 +74,11 @@ class Restorer:
 
     def start(self, words: Sequence[str]) -> "subprocess.Popen[str]":
         """Start one."""
-        with (self.work / "err").open("w") as err:
+        with (self.work / "err").open("w") as err, (self.work / "out").open("w") as out:
             process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
+                stdout=out,  # no pipe: a container that lives on has it too
                 stderr=err,
                 text=True,
                 env=self.environment,
@@ -77,12 +91,13 @@ class Restorer:
     def wait(self, process: "subprocess.Popen[str]", timeout_s: float = 90) -> Ended:
         """Wait for its end."""
         try:
-            out, _ = process.communicate(timeout=timeout_s)
+            process.wait(timeout_s)
         finally:
             process.kill()
             process.wait()
             forget(process.pid)
-        return Ended(process.returncode, out, (self.work / "err").read_text())
+        out, err = ((self.work / name).read_text() for name in ("out", "err"))
+        return Ended(process.returncode, out, err)
 
     def run(self, reference: str, *options: str | Path, extra: Sequence[str] = ()) -> Ended:
         """Run one to its end."""
@@ -114,6 +129,22 @@ class Restorer:
             wait_gone(left)
         assert [each for each in (self.work / "run").glob("*.sock") if _is_served(each)] == []
         assert list((self.work / "tmp").glob("lazyfs-gate-*")) == []
+
+
+@contextmanager
+def cgroup(bundle: Path, name: str) -> Iterator[None]:
+    """Have a bundle's container in cgroups of its own, which go with the block."""
+    spec = json.loads((bundle / "config.json").read_text())
+    spec["linux"]["cgroupsPath"] = f"/{name}"
+    (bundle / "config.json").write_text(json.dumps(spec))
+    try:
+        yield
+    finally:
+        for pattern in (name, f"*/{name}"):
+            for folder in Path("/sys/fs/cgroup").glob(pattern):
+                for inner, _, _ in os.walk(folder, topdown=False):
+                    with suppress(OSError):
+                        Path(inner).rmdir()
 
 
 def _is_served(path: Path) -> bool:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.faults import FaultServer, status
 from tests.mount.published import FEW
+from tests.runtime.scripts import write_program
 from tests.runtime.wrapping import ID, TIMEOUT_S, Wrapped, wait_until
 
 pytestmark = [
@@ -228,3 +229,21 @@ def test_a_checkpoint_that_was_written_over_a_stub_is_none(wrapped: Wrapped) -> 
     assert wrapped.calls("restore") == [wrapped.words]
     assert wrapped.sums == {"pages-1.img": wrapped.sums["pages-1.img"]}
     assert wrapped.server.count("") == 0
+
+
+def test_the_kubelet_s_credential_providers_are_asked(wrapped: Wrapped) -> None:
+    wrapped.server.auth = "basic"
+    wrapped.server.password = ("AWS", "secret")
+    code, said = wrapped.run()
+    assert code == 3
+    assert "401" in said
+    answer = {"auth": {wrapped.server.host: {"username": "AWS", "password": "secret"}}}
+    write_program(wrapped.directory / "ecr", f"#!/bin/sh\necho '{json.dumps(answer)}'\n")
+    config = wrapped.directory / "providers.json"
+    providers = [{"name": "ecr", "matchImages": ["127.0.0.1", wrapped.server.host]}]
+    config.write_text(json.dumps({"kind": "CredentialProviderConfig", "providers": providers}))
+    wrapped.configure(f'[kubelet]\nconfig = "{config}"\nbin-dir = "{wrapped.directory}"')
+    assert wrapped.run() == (0, "")
+    assert wrapped.sums == wrapped.right_sums
+    wrapped.wait_alone()
+    assert "secret" not in wrapped.own_words()

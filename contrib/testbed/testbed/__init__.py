@@ -39,6 +39,7 @@ from .images import (
     write_oci_layout,
 )
 from .incremental import split_dump
+from .podman import Container, Podman
 from .portable import portable_lazyfs
 from .readers import Readers, Tally
 from .recorder import Recorder
@@ -60,6 +61,7 @@ __all__ = [
     "REFUSING",
     "Access",
     "Config",
+    "Container",
     "Containerd",
     "ContainerdCheckpoint",
     "CriuError",
@@ -70,6 +72,7 @@ __all__ = [
     "Image",
     "Layer",
     "Pattern",
+    "Podman",
     "PodmanCheckpoint",
     "PushedCheckpoint",
     "Readers",

@@ -38,6 +38,11 @@ graphroot = "{folder}/storage"
 runroot = "/run/containers/storage"
 """
 _DEFAULT_STORAGE = Path("/var/lib/containers")
+_LAZYFS_CONF = """\
+[engine.runtimes]
+runc = ["{programs}/lazyfs-runc"]
+crun = ["{programs}/lazyfs-crun"]
+"""
 CONFIGURATION = "/etc/containers"
 """Of Podman and all its kin, in a session."""
 
@@ -124,6 +129,18 @@ class Podman:
         path = self.session.path(f"{CONFIGURATION}/{name}")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+
+    def put_lazyfs_before(self, programs: str | Path, policy: str = "") -> None:
+        """Have lazyfs's runtime stand before the real one, as contrib/podman says.
+
+        Args:
+            programs: where `lazyfs-runc` and `lazyfs-crun` are, inside.
+            policy: what /etc/lazyfs/runtime.toml says.
+        """
+        self.configure("containers.conf.d/50-lazyfs.conf", _LAZYFS_CONF.format(programs=programs))
+        path = self.session.path("/etc/lazyfs/runtime.toml")
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(policy)
 
     def command(self, *words: str | Path) -> list[str]:
         """Return the words, for the host, that run a command of Podman."""

@@ -21,7 +21,7 @@ from .process import run
 from .roots import Testbed
 
 _CLONE = Path(__file__).resolve().parents[3]
-_MADE_FROM = ("lazyfs", "contrib/portable", "contrib/mount", "pyproject.toml", "LICENSE")
+_MADE_FROM = ("lazyfs", "contrib/portable", "contrib/runtime", "pyproject.toml", "LICENSE")
 _KEPT_S = 24 * 3600
 
 

@@ -6,7 +6,7 @@ A machine is a session of the testbed's root, whose configuration is what contri
 import contextlib
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,6 @@ from testbed.podman import Container, Podman
 from testbed.portable import portable_lazyfs
 from testbed.process import last_lines, tree, wait_until
 
-CONFIGURED = """\
-[engine.runtimes]
-runc = ["{bin}/lazyfs-runc"]
-crun = ["{bin}/lazyfs-crun"]
-"""
-"""As in contrib/podman."""
 LOG = "/var/log/lazyfs-runtime.log"
 _RUNTIME = """\
 {policy}
@@ -45,15 +39,11 @@ class Machine:
         self.runtime = runtime
         self.podman = Podman(session, registries=registries, runtime=runtime)
         if wrapped:
-            conf = CONFIGURED.format(bin=self.bin)
-            self.podman.configure("containers.conf.d/50-lazyfs.conf", conf)
-        self.policy()
+            self.policy()
 
     def policy(self, text: str = "") -> None:
         """Write /etc/lazyfs/runtime.toml: these keys, and a log that is asserted to be quiet."""
-        path = self.session.path("/etc/lazyfs/runtime.toml")
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(_RUNTIME.format(policy=text, log=LOG))
+        self.podman.put_lazyfs_before(self.bin, _RUNTIME.format(policy=text, log=LOG))
 
     def restore(self, image: str, *options: str, timeout_s: float = 120) -> "Resumed":
         """Pull a checkpoint and restore it, as people do."""
@@ -115,11 +105,18 @@ class Resumed:
             hashes: of their memory before the checkpoint.
         """
         status = Status(self.container.status.path, len(hashes))
-        status.wait_loop(self.began_s)
+        self.check(status, self.began_s, self.container.ask_hash, hashes)
+
+    @staticmethod
+    def check(
+        status: Status, began_s: float, ask_hash: Callable[[], object], hashes: tuple[str, ...]
+    ) -> None:
+        """Check the same of any workload that was restored at a moment of `time.time()`."""
+        status.wait_loop(began_s)
         last: dict[int, Event] = {}
         first: dict[int, Event] = {}
         for event in status.events("loop"):
-            if event.at_s < self.began_s:
+            if event.at_s < began_s:
                 last[event.member] = event
             else:
                 first.setdefault(event.member, event)
@@ -127,7 +124,7 @@ class Resumed:
         for member, event in last.items():
             goes_on = first[member]
             assert (goes_on.number, goes_on.value) == (event.number + 1, event.value)
-        assert status.wait_hashes(self.container.ask_hash) == hashes
+        assert status.wait_hashes(ask_hash) == hashes
 
 
 @contextmanager

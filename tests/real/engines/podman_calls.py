@@ -6,10 +6,8 @@ tests/data/engines/podman.json is that, and test_podman_calls.py sees that it st
 """
 
 import json
-import re
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,9 @@ from testbed.engines import STATUS
 from testbed.podman import Podman
 from testbed.workload import workload_options
 
+from tests.real.engines.calls import anonymous, portable
+
 _CONFIGURED = '[engine.runtimes]\nrunc = ["{}"]\n'
-_PASSING = {
-    r"\b[0-9a-f]{64}\b": "<random>",
-    r"tmpfs-dev-\d+": "tmpfs-dev-<number>",
-    r"exec-process-\d+": "exec-process-<random>",
-}
 
 
 class _Steps:
@@ -47,9 +42,9 @@ class _Steps:
         else:
             failed = False
         self._learn()
-        made = [_portable(call, self.podman.session) for call in self._recorder.calls()[before:]]
+        made = [portable(call, self.podman.session) for call in self._recorder.calls()[before:]]
         step = {"command": ["podman", *words], "failed": failed, "calls": made}
-        self._into.append(_anonymous(step, self._known))
+        self._into.append(anonymous(step, self._known))
 
     def _learn(self) -> None:
         listed = self.podman("ps", "--all", "--no-trunc", "--format", "{{.ID}} {{.Names}}")
@@ -86,23 +81,6 @@ def record(testbed: Testbed, work: Path) -> list[dict[str, Any]]:
             step("rm", "first")
             step("rm", "--force", "--time", "0", "second")
     return into
-
-
-def _portable(call: Mapping[str, Any], session: Session) -> dict[str, Any]:
-    """Return a call without what is this machine's: of its cgroups those that are the engine's."""
-    paths = {line.split(":", 2)[2] for line in call["cgroup"]}
-    cgroup = sorted(path for path in paths if f"/{session.name}" in path)
-    return {**call, "cgroup": cgroup, "parent": call["parent"][0] if call["parent"] else None}
-
-
-def _anonymous(step: Mapping[str, Any], words: Mapping[str, str]) -> Any:
-    """Return a step with what differs from run to run replaced: names of things for the things."""
-    written = json.dumps(step)
-    for word, name in words.items():
-        written = written.replace(word, f"<{name}>")
-    for pattern, name in _PASSING.items():
-        written = re.sub(pattern, name, written)
-    return json.loads(written)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Unmodified Podman restores from stubs: containers go on, with their memory as it was."""
 
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from testbed.process import wait_until
 from tests.real.conftest import Store
 from tests.real.engines.machines import Machine, Resumed, machine
 from tests.real.engines.origins import FORMATS, Origin, checkpoint_and_push, origin
+from tests.real.engines.places import place
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -53,27 +53,19 @@ def test_run_restores_a_stub_too(made: Origin, here: Machine) -> None:
 
 
 @either_way
-def test_five_at_once_from_one_stub(made: Origin, here: Machine, policy: str) -> None:
-    here.policy(policy)
-    stub = made.stub("zstd:chunked")
-    here.podman("pull", "--quiet", stub)
-    names = [f"workload-{number}" for number in range(_MANY)]
-    began_s = time.time()
-    restores = [
-        subprocess.Popen(
-            here.podman.command("container", "restore", "--name", name, stub),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for name in names
-    ]
-    for restore in restores:
-        said, _ = restore.communicate(timeout=120)
-        assert restore.returncode == 0, said
-    for name in names:
-        Resumed(here.podman.container(name), began_s).assert_goes_on(made.hashes)
+def test_five_at_once_from_one_stub(store: Store, made: Origin, policy: str) -> None:
+    """Their memory is fetched once."""
+    with place(store, made) as there:
+        there.here.policy(policy)
+        names = [f"workload-{number}" for number in range(_MANY)]
+        began_s = time.time()
+        restores = [there.start("--name", name) for name in names]
+        for restore in restores:
+            said, _ = restore.communicate(timeout=120)
+            assert restore.returncode == 0, said
+        for name in names:
+            Resumed(there.here.podman.container(name), began_s).assert_goes_on(made.hashes)
+        assert there.crossed_bytes < 1.5 * there.layer_bytes
 
 
 def test_what_was_restored_is_a_container_like_any_other(made: Origin, here: Machine) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import stat
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from testbed import Session, Testbed, portable_lazyfs
 
 pytestmark = pytest.mark.real
 
-SAMPLE = Path(__file__).parents[2] / "contrib/demo/sample"
+SAMPLE = Path(__file__).parents[3] / "contrib/demo/sample"
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +50,40 @@ def test_it_mounts_where_there_is_no_python(session: Session) -> None:
         session.run(["lazyfs", "umount", "/mnt/sample"])
 
 
+def test_its_mount_helper_is_called_by_mount(session: Session) -> None:
+    session.run(["mkdir", "/mnt/sample"])
+    session.run(["ln", "-s", "/opt/lazyfs/bin/mount.lazyfs", "/sbin/"])
+    line = f"oci:{SAMPLE} /mnt/sample lazyfs view=image,_netdev 0 0"
+    session.run(["sh", "-c", f"echo {line} >> /etc/fstab"])
+    session.run(["mount", "-a"])
+    assert "config.dump" in session.run(["ls", "/mnt/sample"]).split()
+    session.run(["umount", "/mnt/sample"])
+
+
+_AS_NOBODY = """
+mknod -m 666 /run/fuse c 10 229
+mount --bind /run/fuse /dev/fuse
+mkdir -p /home/nobody/mnt
+chown -R nobody /home/nobody
+ln -sf ../proc/self/mounts /etc/mtab
+ln -s /opt/lazyfs/bin/mount.lazyfs /sbin/
+echo "oci:$1 /home/nobody/mnt lazyfs user,noauto,cache-dir=/home/nobody/cache 0 0" >> /etc/fstab
+exec setpriv --reuid=nobody --regid=nogroup --clear-groups sh -euc '
+    export HOME=/home/nobody
+    mount /home/nobody/mnt
+    findmnt -n -o OPTIONS /home/nobody/mnt
+    ls /home/nobody/mnt
+    umount /home/nobody/mnt
+'
+"""
+
+
+def test_fstab_lets_a_user_mount_and_unmount(session: Session) -> None:
+    options, *names = session.run(["sh", "-euc", _AS_NOBODY, "sh", SAMPLE]).split()
+    assert {"ro", "noexec", "nosuid", "nodev", "user_id=65534"} <= set(options.split(","))
+    assert "inventory.img" in names
+
+
 def test_its_processes_are_called_lazyfs_and_hold_nothing_of_the_machines(session: Session) -> None:
     session.run(["mkdir", "/mnt/sample"])
     session.run(["lazyfs", "mount", f"oci:{SAMPLE}", "/mnt/sample"])
@@ -64,6 +100,23 @@ def test_its_processes_are_called_lazyfs_and_hold_nothing_of_the_machines(sessio
         assert not [name for name in names if name.startswith(("LD_", "PYTHON"))]
     finally:
         session.run(["lazyfs", "umount", "/mnt/sample"])
+
+
+def test_it_needs_nothing_of_the_machine_but_a_shell(
+    testbed: Testbed, tree: Path, tmp_path: Path
+) -> None:
+    for name in ("bin", "dev"):
+        (tmp_path / name).mkdir()
+    shutil.copy(testbed.root / "bin/busybox", tmp_path / "bin/sh")  # static
+    os.mknod(tmp_path / "dev/null", 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+    shutil.copytree(tree, tmp_path / "lazyfs", symlinks=True)
+    shutil.copytree(SAMPLE, tmp_path / "sample")
+    inside = ["chroot", tmp_path, "/lazyfs/bin/lazyfs", "cat", "oci:/sample", "inventory.img"]
+    done = subprocess.run(inside, capture_output=True, check=True)
+    outside = [tree / "bin/lazyfs", "cat", f"oci:{SAMPLE}", "inventory.img"]
+    assert done.stdout == subprocess.run(outside, capture_output=True, check=True).stdout
+    assert done.stdout
+    subprocess.run(["chmod", "-R", "u+w", tmp_path / "lazyfs"], check=True)
 
 
 def test_it_heeds_no_variable_of_python_or_of_the_dynamic_linker(tree: Path) -> None:
@@ -97,7 +150,7 @@ def test_it_starts_by_a_relative_link(tree: Path, tmp_path: Path) -> None:
 
 def test_a_directory_that_holds_something_is_not_built_into(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
-    build = Path(__file__).parents[2] / "contrib/portable/build.sh"
+    build = Path(__file__).parents[3] / "contrib/portable/build.sh"
     done = subprocess.run([build, tmp_path], capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "is there and not empty" in done.stderr
