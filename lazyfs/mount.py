@@ -40,6 +40,8 @@ from lazyfs.whole import Whole
 if TYPE_CHECKING:
     from lazyfs.checkpoint.findings import Finding
     from lazyfs.checkpoint.host import Host
+    from lazyfs.lazypages.guard import Guard
+    from lazyfs.lazypages.server import LazyPages
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +70,10 @@ class MountConfig:
     """Whether to take the place of a mount that is there."""
     metrics: Address | None = None
     """Where to serve metrics."""
+    lazy_pages: Path | None = None
+    """The work directory of restores whose memory is to be served as it is wanted."""
+    guard: "Guard | None" = None
+    """With `lazy_pages`: who sees to their tasks if this process ends; started before threads."""
     restores: str | None = None
     """What it is mounted for, if only for that: the container or the command."""
     check_with: str | None = None
@@ -220,12 +226,39 @@ class _Mount:
             self._whole.as_json,
             config.restores,
         )
+        self._lazy_pages = self._pages()
+        if self._lazy_pages is not None:
+            self._state.lazy_pages = self._lazy_pages.as_json
         self._operations = fuse.CheckpointOperations(
             view, checkpoint.reader, checkpoint.counters, activity, self._state.as_xattr
         )
 
+    def _pages(self) -> "LazyPages | None":
+        if self._config.lazy_pages is None or self._config.guard is None:
+            return None
+        from lazyfs.lazypages.server import LazyPages
+
+        return LazyPages(self._checkpoint, self._config.guard)
+
     async def live(self, on_ready: Callable[[Ready], None]) -> None:
-        """Mount; come back when that has ended."""
+        """Mount; come back when that has ended, and nobody waits for memory any more."""
+        if self._lazy_pages is None or self._config.lazy_pages is None:
+            await self._live(on_ready)
+            return
+        with self._lazy_pages.listen(self._config.lazy_pages) as listening:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._lazy_pages.run, listening)
+                    await self._live(on_ready)
+                    if not self._lazy_pages.is_idle:
+                        log.info("unmounted, but there are tasks that wait for their memory")
+                        await self._lazy_pages.wait_idle()
+                    nursery.cancel_scope.cancel()
+            finally:
+                if self._config.guard is not None and not self._lazy_pages.is_held:
+                    self._config.guard.stop()
+
+    async def _live(self, on_ready: Callable[[Ready], None]) -> None:
         config, checkpoint = self._config, self._checkpoint
         directory = str(config.directory)
         with ExitStack() as stack:

@@ -26,7 +26,7 @@ _LEFT_OUT_FIRST = ("fetches", "reading", "trust", "layers", "warnings", "places"
 """What is shortened, in this order, where all of it would be too long."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class MountState:
     """A mount whose state can be told at any time."""
 
@@ -40,6 +40,8 @@ class MountState:
     """What has become of the wish to fetch all of it; None if nobody had it."""
     restores: str | None = None
     """What it is mounted for, if only for that."""
+    lazy_pages: Callable[[], Mapping[str, Any] | None] = lambda: None
+    """How it is with the tasks whose memory is served as it is wanted; None if that is not done."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `docs/json.md` describes."""
@@ -76,6 +78,7 @@ class MountState:
             "fetches": [_plain(asdict(each)) for each in checkpoint.desk.fetcher.waiting()],
             "places": _places(checkpoint),
             "completion": self.completion(),
+            "lazy_pages": self.lazy_pages(),
             "failed": str(poison) if poison is not None else None,
             "last_error": activity.last_error and activity.last_error[:_TEXT_MOST],
             "last_error_at": _iso(activity.last_error_at_s) if activity.last_error else None,

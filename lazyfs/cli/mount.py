@@ -70,6 +70,13 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
     "read them: 127.0.0.1 is best.",
 )
+@click.option(
+    "--lazy-pages",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="WORK_DIR",
+    help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
+    "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
+)
 @source_options
 @follow_option
 def mount_command(
@@ -80,6 +87,7 @@ def mount_command(
     log_file: Path | None,
     replace: bool,
     metrics: str | None,
+    lazy_pages: Path | None,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -103,7 +111,9 @@ def mount_command(
     if descriptor is None:
         mountpoint.check(directory, replace=replace)
         directory = mountpoint.real(directory)
-    job = _Job(reference, directory, view, descriptor, replace, served_at, source)
+    if lazy_pages is not None:
+        lazy_pages = lazy_pages.absolute()
+    job = _Job(reference, directory, view, descriptor, replace, served_at, lazy_pages, source)
     if foreground:
         notifier = Notifier(os.environ)
         if log_file is not None:
@@ -140,11 +150,17 @@ class _Job:
     descriptor: int | None
     replace: bool
     metrics: Address | None
+    lazy_pages: Path | None
     source: SourceOptions
 
 
 def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | None" = None) -> int:
     """Import what a mount needs (after the fork: the caller does not), and live its life."""
+    guard = None
+    if job.lazy_pages is not None:
+        from lazyfs.lazypages.guard import Guard
+
+        guard = Guard.start()
     import trio
 
     from lazyfs.checkpoint.desk import OpenConfig
@@ -162,7 +178,15 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         source.shows_stubs,
     )
     config = MountConfig(
-        job.reference, directory, opening, job.view, job.descriptor, job.replace, job.metrics
+        job.reference,
+        directory,
+        opening,
+        job.view,
+        job.descriptor,
+        job.replace,
+        job.metrics,
+        job.lazy_pages,
+        guard,
     )
 
     is_ready = False

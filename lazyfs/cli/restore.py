@@ -1,12 +1,13 @@
 """`lazyfs restore`: what a person sees of a restore, and how it ends."""
 
 import json
+import os
 import shlex
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import click
 
@@ -34,6 +35,13 @@ _COUNTED = ("pages_bytes", "read_bytes", "fetched_bytes", "requests")
     is_flag=True,
     help="Have the tasks run at once, and bring their memory as they touch it and behind that. "
     "They are killed if it cannot be brought.",
+)
+@click.option(
+    "--pages-by",
+    type=click.Choice(["lazyfs", "criu"]),
+    default="lazyfs",
+    show_default=True,
+    help="Who brings them, with --lazy-pages: lazyfs itself, or CRIU's own daemon.",
 )
 @click.option(
     "--criu",
@@ -73,6 +81,7 @@ def restore_command(
     reference: str,
     extra: tuple[str, ...],
     lazy_pages: bool,
+    pages_by: Literal["lazyfs", "criu"],
     criu: str,
     runtime: str | None,
     bundle: Path | None,
@@ -117,15 +126,23 @@ def restore_command(
 
         return OpenConfig(source.cache(), source.transport, source.content, source.referrers)
 
+    is_allowed = os.geteuid() == 0 or force or "--unprivileged" in extra
+    if container is None and not is_allowed:
+        raise UsageError(
+            "CRIU needs root to restore; or a criu that has CAP_CHECKPOINT_RESTORE, for what "
+            "needs no more, and its option: lazyfs restore REF -- --unprivileged"
+        )
     plan = Plan(
         reference=reference,
         opening=opening,
         criu=_words(criu),
         container=container,
         lazy_pages=lazy_pages,
+        pages_by_criu=pages_by == "criu",
         work_dir=work_dir,
         extra=extra,
         force=force,
+        keeps_stdout_clean=as_json,
         started_s=started_s,
     )
     source.cache()  # what is wrong with its directory is said here

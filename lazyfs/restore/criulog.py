@@ -17,7 +17,12 @@ _LINES_MOST = 8
 _LINE_MOST = 300
 _ADVICE_MOST = 3
 _ERROR = re.compile(r"^(?:\([0-9. ]{1,20}\)\s{1,8})?(?:\s{0,8}[0-9]{1,10}:\s{1,8})?Error \(")
-_TRAILING = ("Restoring FAILED", "Killing processes because", "cr_system", "Pages are not")
+_TRAILING = (
+    "Restoring FAILED",
+    "Killing processes because",
+    "cgroupd: recv req",
+    "Can't setup RLIMIT_NOFILE",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +69,8 @@ _ADVICE = (
         "root directory (--root DIR), or restore it by its runtime (--runtime, --bundle)",
     ),
     (
-        r"shell-job|Found a session leader|tty: .*(inherit|stdin|external|slave)|"
-        r"tty: Can't (find|open|attach|dup)|controlling terminal",
+        r"shell-job|Don't have tty to inherit|Found dangling tty|Can't open slave tty|self_stdin|"
+        r"ctty inheritance|Can't set sid on terminal|Can't place stdin fd|tty: ",
         "the process had a terminal: restore with --shell-job (-j) from a terminal; for a terminal "
         "that somebody else holds, --inherit-fd fd[N]:tty[RDEV:DEV]",
     ),
@@ -137,12 +142,13 @@ _ADVICE = (
         "--inherit-fd fd[N]:extRootNetNS, or restore with --empty-ns net",
     ),
     (
-        r"Unable to (open|find|load).*plugin|plugin .*(is missing|not found)",
+        r"Missing required plugin|Can't load plugin|Corrupted plugin|plugin path",
         "a CRIU plugin that took part in the dump is not here: install it, or say where it is "
         "with --libdir",
     ),
     (
-        r"Can't open images|Can't open dir|Unable to open inventory|inventory.*[Ee]mpty|"
+        r"Can't open images|Couldn't open image dir|Can't open dir|Unable to open inventory|"
+        r"inventory.*[Ee]mpty|"
         r"Can't open .*inventory",
         "the images directory cannot be opened: where restoring is confined (a container, another "
         "mount namespace), /proc must be that of lazyfs' pid namespace",
@@ -153,7 +159,8 @@ _ADVICE = (
         "(lazyfs inspect tells its version)",
     ),
     (
-        r"pages-\d+\.img|[Cc]an't (open|read) .*pages|Page (read|entry)|pagemap.*(short|missing)|"
+        r"pages-\d+\.img|[Cc]an't (open|read) .*pages|Can't read async pr bytes|"
+        r"Can't read mapping page|Page (read|entry)|pagemap.*(short|missing)|"
         r"Missing .* in parent|No parent for snapshot",
         "pages are missing: if it is a stub (lazyfs inspect says so), restore it by lazyfs "
         "restore or lazyfs-runtime; of an incremental checkpoint the parents are needed too",
@@ -164,6 +171,12 @@ _ADVICE = (
         "the images are of another version of CRIU: use the one that made them, or a newer one",
     ),
     (
+        r"vdso|VDSO",
+        "CRIU does not know this kernel's vdso: update CRIU",
+    ),
+)
+_LESS_TELLING = (
+    (
         r"Permission denied|Operation not permitted|needs? CAP_|CAP_CHECKPOINT_RESTORE",
         "something is not permitted: be root, or give criu CAP_CHECKPOINT_RESTORE and restore "
         "with --unprivileged what needs no more",
@@ -173,12 +186,12 @@ _ADVICE = (
         "there is no room: free memory (lazyfs inspect tells how much it needs), or raise the "
         "limit of the cgroup",
     ),
-    (
-        r"vdso|VDSO",
-        "CRIU does not know this kernel's vdso: update CRIU",
-    ),
 )
-_PATTERNS = tuple((re.compile(pattern), advice) for pattern, advice in _ADVICE)
+"""What other errors end with, too: for where nothing else is known."""
+_TABLES = tuple(
+    tuple((re.compile(pattern), advice) for pattern, advice in table)
+    for table in (_ADVICE, _LESS_TELLING)
+)
 
 
 def diagnose(log: str) -> Diagnosis:
@@ -188,13 +201,16 @@ def diagnose(log: str) -> Diagnosis:
     lines = telling or errors
     if not lines:
         lines = [line[:_LINE_MOST] for line in log[-_MOST_BYTES:].splitlines()[-3:] if line.strip()]
-    advice: list[str] = []
-    for line in telling:  # the first error is the cause of those that follow
-        for pattern, text in _PATTERNS:
-            if pattern.search(line):
-                advice.append(text)
-                break
-    return Diagnosis(_shortened(lines), tuple(dict.fromkeys(advice))[:_ADVICE_MOST])
+    advice = next((found for table in _TABLES if (found := _advice(telling, table))), ())
+    return Diagnosis(_shortened(lines), advice)
+
+
+def _advice(lines: list[str], table: tuple[tuple[re.Pattern[str], str], ...]) -> tuple[str, ...]:
+    """Return what helps, in the order of the lines: the first error causes those that follow."""
+    found = []
+    for line in lines:
+        found += [text for pattern, text in table if pattern.search(line)][:1]
+    return tuple(dict.fromkeys(found))[:_ADVICE_MOST]
 
 
 def _errors(log: str) -> Iterator[str]:

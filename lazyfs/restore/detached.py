@@ -112,7 +112,7 @@ def open_place(source: str) -> Place:
             raise LazyfsError(
                 f"the checkpoint cannot be mounted: {error.strerror}; see the kernel's log (dmesg)"
             ) from None
-        return _on_directory()
+        return on_directory()
 
 
 def _mount(fuse: int, source: str) -> int:
@@ -141,7 +141,7 @@ def _mount(fuse: int, source: str) -> int:
         os.close(context)
 
 
-def _on_directory() -> Place:
+def on_directory() -> Place:
     """Return a fresh directory that only this user may enter, for the daemon to mount on.
 
     Raises:

@@ -7,6 +7,7 @@ killed at once is something left.
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -54,11 +55,13 @@ class Front:
             LazyfsError: the keeper was killed; so is what it had restored.
         """
         helpers: set[int] = set()
+        directories: list[str] = []
         with open(self._hearing, "rb") as pipe:
             while line := pipe.readline(_LINE_MOST_BYTES):
                 event = json.loads(line)
                 if event["event"] == "helpers":
                     helpers = set(event["pids"])
+                    directories += event["directories"]
                     continue
                 if event["event"] == "end":
                     self._reap()
@@ -67,6 +70,8 @@ class Front:
                 yield event
         kill_descendants({self._pid, *helpers})  # those that may miss pages go first
         kill_descendants()
+        for each in directories:
+            shutil.rmtree(each, ignore_errors=True)
         raise LazyfsError(
             "the process that kept the restore was killed; nothing of the restore is left"
         )

@@ -46,6 +46,7 @@ class Gate:
         """Whether CRIU has asked."""
         self.root_pid = 0
         """The restored root task, as CRIU sees it, once it has asked."""
+        theirs = _theirs()
         self._home = _directory_to_run_in()
         self._asked, self._asking = os.pipe()
         self._hearing, self._answering = os.pipe()
@@ -55,9 +56,14 @@ class Gate:
         )
         script.chmod(0o700)
         config = Path(self._home.name) / "criu.conf"
-        config.write_text("\n".join([_theirs(), f'action-script "{script}"', *lines, ""]))
+        config.write_text("\n".join([theirs, f'action-script "{script}"', *lines, ""]))
         self.environment: Mapping[str, str] = {CONFIG_VARIABLE: str(config)}
         """For whoever starts CRIU."""
+
+    @property
+    def home(self) -> str:
+        """Return the directory that is left behind if this process is killed."""
+        return self._home.name
 
     def fileno(self) -> int:
         """Return what can be read when CRIU asks."""

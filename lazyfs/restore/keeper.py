@@ -17,11 +17,12 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from lazyfs.asking import complete_of
 from lazyfs.ground.errors import (
@@ -47,12 +48,16 @@ log = logging.getLogger(__name__)
 
 RESTORE_FAILED = 6
 """Exit code: CRIU or the runtime could not restore it."""
+_STANDARD_ERROR = 2
 _TICK_S = 0.25
+_OWN_TICK_S = 0.05
+_PATIENCE_S = 5.0
+"""For CRIU to fail by itself, once its lazy-pages side has."""
 _UNDO_TIMEOUT_S = 20.0
 _LOG_MOST_BYTES = 4 << 20
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-Tell = Callable[[Mapping[str, Any]], None]
+_T = TypeVar("_T")
 
 
 class RestoreFailed(LazyfsError):
@@ -111,7 +116,8 @@ class _Keeper:
                 with stack:
                     self._restore(stack)
             finally:
-                self._kill()  # what is not killed by now is spared
+                self._spared.clear()
+                self._kill()
             if plan.work_dir is None:
                 shutil.rmtree(self._work, ignore_errors=True)
         except RestoreFailed as error:
@@ -121,6 +127,8 @@ class _Keeper:
             end |= {"exit_code": error.exit_code, "error": str(error)}
         except LazyfsError as error:
             end |= {"exit_code": error.exit_code, "error": str(error)}
+            if isinstance(error, Abandoned) and plan.work_dir is None:
+                shutil.rmtree(self._work, ignore_errors=True)
         if end["exit_code"] and self._work != Path() and self._work.exists():
             if plan.work_dir is None and not (self._work / LOG).exists():
                 shutil.rmtree(self._work, ignore_errors=True)  # there is nothing to be seen
@@ -133,6 +141,8 @@ class _Keeper:
         plan = self._plan
         served = self._mount(stack)
         gate = stack.enter_context(Gate())
+        homes = [gate.home, *([str(self._work)] if plan.work_dir is None else [])]
+        self._tell(event="helpers", pids=sorted(self._spared), directories=homes)
         lazy = self._start_lazy_pages(stack, served)
         stack.callback(self._undo)
         program = self._start(served, gate)
@@ -145,10 +155,18 @@ class _Keeper:
         self._tell(event="resumed", pid=gate.root_pid or None, after_s=resumed_s)
         if lazy is not None:
             self._wait_for_pages(served, lazy)
+        if self._has_own_pages:
+            self._wait_for_own_pages(served)
+        if self._plan.lazy_pages:
+            self._note_home(served)
         self._wait_for_proof(served)
         self._spare_all(served, lazy)
 
     # -- the parts ---------------------------------------------------------------------------
+
+    @property
+    def _has_own_pages(self) -> bool:
+        return self._plan.lazy_pages and not self._plan.pages_by_criu
 
     def _make_work_dir(self) -> Path:
         given = self._plan.work_dir
@@ -184,16 +202,49 @@ class _Keeper:
             )
             error.exit_code = NotACheckpoint.exit_code
             raise error
-        self._figures["pages_bytes"] = _pages_bytes(served.path)
+        self._figures["pages_bytes"] = self._look(served, _pages_bytes)
         return served
+
+    def _look(self, served: Served, question: Callable[[Path], _T]) -> _T:
+        """Return what a look at the mount tells; names that have not come yet are waited for."""
+        answers: list[_T | BaseException] = []
+        done, ending = os.pipe()
+
+        def look() -> None:
+            try:
+                answers.append(question(served.path))
+            except BaseException as error:  # noqa: BLE001 - raised by who asked
+                answers.append(error)
+            os.close(ending)
+
+        asking = threading.Thread(target=look, daemon=True)
+        asking.start()
+        try:
+            while done not in self._poll([done, served.fileno()], served):
+                if served.has_ended:
+                    raise LazyfsError(_DAEMON_GONE)
+        finally:
+            os.close(done)
+        asking.join()
+        (answer,) = answers
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
 
     def _serve(self, stack: ExitStack, reference: str) -> Served:
         plan = self._plan
         check_with = " ".join(plan.criu) if plan.container is None else "criu"
-        job = Job(reference, plan.opening, self._work / "lazyfs.log", plan.restores, check_with)
+        job = Job(
+            reference,
+            plan.opening,
+            self._work / "lazyfs.log",
+            plan.restores,
+            check_with,
+            self._work if self._has_own_pages else None,
+        )
         served = serve(job, abandon=self._stops)
         stack.callback(self._end_mount, served)
-        self._spared.add(served.pid)
+        self._spared |= {served.pid, served.guard_pid}
         return served
 
     def _end_mount(self, served: Served) -> None:
@@ -205,12 +256,12 @@ class _Keeper:
         served.end()
 
     def _start_lazy_pages(self, stack: ExitStack, served: Served) -> LazyPages | None:
-        if not self._plan.lazy_pages:
+        if not self._plan.lazy_pages or self._has_own_pages:
             return None
         lazy = LazyPages.start(self._work, served.path, self._plan.criu, served.holders)
         stack.callback(lazy.end)
         self._spared.add(lazy.pid)
-        self._tell(event="helpers", pids=sorted(self._spared))
+        self._tell(event="helpers", pids=sorted(self._spared), directories=[])
         return lazy
 
     def _start(self, served: Served, gate: Gate) -> "subprocess.Popen[bytes]":
@@ -221,6 +272,7 @@ class _Keeper:
             return subprocess.Popen(
                 words,
                 close_fds=False,
+                stdout=_STANDARD_ERROR if self._plan.keeps_stdout_clean else None,
                 env={**os.environ, **gate.environment},
                 preexec_fn=lambda: die_with_parent(us),
             )
@@ -240,36 +292,35 @@ class _Keeper:
     ) -> None:
         """Wait until the program has restored it, or raise what became of it instead."""
         pidfd = os.pidfd_open(program.pid)
+        watched = [pidfd, gate.fileno(), served.fileno()]
+        if lazy is not None:
+            watched.append(lazy.fileno())
         lost: str | None = None
+        patient_until_s = float("inf")
         try:
-            watched = [pidfd, gate.fileno(), served.fileno()]
-            if lazy is not None:
-                watched.append(lazy.fileno())
-            while True:
+            while time.monotonic() < patient_until_s:
                 ready = self._poll(watched, served)
                 if gate.fileno() in ready:
-                    self._denied = lost or served.judge()
+                    self._denied = served.judge() or lost
                     gate.answer(may_live=self._denied is None)
                 if served.fileno() in ready:
                     raise LazyfsError(_DAEMON_GONE)
-                if lazy is not None and lazy.fileno() in ready and pidfd not in ready:
-                    lost = lazy.wait()
-                    watched.remove(lazy.fileno())
-                    if lost is not None:
-                        break
-                    self._pages_are_home = True
                 if pidfd in ready:
                     break
+                if lazy is not None and lazy.fileno() in ready:
+                    watched.remove(lazy.fileno())
+                    lost = lazy.wait()
+                    self._pages_are_home = lost is None
+                    if lost is not None:  # CRIU has failed, or is to
+                        patient_until_s = time.monotonic() + _PATIENCE_S
+            else:
+                program.kill()
         finally:
             os.close(pidfd)
-        if lost is None:
-            code = program.wait()
-            if code == 0:
-                return
-        else:
-            program.kill()
-            code = program.wait()
-        self._fail(served, code, lost)
+        code = program.wait()
+        if code == 0 and lost is None:
+            return
+        self._fail(served, code, lost if code in (0, -signal.SIGKILL) else None)
 
     _pages_are_home = False
 
@@ -303,6 +354,19 @@ class _Keeper:
                 self._pages_are_home = True
             elif served.fileno() in ready:
                 raise LazyfsError(_DAEMON_GONE)
+
+    def _wait_for_own_pages(self, served: Served) -> None:
+        """Wait until the mount's daemon has brought the last page."""
+        while True:
+            pages = served.status().get("lazy_pages") or {}
+            if pages.get("failed") is not None:
+                self._lose(served, str(pages["failed"]))
+            if pages.get("state") == "home":
+                return
+            if served.fileno() in self._poll([served.fileno()], served, _OWN_TICK_S):
+                raise LazyfsError(_DAEMON_GONE)
+
+    def _note_home(self, served: Served) -> None:
         home_s = time.monotonic() - self._plan.started_s
         status = served.status()
         self._believe(status)
@@ -349,8 +413,8 @@ class _Keeper:
             error.exit_code = exit_code_of(status)
             raise error
 
-    def _poll(self, watched: list[int], served: Served) -> set[int]:
-        """Return which can be read, after a quarter of a second at most; tell how far it is.
+    def _poll(self, watched: list[int], served: Served, tick_s: float = _TICK_S) -> set[int]:
+        """Return which can be read, after `tick_s` at most; tell how far it is.
 
         Raises:
             Abandoned: the front is gone, or a signal came.
@@ -358,7 +422,7 @@ class _Keeper:
         poll = select.poll()
         for descriptor in (*watched, *self._stops):
             poll.register(descriptor, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(_TICK_S * 1000)}
+        ready = {descriptor for descriptor, _ in poll.poll(tick_s * 1000)}
         if ready & set(self._stops):
             raise Abandoned("interrupted; nothing of the restore is left")
         now_s = time.monotonic()

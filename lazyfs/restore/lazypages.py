@@ -84,7 +84,7 @@ class LazyPages:
             message = os.read(hearing, _MESSAGE_MOST_BYTES).decode(errors="replace")
             os.close(hearing)
             os.waitpid(pid, 0)
-            raise LazyfsError(f"the lazy-pages side does not start: {message}")
+            raise LazyfsError(f"the lazy-pages side does not start: {message or 'it was killed'}")
         return cls(pid, hearing)
 
     def fileno(self) -> int:

@@ -1,5 +1,6 @@
 """What is to be restored, and how: the words of the program that does it."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
 LOG = "restore.log"
 """CRIU's log, in the work directory; runc and crun call it so too."""
 PIDFILE = "restore.pid"
+_SHELL_JOB = re.compile(r"--shell-job|-[A-Za-z]*j")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,16 @@ class Plan:
     container: Container | None = None
     """None: CRIU is called itself."""
     lazy_pages: bool = False
+    pages_by_criu: bool = False
+    """With `lazy_pages`: have `criu lazy-pages` bring the memory, not the mount's own daemon."""
     work_dir: Path | None = None
     """Where CRIU works; None: in a fresh directory, which is removed on success."""
     extra: tuple[str, ...] = ()
     """Options for `criu restore`, or for the runtime's restore."""
     force: bool = False
     """Restore in spite of what the preflight says."""
+    keeps_stdout_clean: bool = False
+    """What CRIU or the runtime prints goes to standard error: the caller's output is JSON."""
     started_s: float = 0.0
     """By time.monotonic()."""
 
@@ -52,10 +58,7 @@ class Plan:
     @property
     def keeps_terminal(self) -> bool:
         """Whether the tasks are to belong to the session of whoever calls: --shell-job."""
-        return self.container is None and any(
-            word in ("--shell-job", "-j") or (word[:1] == "-" and word[1:2] != "-" and "j" in word)
-            for word in self.extra
-        )
+        return self.container is None and any(map(_SHELL_JOB.fullmatch, self.extra))
 
     def command(self, images: Path, work: Path) -> list[str]:
         """Return the words that restore it.

@@ -55,6 +55,8 @@ class Job:
     """What it is for, as `lazyfs status` shows it: a container's name or id."""
     check_with: str | None = None
     """The CRIU that will restore it, for `Served.findings`; None: they are not looked for."""
+    lazy_pages: Path | None = None
+    """The work directory of a restore with lazy pages, which the daemon is to serve."""
 
 
 class Served:
@@ -66,6 +68,9 @@ class Served:
         self._pidfd = os.pidfd_open(pid)
         self.pid = pid
         """The daemon's; it is our child."""
+        self.guard_pid = int(told["guard_pid"])
+        """Of who kills the tasks that wait for memory if the daemon is killed; 0 if there is none.
+        It must not be killed before them."""
         self.reference = str(told["reference"])
         """Pinned by digest where it has one."""
         self.stub: str | None = told["stub"]
@@ -99,14 +104,23 @@ class Served:
         Raises:
             LazyfsError: there is none, or none within five seconds.
         """
-        path = self.path / "."
+        path = self.path
+
+        def ask() -> bytes | OSError:
+            try:
+                return os.getxattr(path, _STATUS_XATTR)
+            except OSError as error:
+                return error
+
         try:
-            text = answer_of(lambda: os.getxattr(path, _STATUS_XATTR))
-            told = json.loads(text)
+            answer = answer_of(ask)
+            if isinstance(answer, OSError):
+                raise LazyfsError(f"the daemon of the mount is gone: {answer.strerror}")
+            told = json.loads(answer)
         except TimeoutError:
             raise LazyfsError("the daemon of the mount does not answer") from None
-        except (OSError, ValueError) as error:
-            raise LazyfsError(f"the daemon of the mount is gone: {error}") from None
+        except ValueError:
+            raise LazyfsError("the daemon of the mount says what cannot be understood") from None
         return told if isinstance(told, dict) else {}
 
     def judge(self) -> str | None:
@@ -206,7 +220,7 @@ def _hear(hearing: int, pid: int, abandon: Sequence[int]) -> Mapping[str, Any]:
     while True:
         readable = _wait_readable([hearing, *abandon], None)
         if hearing not in readable:
-            raise Abandoned("nobody waits for the restore any more")
+            raise Abandoned("interrupted; nothing of the restore is left")
         piece = os.read(hearing, _PIECE_BYTES)
         if not piece or len(heard) > _MESSAGE_MOST_BYTES:
             break
@@ -248,6 +262,11 @@ def _live(job: Job, place: Place, telling: int, watching: int) -> None:
 
 def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
     """Mount and serve to the end; return the daemon's exit code."""
+    guard = None
+    if job.lazy_pages is not None:
+        from lazyfs.lazypages.guard import Guard
+
+        guard = Guard.start()
     import trio
 
     from lazyfs.ground.errors import raise_sole_error
@@ -262,6 +281,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
             "stub": ready.stub,
             "images_directory": ready.images_directory,
             "warnings": ready.warnings,
+            "guard_pid": guard.pid if guard is not None else 0,
             "findings": [asdict(each) for each in ready.findings],
         }
         try:
@@ -293,6 +313,8 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
             descriptor=place.fuse if place.fuse >= 0 else None,
             restores=job.restores,
             check_with=job.check_with,
+            lazy_pages=job.lazy_pages,
+            guard=guard,
         )
         trio.run(main)
     except LazyfsError as error:
