@@ -22,6 +22,7 @@ import argparse
 import compileall
 import contextlib
 import ctypes
+import filecmp
 import hashlib
 import importlib
 import importlib.metadata
@@ -188,7 +189,10 @@ def copy_libraries(tree: Path) -> None:
         for needed in _needed(path):
             if needed not in copied and not needed.is_relative_to(tree):
                 copied.add(needed)
-                shutil.copy(needed.resolve(), libraries / needed.name)
+                target = libraries / needed.name
+                if target.exists() and not filecmp.cmp(needed, target, shallow=False):
+                    fail(f"there are two different {needed.name}: one of them is {needed}")
+                shutil.copy(needed.resolve(), target)
     for path in _opened_at_run_time():
         shutil.copy(path, libraries / path.name)
     loaders = [path for path in copied if path.name.startswith("ld-linux")]
