@@ -98,7 +98,8 @@ def restore_command(
     for `criu restore`, or for the runtime's `restore`:
 
     \b
-      lazyfs restore registry.example/checkpoints/web:1 --lazy-pages -- --tcp-established
+      lazyfs restore registry.example/checkpoints/web:1 --lazy-pages
+      lazyfs restore REF -- --tcp-established --shell-job
       lazyfs restore REF --runtime runc --bundle DIR --id web
 
     No task runs before the bytes it was made of were read without an error. Ended before its own
