@@ -226,8 +226,8 @@ class _Keeper:
         return more
 
     def _own_pid_file(self) -> list[str]:
-        """Of a restore in the foreground nothing else tells when the container runs."""
-        if self._task.call.detach or self._pid_file is not None:
+        """Without one nothing tells which process it is, nor, in the foreground, when it runs."""
+        if self._pid_file is not None:
             return []
         self._pid_file = self._private_directory() / "pid"
         return ["--pid-file", str(self._pid_file)]
