@@ -70,6 +70,8 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
     "read them: 127.0.0.1 is best.",
 )
+@click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
+@click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
 @click.option(
     "--lazy-pages",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -77,8 +79,6 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
     "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
 )
-@click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
-@click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
 @source_options
 @follow_option
 def mount_command(
@@ -89,9 +89,9 @@ def mount_command(
     log_file: Path | None,
     replace: bool,
     metrics: str | None,
-    lazy_pages: Path | None,
     source_name: str | None,
     noexec: bool,
+    lazy_pages: Path | None,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -118,16 +118,16 @@ def mount_command(
     if lazy_pages is not None:
         lazy_pages = lazy_pages.absolute()
     job = _Job(
-        reference,
-        directory,
-        view,
-        descriptor,
-        replace,
-        served_at,
-        lazy_pages,
-        source_name,
-        noexec,
-        source,
+        reference=reference,
+        directory=directory,
+        view=view,
+        descriptor=descriptor,
+        replace=replace,
+        metrics=served_at,
+        source_name=source_name,
+        noexec=noexec,
+        lazy_pages=lazy_pages,
+        source=source,
     )
     if foreground:
         notifier = Notifier(os.environ)
@@ -165,9 +165,9 @@ class _Job:
     descriptor: int | None
     replace: bool
     metrics: Address | None
-    lazy_pages: Path | None
     source_name: str | None
     noexec: bool
+    lazy_pages: Path | None
     source: SourceOptions
 
 

@@ -104,7 +104,6 @@ def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> i
         log_file=Path(config.log.file) if config.log.file else _log_file(source.cache_dir),
         log_level=getattr(logging, config.log.level.upper()),
         lazy_pages=is_lazy,
-        criu=call.criu or "criu",
     )
     if config.on_failure == "fetch":
         from lazyfs.runtime.fetched import fetch_images

@@ -72,8 +72,6 @@ class RestoreCall:
     pid_file: str | None
     detach: bool
     lazy_pages: bool
-    criu: str | None
-    """Of an older runc: which CRIU to run."""
     log: str | None
     log_format: str
     """"text" unless something else is asked for."""
@@ -135,7 +133,6 @@ def parse_restore(words: Sequence[str]) -> RestoreCall | None:
         pid_file=theirs.values.get("pid-file") or None,
         detach=theirs.is_on("detach"),
         lazy_pages=theirs.is_on("lazy-pages"),
-        criu=ours.values.get("criu") or None,
         log=ours.values.get("log") or None,
         log_format=ours.values.get("log-format", "text"),
         _command=command,
@@ -178,8 +175,8 @@ def _scan(
             into.put(str(known), words[index + 1], _Place(index + 1))
             index += 2
         else:
-            if known is not None:
-                into.put(known, "true", _Place(index))
+            if known in flags:
+                into.put(str(known), "true", _Place(index))
             index += 1
     return len(words)
 

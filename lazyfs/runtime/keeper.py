@@ -7,8 +7,8 @@ be wrong: while the layer's digest is not proven (`lingering.py`).
 
 The order of the restore:
 
-1. mount (or fetch, where the policy says so and there is no mount to be had), start the side that
-   brings lazy pages; tell the front.
+1. mount, with memory to be had lazily if the policy says so; or fetch, if it says that and there is
+   no mount to be had. Tell the front.
 2. the front runs the real runtime; its child says its pid before it is the runtime.
 3. CRIU asks at the gate (`restore/gate.py`) before any task runs: judge.
 4. the runtime has returned, or, of a restore in the foreground, has written the pid file: judge
@@ -37,11 +37,11 @@ from lazyfs.background import close_inherited, log_to
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.restore.gate import Gate
 from lazyfs.restore.plan import LOG
-from lazyfs.restore.processes import descendants
 from lazyfs.restore.served import Abandoned, Job, Served, serve
+from lazyfs.restore.verdict import judge
 from lazyfs.runtime import remains
 from lazyfs.runtime.arguments import RestoreCall
-from lazyfs.runtime.lazy import Pages, knows_lazy_pages
+from lazyfs.runtime.lazy import failure_of, knows_lazy_pages
 from lazyfs.runtime.lingering import linger
 from lazyfs.runtime.link import Link, link_pair
 
@@ -88,8 +88,6 @@ class Task:
     fetch: Fetch | None = None
     """What to do where no mount can be had; None: fail."""
     lazy_pages: bool = False
-    criu: str = "criu"
-    """For the side that brings lazy pages; the runtime finds its own."""
 
 
 def start_keeper(task: Task) -> Link:
@@ -140,11 +138,12 @@ class _Keeper:
         self._link = link
         self._name = task.call.container[:12] or "?"
         self._served: Served | None = None
-        self._pages: Pages | None = None
         self._gate: Gate | None = None
         self._mount: int | None = None
         self._fetched: Path | None = None
         self._private: Path | None = None
+        self._work: Path | None = None
+        """Where pages are asked for, if they come lazily."""
         self._pid_file = task.pid_file
         self._denied: str | None = None
         self._began_ticks = remains.started_ticks(os.getpid())
@@ -183,7 +182,14 @@ class _Keeper:
             LazyfsError: there is none to be had.
         """
         task = self._task
-        job = Job(task.reference, task.opening, task.log_file, task.call.container or "a container")
+        more = self._lazy_options()
+        job = Job(
+            task.reference,
+            task.opening,
+            task.log_file,
+            task.call.container or "a container",
+            lazy_pages=self._work,
+        )
         try:
             self._served = serve(job, abandon=[self._link.fileno()])
         except Abandoned:
@@ -194,15 +200,15 @@ class _Keeper:
             log.warning("%s: %s; fetching all of it first", self._name, error)
             self._fetched = task.stub_directory / f".lazyfs-fetched-{os.getpid()}"
             task.fetch(task.reference, self._fetched, self._link.fileno())
-            return self._own_pid_file()
+            return self._own_pid_file()  # what is here already need not come lazily
         self._gate = Gate()
         self._mount = remains.mount_id(self._served.path)
         for warning in self._served.warnings:
             log.warning("%s: it may not restore here: %s", self._name, warning)
-        return [*self._lazy_pages(self._served), *self._own_pid_file()]
+        return [*more, *self._own_pid_file()]
 
-    def _lazy_pages(self, served: Served) -> list[str]:
-        """Start the side that brings pages, if that is wanted and can be."""
+    def _lazy_options(self) -> list[str]:
+        """Decide where pages are to be asked for, if they are to come lazily and can."""
         task = self._task
         if not task.lazy_pages:
             return []
@@ -211,16 +217,17 @@ class _Keeper:
             log.warning("%s: %s has no --lazy-pages; all is read first", self._name, name)
             return []
         more = [] if task.call.lazy_pages else ["--lazy-pages"]
-        work = task.call.work_path
-        if work is None:
-            work = str(self._private_directory() / "work")
-            more += ["--work-path", work]
-        self._pages = Pages.start(Path(task.directory, work), served, task.criu)
+        if task.call.work_path is not None:
+            self._work = Path(task.directory, task.call.work_path)
+        else:
+            self._work = self._private_directory() / "work"
+            more += ["--work-path", str(self._work)]
+        self._work.mkdir(mode=0o700, parents=True, exist_ok=True)
         return more
 
     def _own_pid_file(self) -> list[str]:
-        """Of a restore in the foreground nothing else tells when the container runs."""
-        if self._task.call.detach or self._pid_file is not None:
+        """Without one nothing tells which process it is, nor, in the foreground, when it runs."""
+        if self._pid_file is not None:
             return []
         self._pid_file = self._private_directory() / "pid"
         return ["--pid-file", str(self._pid_file)]
@@ -271,10 +278,13 @@ class _Keeper:
 
     def _judge(self) -> str | None:
         """Return why what came up must not live."""
-        reason = self._served.judge() if self._served is not None else None
-        if reason is None and self._pages is not None:
-            reason = self._pages.failure()
-        return reason
+        if self._served is None:
+            return None
+        try:
+            status = self._served.status()
+        except LazyfsError as error:
+            return str(error)
+        return judge(status) or failure_of(status)
 
     def _settle(self, status: int) -> None:
         """The runtime says that it is done: believe it, or end what came up."""
@@ -300,7 +310,7 @@ class _Keeper:
 
             device, pid = self._served.path.stat().st_dev, self._served.pid
             hurry = partial(complete_of, device, pid)
-            reason = linger(self._served, init, self._pages, self._name, hurry)
+            reason = linger(self._served, init, self._name, hurry)
             if reason is not None:
                 log.error("%s is killed: %s", self._name, reason)
                 self._destroy()
@@ -349,24 +359,20 @@ class _Keeper:
             if said is not None:
                 log.info("%s: %s delete: %s", self._name, Path(task.program).name, said)
         remains.kill_init(self._pid_file, self._began_ticks)
-        remains.kill_cgroup(task.cgroups_path, task.call.container)
+        remains.kill_cgroup(task.cgroups_path, task.call.container, self._began_ticks)
         remains.kill_holders(self._mount, self._spared())
 
     def _spared(self) -> Sequence[int]:
         """Return who holds the mount and may."""
         ours = [os.getpid()]
         if self._served is not None:
-            ours.append(self._served.pid)
-        if self._pages is not None:
-            ours += [self._pages.pid, *descendants(self._pages.pid)]
+            ours += [self._served.pid, self._served.guard_pid]
         return ours
 
     def _clean(self) -> None:
         """Unmount, and remove what was made."""
         if self._gate is not None:
             self._gate.close()
-        if self._pages is not None:
-            self._pages.end()
         if self._served is not None:
             self._served.end()
         for directory in (self._fetched, self._private):

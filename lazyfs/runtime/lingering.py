@@ -15,13 +15,11 @@ import os
 import select
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.restore.verdict import judge
-
-if TYPE_CHECKING:
-    from lazyfs.runtime.lazy import Pages
+from lazyfs.runtime.lazy import are_home, failure_of, has_begun
 
 log = logging.getLogger(__name__)
 
@@ -41,9 +39,7 @@ class Told(Protocol):
         ...
 
 
-def linger(
-    mount: Told, init: int, pages: "Pages | None", name: str, hurry: Callable[[], object]
-) -> str | None:
+def linger(mount: Told, init: int, name: str, hurry: Callable[[], object]) -> str | None:
     """Wait until a restore is proven; return why the container must be killed, else None.
 
     `init`: its first process; when that has ended there is nothing to wait for. `hurry` has the
@@ -54,7 +50,7 @@ def linger(
     except OSError:
         pidfd = None
     try:
-        return _linger(mount, pidfd, pages, name, hurry)
+        return _linger(mount, pidfd, name, hurry)
     finally:
         if pidfd is not None:
             os.close(pidfd)
@@ -63,23 +59,22 @@ def linger(
 def _linger(
     mount: Told,
     pidfd: int | None,
-    pages: "Pages | None",
     name: str,
     hurry: Callable[[], object],
 ) -> str | None:
     is_asked, seen, since_s = False, None, time.monotonic()
     while True:
-        are_home = pages is None or pages.has_ended()
         try:
             status = mount.status()
         except LazyfsError as error:
             return f"what it was restored from cannot be proven any more: {error}"
-        reason = (pages.failure() if pages is not None else None) or judge(status)
+        reason = judge(status) or failure_of(status)
         if reason is not None:
             return reason
-        if are_home and (is_proven(status) or _has_ended(pidfd)):
+        is_home = are_home(status) or (not has_begun(status) and _has_ended(pidfd))
+        if is_home and (is_proven(status) or _has_ended(pidfd)):
             return None
-        if are_home:
+        if is_home:
             state = (status.get("completion") or {}).get("state")
             if not is_asked or state == "failed":
                 log.info("%s: what it was restored from is to be proven", name)

@@ -27,11 +27,11 @@ from testbed.engines import PODMAN
 from testbed.images import get_manifest
 from testbed.process import run
 
-from lazyfs.checkpoint.stub import MARKER, read_stub
-from lazyfs.checkpoint.stub_layer import LEFT_OUT
+from lazyfs.checkpoint.criu import link_for_left_out
+from lazyfs.checkpoint.stub import ANNOTATION, MARKER, read_stub
 from tests.real.checkpoints import Checkpoint, checkpoint
 from tests.real.conftest import Store
-from tests.real.mounts import lazyfs
+from tests.real.mounts import lazyfs, mounted
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -77,13 +77,14 @@ def test_all_but_memory_is_as_it_was(
     skopeo = [*store.testbed.host_command("skopeo"), "copy", "--insecure-policy"]
     run([*skopeo, f"oci:{work}/layout:stub", f"dir:{work}/copy"])  # compares digests and diff ids
     manifest = json.loads((work / "copy/manifest.json").read_text())
-    assert manifest["annotations"] == real.annotations
+    by_digest = f"{real.reference.rpartition(':')[0]}@{real.digest}"
+    assert manifest["annotations"] == {**real.annotations, ANNOTATION: by_digest}
     (layer,) = manifest["layers"]
     tree = work / "tree"
     with tarfile.open(work / "copy" / layer["digest"].partition(":")[2]) as archive:
         archive.extractall(tree, filter="fully_trusted")
     marker = read_stub((tree / "checkpoint" / MARKER).read_bytes())
-    assert marker.reference == f"{real.reference.rpartition(':')[0]}@{real.digest}"
+    assert marker.reference == by_digest
     left_out = {f"checkpoint/{each.name}" for each in marker.pages}
     assert left_out == {
         str(path.relative_to(podman.tree)) for path in podman.tree.glob("checkpoint/pages-*.img")
@@ -161,6 +162,24 @@ def test_containers_storage_is_written_by_skopeo(
         assert session.run([*PODMAN, *words]).strip() == digest
 
 
+def test_a_mount_of_a_stub_is_a_mount_of_what_it_stands_for(
+    podman: PodmanCheckpoint, stub: str, work: Path
+) -> None:
+    with mounted(stub, work) as mount:
+        for pages in podman.tree.glob("checkpoint/pages-*.img"):
+            assert (mount.directory / pages.name).read_bytes() == pages.read_bytes()
+        assert not (mount.directory / MARKER).exists()
+        state = mount.status()
+    real = podman.images["zstd:chunked"]
+    assert state["reference"] == f"{real.reference.rpartition(':')[0]}@{real.digest}"
+    assert state["stub"].startswith(f"{stub.rpartition(':')[0]}@sha256:")
+    with mounted(stub, work, "--no-follow", "--view=image") as mount:
+        assert (mount.directory / "checkpoint" / MARKER).exists()
+        with pytest.raises(OSError, match=_SAID):
+            (mount.directory / "checkpoint/pages-1.img").open("rb")
+        assert mount.status()["stub"] is None
+
+
 @pytest.fixture(scope="module")
 def containerd(store: Store, shelf: Path) -> ContainerdCheckpoint:
     return containerd_checkpoint(
@@ -178,6 +197,7 @@ def test_of_containerds_index_one_member_is_another(
     after = {each["mediaType"]: each for each in index["manifests"]}
     changed = [kind for kind in before if before[kind] != after.get(kind)]
     assert (changed, list(before)) == ([CRIU_TAR], list(after))
+    stands_for = index["annotations"].pop(ANNOTATION)
     assert index["annotations"] == containerd.index["annotations"]
     shelf = containerd.base_tar.parent
     with (
@@ -192,7 +212,7 @@ def test_of_containerds_index_one_member_is_another(
             names = images.getnames()
             marker = images.extractfile(MARKER)
             assert marker is not None
-            stands_for = read_stub(marker.read()).reference
+            assert read_stub(marker.read()).reference == stands_for
         assert "inventory.img" in names
         assert stands_for.startswith(f"{store.address}/stubs/containerd@sha256:")
         with pytest.raises(TestbedError, match="criu failed"):
@@ -222,7 +242,7 @@ def test_criu_brings_nothing_up_whichever_memory_is_left_out(
     assert len(all_pages) == 3
     for pages in all_pages:
         kept = pages.rename(directory / "kept")
-        pages.symlink_to(f"{pages.name}/{LEFT_OUT}")
+        pages.symlink_to(link_for_left_out(pages.name))
         with pytest.raises(CriuError, match=_SAID):
             dumped.restore(directory, work / f"restore-{pages.name}", lazy_pages=lazy)
         kept.rename(pages)

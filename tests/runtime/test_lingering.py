@@ -15,7 +15,10 @@ _UNPROVEN = {
     "layers": [{"proof": "chunk", "blob_proven": False}, {"proof": "layer", "blob_proven": False}],
     "completion": None,
 }
+_COMING = {**_UNPROVEN, "lazy_pages": {"state": "transferring", "failed": None}}
+_LOST = {**_UNPROVEN, "lazy_pages": {"state": "failed", "failed": "no more"}}
 _PROVEN = {**_UNPROVEN, "layers": [{"proof": "layer", "blob_proven": True}]}
+_HOME = {**_PROVEN, "lazy_pages": {"state": "home", "failed": None}}
 
 
 class _Mount:
@@ -31,19 +34,6 @@ class _Mount:
         return state
 
 
-class _Pages:
-    def __init__(self, looks: int, failure: str | None = None) -> None:
-        self._looks = looks
-        self._failure = failure
-
-    def has_ended(self) -> bool:
-        self._looks -= 1
-        return self._looks < 0
-
-    def failure(self) -> str | None:
-        return self._failure if self._looks < 0 else None
-
-
 @pytest.fixture
 def init() -> Iterator[int]:
     with subprocess.Popen(["sleep", "600"]) as process:
@@ -51,9 +41,9 @@ def init() -> Iterator[int]:
         process.kill()
 
 
-def _linger(mount: _Mount, init: int, pages: _Pages | None = None) -> tuple[str | None, int]:
-    asked = []
-    reason = linger(mount, init, pages, "web", lambda: asked.append(1))  # type: ignore[arg-type]
+def _linger(mount: _Mount, init: int) -> tuple[str | None, int]:
+    asked: list[int] = []
+    reason = linger(mount, init, "web", lambda: asked.append(1))
     return reason, len(asked)
 
 
@@ -80,15 +70,19 @@ def test_a_mount_that_is_gone_proves_nothing(init: int) -> None:
 
 
 def test_lazy_pages_are_waited_for_and_their_failure_is_told(init: int) -> None:
-    assert _linger(_Mount(_PROVEN), init, _Pages(2)) == (None, 0)
-    assert _linger(_Mount(_UNPROVEN), init, _Pages(2, "lost"))[0] == "lost"
+    assert _linger(_Mount(_COMING, _COMING, _HOME), init) == (None, 0)
+    reason, _ = _linger(_Mount(_COMING, _LOST), init)
+    assert reason is not None
+    assert "no more" in reason
 
 
 def test_a_container_that_has_ended_is_waited_for_only_as_long_as_others_miss_pages() -> None:
     with subprocess.Popen(["true"]) as process:
         process.wait()
     assert _linger(_Mount(_UNPROVEN), process.pid) == (None, 0)
-    assert _linger(_Mount(_UNPROVEN), process.pid, _Pages(2, "lost"))[0] == "lost"
+    reason, _ = _linger(_Mount(_COMING, _LOST), process.pid)
+    assert reason is not None
+    assert "no more" in reason
 
 
 def test_nothing_is_proven_by_silence() -> None:

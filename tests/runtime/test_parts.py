@@ -90,7 +90,7 @@ def test_restores_of_engines_are_understood_and_nothing_else_is_taken_for_one() 
         ("--systemd-cgroup --rootless=auto --root r --debug restore c", None, None, False, "c"),
         ("--cgroup-manager systemd --log-level debug restore c", None, None, False, "c"),
         ("restore", None, None, False, ""),
-        ("restore --image-path", "true", None, False, ""),
+        ("restore --image-path", None, None, False, ""),
     ],
 )
 def test_options_are_read_as_runc_and_crun_read_them(

@@ -4,24 +4,29 @@ import json
 import os
 import signal
 import time
+import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from testbed import Testbed, TestbedError
+from testbed import Recorder, Testbed, TestbedError
 from testbed.crio import CrioPod
 from testbed.process import wait_until
 
 from tests.real.conftest import Store
 from tests.real.engines.crio_calls import push_checkpoint, record
 from tests.real.engines.machines import Machine, machine
-from tests.real.engines.nodes import WRAPPER, assert_goes_on, install_wrapper
+from tests.real.engines.nodes import assert_goes_on, install_wrapper
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
+_HANDLER = tomllib.loads((Path(__file__).parents[3] / "contrib/cri-o/10-lazyfs.conf").read_text())[
+    "crio"
+]["runtime"]["runtimes"]["lazyfs"]
 _RECORDED = Path(__file__).parents[2] / "data/engines/crio.json"
+_RECORDER = "/opt/recorder/runc"
 _SIZE_MIB, _CHILDREN = 32, 1
 
 
@@ -59,13 +64,21 @@ def _pod(
     made: _Made,
     *,
     annotations: Mapping[str, str] | None = None,
-    runtime: str = WRAPPER,
+    runtime: str = _HANDLER["runtime_path"],
+    real: str = "",
     forgiven: Sequence[str] = (),
 ) -> Iterator[tuple[Machine, CrioPod]]:
-    """Give a pod on an empty machine, where lazyfs's runtime is a handler's `runtime_path`."""
+    """Give a pod on an empty machine, with the runtime handler of contrib/cri-o.
+
+    `real`: stands for the real runtime, by the handler's `monitor_env`.
+    """
     with machine(store.testbed, [], [store.address], name=made.cgroup, forgiven=forgiven) as here:
         install_wrapper(here)
+        environ = dict(each.split("=", 1) for each in _HANDLER["monitor_env"])
+        if real:
+            environ["LAZYFS_REAL_RUNTIME"] = real
         pod = CrioPod(here.podman, annotations=annotations or {}, runtime=runtime)
+        pod.monitor_env = environ
         yield here, pod
 
 
@@ -76,11 +89,14 @@ def test_conmon_calls_its_runtime_as_was_recorded(testbed: Testbed, work: Path) 
 @pytest.mark.parametrize("lazy_pages", ["false", "true"])
 def test_a_stub_goes_on_where_its_container_was(store: Store, made: _Made, lazy_pages: str) -> None:
     annotations = {"io.lazyfs.lazy-pages": lazy_pages}
-    with _pod(store, made, annotations=annotations) as (_, pod):
+    with _pod(store, made, annotations=annotations, real=_RECORDER) as (here, pod):
+        recorder = Recorder(here.session, _RECORDER)
         began_s = time.time()
         running = pod.restore(made.stub(store), members=1 + _CHILDREN)
         assert_goes_on(running, began_s, made.hashes)
         assert running.state() == "running"
+        call = recorder.calls("restore")[-1]
+        assert ("--lazy-pages" in call["argv"]) == (lazy_pages == "true")
         running.remove()
 
 

@@ -11,7 +11,7 @@ from testbed.process import wait_until
 
 from tests.real.conftest import Store
 from tests.real.engines.machines import Machine, Resumed, machine
-from tests.real.engines.origins import FORMATS, Origin, checkpoint_and_push, origin
+from tests.real.engines.origins import FORMATS, Origin, checkpoint_and_push
 from tests.real.engines.places import place
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
@@ -21,11 +21,6 @@ _MANY = 5
 
 every_format = pytest.mark.parametrize("form", FORMATS)
 either_way = pytest.mark.parametrize("policy", ["", _LAZILY], ids=["eager", "lazy-pages"])
-
-
-@pytest.fixture(scope="module")
-def made(store: Store, shelf: Path) -> Origin:
-    return origin(store, shelf)
 
 
 @pytest.fixture

@@ -8,16 +8,11 @@ from testbed import Registry
 
 from tests.real.conftest import Store
 from tests.real.engines.machines import Machine, machine
-from tests.real.engines.origins import Origin, origin
+from tests.real.engines.origins import Origin
 from tests.real.engines.places import FORM
 from tests.real.test_logins import HASH, PASSWORD
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
-
-
-@pytest.fixture(scope="module")
-def made(store: Store, shelf: Path) -> Origin:
-    return origin(store, shelf, formats=[FORM])
 
 
 @pytest.fixture(scope="module")

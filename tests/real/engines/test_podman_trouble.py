@@ -11,20 +11,20 @@ from testbed.process import children, tree, wait_until
 
 from tests.real.conftest import Store
 from tests.real.engines.machines import Machine
-from tests.real.engines.origins import Origin, origin
-from tests.real.engines.places import FORM, enter, place, workloads
+from tests.real.engines.origins import Origin
+from tests.real.engines.places import enter, place, workloads
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
 _SLOW_BYTES_S = 8 << 20
 _LAZILY = 'lazy-pages = "always"'
-_EXPECTED = (" ERROR ", "cannot be restored", "whoever asked for the restore is gone")
+_EXPECTED = (
+    " ERROR ",
+    "a restore has failed",
+    "cannot be restored",
+    "whoever asked for the restore is gone",
+)
 """What is logged of restores that fail."""
-
-
-@pytest.fixture(scope="module")
-def made(store: Store, shelf: Path) -> Origin:
-    return origin(store, shelf, formats=[FORM])
 
 
 def test_of_a_dead_registry_podman_says_so(store: Store, made: Origin) -> None:

@@ -10,7 +10,7 @@ from testbed.engines import write_base
 
 from tests.real.conftest import Store
 from tests.real.engines.machines import Machine, Resumed, machine
-from tests.real.engines.origins import CHILDREN, Origin, origin
+from tests.real.engines.origins import CHILDREN, Origin
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -25,11 +25,6 @@ class Unpacked:
     tree: Path
     bundle: Path
     work: Path
-
-
-@pytest.fixture(scope="module")
-def made(store: Store, shelf: Path) -> Origin:
-    return origin(store, shelf, formats=[_FORM])
 
 
 @pytest.fixture
