@@ -13,8 +13,9 @@ take what is not there for empty.
 import logging
 from collections.abc import Mapping
 
-from lazyfs.checkpoint.criu import is_left_out
+from lazyfs.checkpoint.criu import is_left_out, is_pages
 from lazyfs.checkpoint.tree import Node
+from lazyfs.ground.errors import MalformedError
 from lazyfs.layers.model import EntryType
 
 log = logging.getLogger(__name__)
@@ -52,12 +53,17 @@ class View:
 
         Raises:
             LazyfsError: that cannot be told, since the names could not be had.
+            MalformedError: it is a pages file, and not to be shown: CRIU would go on with zeros in
+                the place of shared memory if it were told that there is none.
         """
         parent = self.node(parent_inode)
         while True:
             child = parent.children.get(name)
             if child is not None:
-                return await self._shown(child)
+                number = await self._shown(child)
+                if number is None and is_pages(name):
+                    raise MalformedError(f"{name!r} is a link out of the checkpoint: no memory")
+                return number
             if parent.filling is None:
                 return None
             if parent.filling.ended:
