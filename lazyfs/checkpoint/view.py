@@ -131,12 +131,18 @@ class View:
         if known is not None:
             node.seen = True
             return known
-        if is_link and not is_left_out(node.name, node.symlink_target) and self._paths.leaves(node):
+        if self._is_astray(node):
             log.warning("not shown: the link %r -> %r leaves it", node.name, node.symlink_target)
             self._hidden.add(node)
             return None
         node.seen = True
         return self._number(node.file)
+
+    def _is_astray(self, node: Node) -> bool:
+        """Whether something is a link that leads out of the view, or may."""
+        if node.type is not EntryType.SYMLINK or node.exact:
+            return False
+        return not is_left_out(node.name, node.symlink_target) and self._paths.leaves(node)
 
     def _number(self, node: Node) -> int:
         node.seen = True
