@@ -21,7 +21,10 @@ from lazyfs.checkpoint.reference import (
     ImageReference,
     LayoutReference,
     Reference,
+    RegistryReference,
 )
+from lazyfs.checkpoint.remembered import RememberingSource
+from lazyfs.content.documents import Documents
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, MalformedError, SourceError
@@ -149,6 +152,11 @@ class ResolvedImage:
                 config = b""  # it is an image of so many layers then
         return manifests.describe(self.manifest, config)
 
+    def save(self) -> None:
+        """Keep for later mounts what was asked for by digest, and note that it is used."""
+        if isinstance(self.source, RememberingSource):
+            self.source.save()
+
     def close(self) -> None:
         """Let go of the source and of the blobs it gave."""
         if self._archive is not None:
@@ -163,8 +171,11 @@ def resolve(
     counters: Counters,
     *,
     authfile: Path | None = None,
+    documents: Documents | None = None,
 ) -> ResolvedImage:
     """Open the source and read the manifest. Blocks, in a thread.
+
+    `documents`: where manifests are that earlier mounts have read, and where `save` keeps them.
 
     Raises:
         SourceError: the image cannot be had.
@@ -181,6 +192,8 @@ def resolve(
         if reference.digest is None and not holds_image(reference.directory):
             return _outside_of_images(str(reference), UnpackedDirectory(reference.directory), _TAR)
     source = _open_source(reference, patient, counters, authfile)
+    if documents is not None and isinstance(reference, RegistryReference):
+        source = RememberingSource(source, documents, f"{reference.host}/{reference.repository}")
     return _resolve_in(source, reference)
 
 

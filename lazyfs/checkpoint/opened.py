@@ -223,6 +223,8 @@ class OpenedCheckpoint:
         self.layers.append(layer)
         self.do(layer.run)
         self.do(layer.leave_note)
+        if layer.memory is not None:
+            self.do(layer.remember)
         if of_image:
             self.image_layers.append(layer)
             self.do(partial(self._watch, layer))
@@ -235,6 +237,12 @@ class OpenedCheckpoint:
         async with trio.open_nursery() as nursery:
             async for job in self._jobs_to_do:
                 nursery.start_soon(_guarded, job)
+
+    async def save(self) -> None:
+        """Keep for later mounts what told how the image is to be read."""
+        await trio.to_thread.run_sync(self.image.save)
+        for layer in self.image_layers:
+            await layer.save()
 
     def close(self) -> None:
         """Let go of what the layers hold."""
@@ -278,8 +286,9 @@ async def open_checkpoint(
     """
     counters = counters if counters is not None else Counters()
     parsed = parse_reference(reference)
+    resolve = partial(images.resolve, documents=config.cache.documents)
     image = await trio.to_thread.run_sync(
-        images.resolve, parsed, config.transport, counters, abandon_on_cancel=True
+        resolve, parsed, config.transport, counters, abandon_on_cancel=True
     )
     name = image.reference.partition("@")[0]
     by_digest = getattr(parsed, "digest", None) is not None
@@ -300,7 +309,9 @@ async def open_checkpoint(
                 insist_on_proof(checkpoint)
             if config.content.proves_first:
                 await checkpoint.prove(config.on_proof)
+            checkpoint.do(checkpoint.save)
             yield checkpoint
+            await checkpoint.save()
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise_sole_error(group)
