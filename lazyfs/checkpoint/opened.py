@@ -20,7 +20,7 @@ from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.opening import Ztocs, open_layer
 from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
 from lazyfs.checkpoint.placed import PlacedLayer
-from lazyfs.checkpoint.reference import parse_reference
+from lazyfs.checkpoint.reference import Reference, parse_reference
 from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
 from lazyfs.checkpoint.trust import insist_on_digest, insist_on_proof
 from lazyfs.checkpoint.unpacked import Unpacker
@@ -284,12 +284,8 @@ async def open_checkpoint(
         NotACheckpoint, UnsupportedLayer, MalformedError: it is nothing that can be shown.
         IntegrityError: bytes contradict their digest.
     """
-    counters = counters if counters is not None else Counters()
     parsed = parse_reference(reference)
-    resolve = partial(images.resolve, documents=config.cache.documents)
-    image = await trio.to_thread.run_sync(
-        resolve, parsed, config.transport, counters, abandon_on_cancel=True
-    )
+    image, counters = await _resolve(parsed, reference, config, counters)
     name = image.reference.partition("@")[0]
     by_digest = getattr(parsed, "digest", None) is not None
     trusts_referrers = config.referrers == "always" or (
@@ -319,6 +315,23 @@ async def open_checkpoint(
         checkpoint.close()
         fetcher.close()
         image.close()
+
+
+async def _resolve(
+    parsed: Reference, reference: str, config: OpenConfig, counters: Counters | None
+) -> tuple[ResolvedImage, Counters]:
+    """Return the image, by whoever is at it already, and the counters of what it costs."""
+    coming = config.ahead.take(reference) if config.ahead is not None else None
+    if coming is not None and config.ahead is not None:
+        counters = config.ahead.counters
+        image = await trio.to_thread.run_sync(coming.result, abandon_on_cancel=True)
+    else:
+        counters = counters if counters is not None else Counters()
+        resolve = partial(images.resolve, documents=config.cache.documents)
+        image = await trio.to_thread.run_sync(
+            resolve, parsed, config.transport, counters, abandon_on_cancel=True
+        )
+    return image, counters
 
 
 async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:

@@ -117,6 +117,11 @@ class RememberingSource:
         self._new[name_of(digest, kind, self._repository)] = pieces
 
 
+def is_remembered(documents: Documents, digest: Digest, name: str) -> bool:
+    """Whether there is a document of a manifest; it may turn out to be damaged."""
+    return documents.has(name_of(digest, "manifest", name))
+
+
 class IndexMemory:
     """What parts of one blob told an earlier mount, and tell this one."""
 

@@ -137,15 +137,13 @@ class _Job:
 
 def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | None" = None) -> int:
     """Import what a mount needs (after the fork: the caller does not), and live its life."""
+    opening = job.source.opening(job.reference, proof_bar())
     import trio
 
-    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.cli.main import report
     from lazyfs.mount import MountConfig, serve_mount
 
-    source, directory = job.source, job.directory
-    cache = source.cache()
-    opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
+    directory = job.directory
     config = MountConfig(
         job.reference, directory, opening, job.view, job.descriptor, job.replace, job.metrics
     )

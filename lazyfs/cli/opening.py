@@ -26,14 +26,10 @@ def with_checkpoint(
     A command is too short for a proof in the background: it is proven before, if that is asked
     for, or chunk by chunk where the layer has digests for them, or not.
     """
+    config = source.opening(reference, proof_bar())
     import trio
 
-    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.checkpoint.opened import open_checkpoint
-
-    config = OpenConfig(
-        source.cache(), source.transport, source.content, source.referrers, proof_bar()
-    )
 
     async def main() -> _T:
         async with open_checkpoint(reference, config) as checkpoint:

@@ -48,6 +48,10 @@ class Documents:
         self._directory = None if directory is None else directory / "documents"
         self._room = room
 
+    def has(self, name: str) -> bool:
+        """Whether there is a document, good or not."""
+        return self._directory is not None and (self._directory / name).exists()
+
     def find(self, name: str) -> Data | None:
         """Return a document, as it was kept; None if there is none, or not any more."""
         if self._directory is None:

@@ -29,7 +29,7 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lazyfs import __version__
-from lazyfs.ground.errors import FetchError, LazyfsError, SourceError, UnknownHost
+from lazyfs.ground.errors import ClosedEarly, FetchError, LazyfsError, SourceError, UnknownHost
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
 from lazyfs.transport.tls import TlsConfig
@@ -52,10 +52,6 @@ _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
 
 class NotTls(SourceError):
     """What answers does not speak TLS: perhaps plain HTTP."""
-
-
-class ClosedEarly(FetchError):
-    """The connection was closed before any answer; on one that was idle, that is nobody's fault."""
 
 
 class _Gate:
