@@ -292,10 +292,10 @@ def _resolve_archive(
     blob: Blob
     if reference.is_url:
         from lazyfs.transport.address import Address
+        from lazyfs.transport.attempts import attempts
         from lazyfs.transport.client import HttpClient
         from lazyfs.transport.httpblob import open_url
         from lazyfs.transport.registry import endpoints_of
-        from lazyfs.transport.retry import attempts
         from lazyfs.transport.urls import origin_of
 
         server = Address(str(origin_of(reference.url)), "")
@@ -357,7 +357,7 @@ def _read_head(blob: Blob, settings: TransportSettings, counters: Counters) -> b
         raise SourceError(f"{blob.name} is empty")
     byte_range = ByteRange(0, min(_MAGIC_BYTES, blob.size_bytes))
     from lazyfs.transport.archives import read_range
-    from lazyfs.transport.retry import attempts
+    from lazyfs.transport.attempts import attempts
 
     return attempts(
         blob.name,

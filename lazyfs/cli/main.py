@@ -53,6 +53,10 @@ COMMANDS: Mapping[str, _Lazy] = {
         "Fetch all of a checkpoint into the cache, proven, so that mounts need no network.",
     ),
     "inspect": _Lazy("lazyfs.cli.inspect:inspect_command", "Tell what a checkpoint is."),
+    "stub": _Lazy(
+        "lazyfs.cli.stub:stub_command",
+        "Write the stub of a checkpoint image: all of it but memory.",
+    ),
     "ls": _Lazy("lazyfs.cli.ls:ls_command", "List the files of a checkpoint."),
     "cat": _Lazy("lazyfs.cli.cat:cat_command", "Write a file of a checkpoint to standard output."),
     "cache": _Lazy("lazyfs.cli.cache:cache_command", "Look after what mounts have kept."),

@@ -24,7 +24,7 @@ from lazyfs.transport.tls import Endpoints, TlsConfig, plain_endpoint
 from lazyfs.transport.urls import Origin, origin_of, redirect_target, shown
 
 if TYPE_CHECKING:
-    from lazyfs.transport.http import Connection
+    from lazyfs.transport.http import Connection, Upload
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _REFUSALS = {401, 403}
@@ -239,6 +239,38 @@ class HttpClient:
         """
         return _read_whole(self._ask_once(url, headers, None, led_by, form), limit_bytes)
 
+    def send(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        upload: "Upload",
+        authorizer: Authorizer,
+        *,
+        led_by: Origin | None = None,
+    ) -> SmallReply:
+        """Do what `upload` says and return the answer, of its body at most 64 KiB.
+
+        A redirect is followed for a HEAD alone. A 401 or 403 is answered once, as by `open`; a
+        file is then sent again from where it stood.
+
+        Raises:
+            FetchError: as `get`.
+            SourceError: as `get`.
+        """
+        origin = origin_of(url)
+        sent = authorizer.authorization(origin)
+        start = 0 if isinstance(upload.body, bytes) else upload.body.tell()
+        reply = self._send(url, headers, upload, sent, led_by)
+        challenge = reply.headers.get("WWW-Authenticate")
+        refused = reply.status in _REFUSALS and origin_of(reply.url) == origin
+        if refused and not (challenge is None and sent is None):
+            renewed = authorizer.renew(origin, challenge, sent)
+            if renewed is not None:
+                if not isinstance(upload.body, bytes):
+                    upload.body.seek(start)
+                reply = self._send(url, headers, upload, renewed, led_by)
+        return reply
+
     def give_back(self, connection: "Connection", *, clean: bool) -> None:
         """Take a connection back, to be used again if its last answer was read to the end."""
         if clean:
@@ -260,16 +292,32 @@ class HttpClient:
         for each in connections:
             each.close()
 
+    def _send(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        upload: "Upload",
+        authorization: str | None,
+        led_by: Origin | None,
+    ) -> SmallReply:
+        if upload.method == "HEAD":
+            reply = self._follow(url, headers, authorization, led_by, upload)
+        else:
+            reply = self._ask_once(url, headers, authorization, led_by, upload=upload)
+        with reply:
+            return SmallReply(reply.url, reply.status, reply.headers, reply.discard())
+
     def _follow(
         self,
         url: str,
         headers: Mapping[str, str],
         authorization: str | None,
         led_by: Origin | None,
+        upload: "Upload | None" = None,
     ) -> Reply:
         asked = url
         for _ in range(_HOPS_MOST + 1):
-            reply = self._ask_once(url, headers, authorization, led_by)
+            reply = self._ask_once(url, headers, authorization, led_by, upload=upload)
             if reply.status not in _REDIRECTS:
                 return reply
             reply.discard()
@@ -288,8 +336,11 @@ class HttpClient:
         authorization: str | None,
         led_by: Origin | None,
         form: bytes | None = None,
+        upload: "Upload | None" = None,
     ) -> Reply:
         origin = origin_of(url)
+        body = b"" if upload is None else upload.body
+        start = 0 if isinstance(body, bytes) else body.tell()
         self._guard.check(origin, origin.host, led_by)
 
         def judge(peer: str) -> None:
@@ -305,8 +356,15 @@ class HttpClient:
             try:
                 if connection.peer is not None:
                     judge(connection.peer)
+                if not isinstance(body, bytes):
+                    body.seek(start)
                 answer = connection.ask(
-                    url, headers, form=form, proxy=self._proxies[origin], on_peer=judge
+                    url,
+                    headers,
+                    form=form,
+                    upload=upload,
+                    proxy=self._proxies[origin],
+                    on_peer=judge,
                 )
             except BaseException as error:
                 connection.close()
@@ -328,11 +386,11 @@ class HttpClient:
         for each in stale:
             each.close()
         # Only now: a mount that finds all in the cache asks nobody, and imports no HTTP library.
-        from lazyfs.transport.http import Connection
+        from lazyfs.transport import http
 
         endpoint = self._endpoints(origin)
         context = self._context(endpoint.tls) if origin.scheme == "https" else None
-        return Connection(origin, self.settings, context, endpoint.headers)
+        return http.Connection(origin, self.settings, context, endpoint.headers)
 
     def _context(self, tls: TlsConfig) -> ssl.SSLContext:
         """Return a context that is made once, and anew when one of its files is another."""

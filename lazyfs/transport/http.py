@@ -18,8 +18,9 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import requests
 import urllib3
@@ -52,6 +53,16 @@ _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
 
 class NotTls(SourceError):
     """What answers does not speak TLS: perhaps plain HTTP."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A request that is no GET, and what goes with it."""
+
+    method: Literal["HEAD", "POST", "PUT"]
+    body: bytes | BinaryIO = b""
+    """A file is read from where it stands to its end."""
+    size_bytes: int = 0
 
 
 class _Gate:
@@ -216,10 +227,13 @@ class Connection:
         headers: Mapping[str, str],
         *,
         form: bytes | None = None,
+        upload: Upload | None = None,
         proxy: str | None = None,
         on_peer: Callable[[str], None] = lambda peer: None,
     ) -> tuple[int, Mapping[str, str]]:
-        """GET `url`, or POST `form` to it, and return status and headers; `receive` the body.
+        """GET `url`, or POST `form` to it, or do what `upload` says; return status and headers.
+
+        `receive` the body.
 
         `on_peer` is told the address when a connection is made to it, before a byte is sent, and
         may raise; not where a proxy is on the way.
@@ -242,6 +256,11 @@ class Connection:
                 request.method = "POST"
                 request.body = form
                 request.headers["Content-Length"] = str(len(form))
+            if upload is not None:
+                request.method = upload.method
+                request.body = upload.body  # type: ignore[assignment]  # a file is fine
+                if upload.method != "HEAD":
+                    request.headers["Content-Length"] = str(upload.size_bytes)
             request.headers["Accept-Encoding"] = "identity"
             request.headers["User-Agent"] = f"lazyfs/{__version__}"
             self._response = self._session.send(

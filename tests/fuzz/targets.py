@@ -217,7 +217,9 @@ def headers(data: bytes) -> None:
     registry = urls.Origin("https", "registry.example", 443)
     for challenge in auth.parse_challenges(text):
         with suppress(LazyfsError):
-            assert auth.token_url(challenge, registry, "team/image").startswith("https://")
+            assert auth.token_url(challenge, registry, ["repository:team/image:pull"]).startswith(
+                "https://"
+            )
     page = referrers.next_page("https://registry.example/v2/", text)
     assert page is None or urls.origin_of(page) == registry
     assert "?" not in urls.shown(text)
