@@ -240,3 +240,29 @@ def test_the_caches_commands_know_them(server: FaultServer, mounts: Mounts) -> N
     assert done.code == (0 if named else 2)
     assert lazyfs("cache", "prune", "--all", option).code == 0
     assert documents_in(mounts) == []
+
+
+NEVER = {"rich", "google", "prometheus_client", "flatbuffers", "hypothesis", "pytest"}
+"""What no mount needs before its directory answers."""
+HTTP = {"requests", "urllib3", "charset_normalizer", "certifi"}
+
+
+def imported_by(mount: Mount) -> set[str]:
+    """Names of the packages that were imported before the directory answered."""
+    lines = mount.said.err.splitlines()
+    names = [line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")]
+    assert "lazyfs.fuse" in names
+    return {name.partition(".")[0] for name in names}
+
+
+def test_a_mount_imports_only_what_it_needs(server: FaultServer, mounts: Mounts) -> None:
+    noted = {**os.environ, "PYTHONPROFILEIMPORTTIME": "1"}
+    mount = mounts.mount(publish_files(server, FILES), env=noted)
+    read_everything(mount)
+    pinned = mount.status()["reference"]
+    assert imported_by(mount).isdisjoint(NEVER)
+    assert imported_by(mount) > HTTP
+    assert lazyfs("wait", mount.directory, "--complete").code == 0
+    mount.umount()
+    mount = mounts.mount(pinned, env=noted)
+    assert imported_by(mount).isdisjoint(NEVER | HTTP)
