@@ -21,6 +21,7 @@ from lazyfs.checkpoint.remembered import IndexMemory
 from lazyfs.checkpoint.soci_index import ZtocRef, find_ztocs
 from lazyfs.content.cache import Cache
 from lazyfs.content.kept import find_restart_index, forget
+from lazyfs.content.layer_content import at_once
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import (
@@ -123,9 +124,18 @@ async def _open_anew(
 ) -> OpenedLayer:
     """Open a layer by what the blob says of itself, or by what is said of it."""
     layer = item.descriptor
+    tar: OpenedLayer | None = None
     head = b""
-    if table.choose_by_words(layer) is None:
+
+    async def look() -> None:
+        nonlocal tar, head
         tar, head = await _open_tar(item, blob, desk, memory)
+
+    async def ask() -> None:  # beside it: who says what an index is, is a round trip or two away
+        await ztocs.of(layer)
+
+    if table.choose_by_words(layer) is None:
+        await at_once([look, ask] if table.label_of(layer) == Gzip.name else [look])
         if tar is not None:
             return tar
     index = await find_index(blob, layer, head, desk, memory)
