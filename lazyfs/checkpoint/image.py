@@ -87,6 +87,11 @@ class ResolvedImage:
         """The layers, from the base up."""
         return self.manifest.layers
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is had from a registry, and what that says is worth keeping."""
+        return isinstance(self.source, RememberingSource)
+
     def placed_layers(self) -> tuple[PlacedLayer, ...]:
         """Return the layers with what each makes of the tree, in the order of laying them over.
 

@@ -98,7 +98,7 @@ async def open_layer(
         item = await _as_it_is(item, blob, desk)
     if item.kind == "file":
         return OpenedLayer(item, raw.open_file(item.place, layer.size_bytes), blob, desk)
-    kept, memory = await trio.to_thread.run_sync(_look_back, layer, desk)
+    kept, memory = await trio.to_thread.run_sync(_look_back, image, layer, desk)
     if kept is not None:
         return OpenedLayer(item, kept, blob, desk)
     if memory is None:
@@ -148,16 +148,16 @@ async def _open_anew(
 
 
 def _look_back(
-    layer: LayerDescriptor, desk: Desk
+    image: ResolvedImage, layer: LayerDescriptor, desk: Desk
 ) -> tuple[LayerIndex | StreamIndex | None, IndexMemory | None]:
     """Return what earlier mounts have left of a layer: its index, or what they were told. Blocks.
 
-    Neither, where no digest could prove it.
+    Neither, where no digest could prove it; what lies on this machine is not asked for, but read.
     """
     if layer.digest is None:
         return None, None
     kept = _reopen_kept(layer, desk.config.cache)
-    if kept is not None:
+    if kept is not None or not image.is_remote:
         return kept, None
     memory = IndexMemory(desk.config.cache.documents, layer.digest, desk.source_name)
     memory.load()
