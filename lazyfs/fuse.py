@@ -44,10 +44,10 @@ from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.layers.model import EntryType
 from lazyfs.layers.names import decode_name, encode_name
+from lazyfs.mountpoint import FUSE_SUBTYPE
 
 log = logging.getLogger(__name__)
 
-SUBTYPE = "lazyfs"
 STATUS_XATTR = "user.lazyfs.status"
 """Extended attribute of the mount's root: its state as JSON. Not listed, so no copy takes it."""
 PID_XATTR = "user.lazyfs.pid"
@@ -318,7 +318,7 @@ def attach(
         "nodev",
         "noatime",
         "default_permissions",
-        f"subtype={SUBTYPE}",
+        f"subtype={FUSE_SUBTYPE}",
         f"fsname={name.replace(',', '_')}",
     }
     if allow_other:

@@ -24,7 +24,8 @@ from lazyfs import fuse
 from lazyfs.activity import Activity
 from lazyfs.address import Address
 from lazyfs.checkpoint.desk import OpenConfig
-from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from lazyfs.checkpoint.follow import open_followed
+from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.control import Answer, Route, Server, as_json, listen
@@ -40,6 +41,8 @@ from lazyfs.whole import Whole
 if TYPE_CHECKING:
     from lazyfs.checkpoint.findings import Finding
     from lazyfs.checkpoint.host import Host
+    from lazyfs.lazypages.guard import Guard
+    from lazyfs.lazypages.server import LazyPages
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +73,14 @@ class MountConfig:
     """Whether to take the place of a mount that is there."""
     metrics: Address | None = None
     """Where to serve metrics."""
+    lazy_pages: Path | None = None
+    """The work directory of restores whose memory is to be served as it is wanted."""
+    guard: "Guard | None" = None
+    """With `lazy_pages`: who sees to their tasks if this process ends; started before threads."""
+    restores: str | None = None
+    """What it is mounted for, if only for that: the container or the command."""
+    check_with: str | None = None
+    """The CRIU that will restore it: `Ready` is to tell all that would keep it from that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,10 @@ class Ready:
     images_directory: str
     warnings: tuple[str, ...]
     """What may keep it from being restored here, as far as the annotations tell."""
+    findings: "tuple[Finding, ...]" = ()
+    """What `inspect --check` says, if that was asked for."""
+    stub: str | None = None
+    """The stub that was asked for, if what is mounted is what it stands for."""
 
 
 async def serve_mount(
@@ -110,7 +125,7 @@ async def _serve(
     config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None], notifier: Notifier
 ) -> None:
     is_image = config.view == "image"
-    async with open_checkpoint(config.reference, config.open, unpack=is_image) as checkpoint:
+    async with open_followed(config.reference, config.open, unpack=is_image) as checkpoint:
         view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
         try:
             async with trio.open_nursery() as nursery:
@@ -161,6 +176,19 @@ class _Doubts:
         except Exception:  # a bug must not end the mount
             log.exception("whether it can be restored here is not known: please report this")
 
+    async def check(self, checkpoint: OpenedCheckpoint, criu: str) -> "tuple[Finding, ...]":
+        """Return what `inspect --check` finds; nothing where it cannot look."""
+        from lazyfs.checkpoint.inspect import inspect
+        from lazyfs.checkpoint.preflight import check_here
+
+        try:
+            return await check_here(await inspect(checkpoint, brief=True), criu)
+        except LazyfsError as error:
+            log.info("whether it can be restored here is not known: %s", error)
+        except Exception:  # a bug must not end the mount
+            log.exception("whether it can be restored here is not known: please report this")
+        return ()
+
     def _note(self, findings: "Iterable[Finding]") -> None:
         for finding in findings:
             if finding.message not in self.messages:
@@ -201,13 +229,41 @@ class _Mount:
             doubts.messages,
             time.time(),
             self._whole.as_json,
+            config.restores,
         )
+        self._lazy_pages = self._pages()
+        if self._lazy_pages is not None:
+            self._state.lazy_pages = self._lazy_pages.as_json
         self._operations = fuse.CheckpointOperations(
             view, checkpoint.reader, checkpoint.counters, activity, self._state.as_xattr
         )
 
+    def _pages(self) -> "LazyPages | None":
+        if self._config.lazy_pages is None or self._config.guard is None:
+            return None
+        from lazyfs.lazypages.server import LazyPages
+
+        return LazyPages(self._checkpoint, self._config.guard)
+
     async def live(self, on_ready: Callable[[Ready], None]) -> None:
-        """Mount; come back when that has ended."""
+        """Mount; come back when that has ended, and nobody waits for memory any more."""
+        if self._lazy_pages is None or self._config.lazy_pages is None:
+            await self._live(on_ready)
+            return
+        with self._lazy_pages.listen(self._config.lazy_pages) as listening:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._lazy_pages.run, listening)
+                    await self._live(on_ready)
+                    if not self._lazy_pages.is_idle:
+                        log.info("unmounted, but there are tasks that wait for their memory")
+                        await self._lazy_pages.wait_idle()
+                    nursery.cancel_scope.cancel()
+            finally:
+                if self._config.guard is not None and not self._lazy_pages.is_held:
+                    self._config.guard.stop()
+
+    async def _live(self, on_ready: Callable[[Ready], None]) -> None:
         config, checkpoint = self._config, self._checkpoint
         directory = str(config.directory)
         with ExitStack() as stack:
@@ -263,10 +319,15 @@ class _Mount:
         checkpoint.raise_if_condemned()
         await nursery.start(self._be_controlled, device)
         directory = checkpoint.images_directory or ""
-        on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages)))
+        findings: tuple[Finding, ...] = ()
+        if config.check_with is not None:
+            findings = await doubts.check(checkpoint, config.check_with)
+        messages = tuple(doubts.messages)
+        on_ready(Ready(checkpoint.reference, directory, messages, findings, checkpoint.stub))
         self._notifier.tell(READY="1")
         nursery.start_soon(self._notifier.keep_telling, self._describe)
-        await doubts.look_inside(checkpoint)
+        if config.check_with is None:
+            await doubts.look_inside(checkpoint)
 
     async def _be_controlled(
         self, device: int | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

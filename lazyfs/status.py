@@ -26,7 +26,7 @@ _LEFT_OUT_FIRST = ("fetches", "reading", "trust", "layers", "warnings", "places"
 """What is shortened, in this order, where all of it would be too long."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class MountState:
     """A mount whose state can be told at any time."""
 
@@ -38,6 +38,10 @@ class MountState:
     mounted_at_s: float
     completion: Callable[[], Mapping[str, Any] | None]
     """What has become of the wish to fetch all of it; None if nobody had it."""
+    restores: str | None = None
+    """What it is mounted for, if only for that."""
+    lazy_pages: Callable[[], Mapping[str, Any] | None] = lambda: None
+    """How it is with the tasks whose memory is served as it is wanted; None if that is not done."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `docs/json.md` describes."""
@@ -47,8 +51,10 @@ class MountState:
         poison = checkpoint.poison
         return {
             "reference": checkpoint.reference,
+            "stub": checkpoint.stub,
             "directory": str(self.directory),
             "view": self.view,
+            "restores": self.restores and self.restores[:_TEXT_MOST],
             "pid": os.getpid(),
             "version": lazyfs.__version__,
             "mounted_at": _iso(self.mounted_at_s),
@@ -72,6 +78,7 @@ class MountState:
             "fetches": [_plain(asdict(each)) for each in checkpoint.desk.fetcher.waiting()],
             "places": _places(checkpoint),
             "completion": self.completion(),
+            "lazy_pages": self.lazy_pages(),
             "failed": str(poison) if poison is not None else None,
             "last_error": activity.last_error and activity.last_error[:_TEXT_MOST],
             "last_error_at": _iso(activity.last_error_at_s) if activity.last_error else None,

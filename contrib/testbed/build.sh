@@ -1,6 +1,6 @@
 #!/bin/bash
 # Build the testbed: a Debian 13 root with CRIU, container engines and a registry, and two small
-# programs (wanlink, workload), all in one cache directory outside the repository.
+# programs (wanlink, workload, mover), all in one cache directory outside the repository.
 #
 #   contrib/testbed/build.sh            as root, or as a user who has sudo
 #
@@ -10,7 +10,7 @@
 #
 # What is built:
 #   root/           the Debian 13 root; root/.lazyfs-testbed holds the recipe it was built by
-#   bin/            wanlink, workload (static), each beside the source it was built from
+#   bin/            wanlink, workload, mover (static), each beside the source it was built from
 #
 # Exit codes: 0, all is there; 3, this machine cannot have a testbed (no right to become root, or
 # not a Debian or Ubuntu); anything else, an error.
@@ -125,6 +125,6 @@ if ! command -v curl >/dev/null; then need /usr/bin/curl curl; fi
 if ! command -v zstd >/dev/null; then need /usr/bin/zstd zstd; fi
 
 build_root
-for name in wanlink workload; do
+for name in wanlink workload mover; do
 	if [ -e "$here/$name.c" ]; then build_program "$name" -static; fi
 done

@@ -34,6 +34,8 @@ class OpenConfig:
     added it. "auto": if the image is named by a tag, which they could have moved as well."""
     on_proof: Callable[[int, int], None] | None = None
     """Told how many bytes of how many are hashed, while a whole layer is proven beforehand."""
+    shows_stubs: bool = False
+    """Whether a stub is opened as it is, not what it stands for (`follow.py`)."""
     ahead: "Ahead | None" = None
     """The image, if it is being resolved already."""
 

@@ -69,6 +69,8 @@ class OpenedCheckpoint:
         """Directories to be shown in place of `parent` links."""
         self.images: ImagesDirectory | None = None
         self._pages: dict[Node, ByteRange] = {}
+        self.stub: str | None = None
+        """The stub that was asked for, if this is what it stands for."""
         self.poison: LazyfsError | None = None
         self.condemned = trio.Event()
         """Set when there is a `poison`: nothing is served any more."""
@@ -272,11 +274,13 @@ async def open_checkpoint(
     counters: Counters | None = None,
     *,
     unpack: bool = False,
+    look_at: Callable[[ResolvedImage], None] = lambda image: None,
 ) -> AsyncIterator[OpenedCheckpoint]:
     """Resolve `reference`, open its layers, find its images directory.
 
     What reads ahead, decodes and unpacks runs until the exit. `unpack`: archives within the
-    checkpoint are directories too.
+    checkpoint are directories too. `look_at` is told the image before its layers are opened, and
+    may raise. Stubs are what they are; `follow.py` goes on from them.
 
     Raises:
         UsageError: the reference is none.
@@ -295,6 +299,7 @@ async def open_checkpoint(
     desk = Desk(config, fetcher, Lanes(config.content), name, trusts_referrers)
     checkpoint = OpenedCheckpoint(image, desk, by_digest=by_digest)
     try:
+        look_at(image)
         if config.content.verify == "strict":
             insist_on_digest(checkpoint)
         async with trio.open_nursery() as nursery:
@@ -323,7 +328,7 @@ async def _resolve(
     """Return the image, by whoever is at it already, and the counters of what it costs."""
     coming = config.ahead.take(reference) if config.ahead is not None else None
     if coming is not None and config.ahead is not None:
-        counters = config.ahead.counters
+        counters = counters if counters is not None else config.ahead.counters
         image = await trio.to_thread.run_sync(coming.result, abandon_on_cancel=True)
     else:
         counters = counters if counters is not None else Counters()

@@ -11,25 +11,34 @@ compared); containerd, as in containerd.py.
 """
 
 import io
-import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO, Literal, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import trio
 
-from lazyfs.checkpoint import containerd
 from lazyfs.checkpoint.criu import INVENTORY, PARENT, is_pages
+from lazyfs.checkpoint.follow import find_stub
 from lazyfs.checkpoint.images import ImagesDirectory
-from lazyfs.checkpoint.manifest import IMAGE_TYPES, INDEX_TYPES, ImageIndex, parse_manifest
+from lazyfs.checkpoint.manifest import INDEX_TYPES, ImageIndex, parse_manifest
 from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.opened_layer import OpenedLayer
-from lazyfs.checkpoint.placed import PlacedLayer
-from lazyfs.checkpoint.stub import MARKER, Pages, Stub, write_stub
+from lazyfs.checkpoint.stub import ANNOTATION, MARKER, Pages, Stub, write_stub
+from lazyfs.checkpoint.stub_documents import (
+    annotate,
+    compression,
+    describe,
+    edit_config,
+    gzip_type,
+    in_layer,
+    in_tree,
+    parse_document,
+    write_document,
+)
 from lazyfs.checkpoint.stub_layer import Plan, Written, write_layer
 from lazyfs.checkpoint.tree import path_of
 from lazyfs.content.lanes import Lane
@@ -47,13 +56,6 @@ from lazyfs.layers.model import Entry, EntryType, LayerDescriptor
 from lazyfs.transport.source import Manifest
 from lazyfs.transport.target import Target
 
-_TITLE = "org.opencontainers.image.title"
-_KEPT_ANNOTATIONS = (_TITLE, "io.deis.oras.content.unpack")
-"""Of a layer; the others speak of its bytes."""
-_OF_INDEXES = ("com.amazon.soci.",)
-"""Annotations of a manifest that speak of its layers' bytes."""
-_OCI_GZIP = "application/vnd.oci.image.layer.v1.tar+gzip"
-_DOCKER_GZIP = "application/vnd.docker.image.rootfs.diff.tar.gzip"
 _DEPTH_MOST = 4
 _MEMFD = "lazyfs-stub"
 _LARGE_BYTES = 64 << 20
@@ -98,12 +100,15 @@ async def write_stub_of(
     or its like elsewhere.
 
     Raises:
-        NotACheckpoint: it has no images directory.
-        UsageError: it is a stub already.
+        NotACheckpoint: it has no images directory, or is a stub already.
         UnsupportedLayer: no stub can be made of images of its shape.
         IntegrityError, FetchError, SourceError: it cannot be read, or not be written.
     """
     await checkpoint.complete()
+    if ANNOTATION in checkpoint.image.annotations or await find_stub(checkpoint) is not None:
+        raise NotACheckpoint(
+            f"{checkpoint.reference} is a stub already: make another of what it stands for"
+        )
     images = checkpoint.images
     if images is None:
         raise NotACheckpoint(f"{checkpoint.reference} has no inventory.img: it is no checkpoint")
@@ -118,7 +123,7 @@ async def write_stub_of(
     )
     with ExitStack() as stack:
         writer = _Writer(checkpoint, target, stack)
-        digest, image_bytes = await writer.write(images, write_stub(stub), tag)
+        digest, image_bytes = await writer.write(images, stub, tag)
     largest_path, largest_bytes = _largest(checkpoint)
     return StubReport(
         reference=f"{target.name}@{digest}",
@@ -168,21 +173,22 @@ class _Writer:
         self._stack = stack
         self._name = checkpoint.reference
 
-    async def write(self, images: ImagesDirectory, marker: bytes, tag: str) -> tuple[Digest, int]:
+    async def write(self, images: ImagesDirectory, stub: Stub, tag: str) -> tuple[Digest, int]:
         """Write all of it; return the manifest's digest, and how large the layers are."""
         if self._image.source is None or self._image.digest is None:
             raise UnsupportedLayer(f"{self._name} is an archive, not an image")
         served = await _in_thread(self._image.source.manifest, str(self._image.digest))
-        document = json.loads(served.data)
-        written = await self._write_layers(images, marker)
+        document = parse_document(served.data, self._name)
+        written = await self._write_layers(images, write_stub(stub))
         kind = self._image.manifest.media_type
         if kind in INDEX_TYPES:
             await self._edit_index(document, served, written)
         else:
             await self._edit_manifest(document, kind, written)
         document.pop("subject", None)
+        annotate(document, ANNOTATION, stub.reference)
         media_type = str(document.get("mediaType") or kind)
-        data = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+        data = write_document(document)
         digest = await _in_thread(self._target.put_manifest, data, media_type, tag)
         sizes = [
             written[number].size_bytes if number in written else layer.size_bytes
@@ -201,7 +207,7 @@ class _Writer:
                 continue
             file = self._spool()
             written[number] = await write_layer(
-                plans[layer], _reader_of(layer), file, _compression(layer.placed)
+                plans[layer], _reader_of(layer), file, compression(layer.placed)
             )
             await self._put(written[number].digest, written[number].size_bytes, file)
         return written
@@ -213,7 +219,7 @@ class _Writer:
         directories = {path_of(node) for node in (images.node, *images.parents)}
         for layer in self._checkpoint.image_layers:
             for entry in layer.walker.entries:
-                path = _in_tree(layer.placed, entry.path)
+                path = in_tree(layer.placed, entry.path)
                 if path.rpartition("/")[2] == INVENTORY:
                     directories.add(path.rpartition("/")[0])
         plans = {}
@@ -221,8 +227,8 @@ class _Writer:
             placed = layer.placed
             plan = Plan(
                 tuple(layer.walker.entries),
-                {each for path in directories if (each := _in_layer(placed, path)) is not None},
-                marker_before=_in_layer(placed, inventory) if layer is head else None,
+                {each for path in directories if (each := in_layer(placed, path)) is not None},
+                marker_before=in_layer(placed, inventory) if layer is head else None,
                 marker=marker,
                 marker_name=MARKER,
             )
@@ -240,20 +246,13 @@ class _Writer:
         self, document: dict[str, Any], kind: str, written: Mapping[int, Written]
     ) -> None:
         layers = document["layers" if document.get("layers") is not None else "blobs"]
-        packed = _DOCKER_GZIP if kind == IMAGE_TYPES[1] else _OCI_GZIP
+        packed = gzip_type(kind)
         for number, layer in written.items():
-            layers[number] = _described(layers[number], layer, packed)
-        annotations = document.get("annotations")
-        if isinstance(annotations, dict):
-            document["annotations"] = {
-                name: value
-                for name, value in annotations.items()
-                if not name.startswith(_OF_INDEXES)
-            }
+            layers[number] = describe(layers[number], layer, packed)
         if self._image.config is None:
             return
         before = await _in_thread(self._image.read_config)
-        after = _config(before, [layer.digest for layer in self._image.layers], written)
+        after = edit_config(before, [layer.digest for layer in self._image.layers], written)
         digest = Digest.of(after)
         document["config"] |= {"digest": str(digest), "size": len(after)}
         document["config"].pop("data", None)
@@ -271,8 +270,8 @@ class _Writer:
                 await self._copy_manifest(entry.digest)
                 continue
             if number in written:
-                described = document["manifests"][at]
-                document["manifests"][at] = _described(described, written[number], "")
+                before = document["manifests"][at]
+                document["manifests"][at] = describe(before, written[number], "")
             number += 1
 
     async def _copy_manifest(self, digest: Digest, depth: int = 1) -> None:
@@ -368,68 +367,6 @@ class _FileSink:
 
 def _reader_of(layer: OpenedLayer) -> Callable[[Entry], Reader]:
     return lambda entry: layer.reader(entry.content_start, entry.size_bytes)
-
-
-def _compression(placed: PlacedLayer) -> Literal["gzip", "none"]:
-    """Return what a layer's engine takes: containerd unpacks its own tar only as it is."""
-    if placed.descriptor.media_type in (containerd.CRIU_TAR, containerd.PRE_DUMP_TAR):
-        return "none"
-    title = placed.descriptor.annotations.get(_TITLE, "").lower()
-    return "none" if title.endswith(".tar") else "gzip"
-
-
-def _described(before: dict[str, Any], layer: Written, packed: str) -> dict[str, Any]:
-    """Return a descriptor of what stands in a layer's place.
-
-    `packed`: the media type of a gzip layer; empty: its own is kept.
-    """
-    after = {name: value for name, value in before.items() if name not in ("urls", "data")}
-    annotations = {
-        name: value
-        for name, value in (before.get("annotations") or {}).items()
-        if name in _KEPT_ANNOTATIONS or not packed
-    }
-    after |= {"digest": str(layer.digest), "size": layer.size_bytes}
-    after.pop("annotations", None)
-    if annotations:
-        after["annotations"] = annotations
-    if packed and layer.diff_id != layer.digest:
-        after["mediaType"] = packed
-    return after
-
-
-def _config(
-    before: bytes, layers: Sequence[Digest | None], written: Mapping[int, Written]
-) -> bytes:
-    """Return an image's config with the diff ids of layers that have become others."""
-    try:
-        config = json.loads(before)
-    except (ValueError, RecursionError):
-        return before
-    rootfs = config.get("rootfs") if isinstance(config, dict) else None
-    diff_ids = rootfs.get("diff_ids") if isinstance(rootfs, dict) else None
-    if not isinstance(diff_ids, list) or len(diff_ids) != len(layers):
-        return before  # an artifact's
-    for number, layer in written.items():
-        diff_ids[number] = str(layer.diff_id)
-    return json.dumps(config, separators=(",", ":"), ensure_ascii=False).encode()
-
-
-def _in_tree(placed: PlacedLayer, path: str) -> str:
-    """Return where in the tree an entry of a layer is."""
-    if placed.kind != "layer" or not placed.place:
-        return path
-    return f"{placed.place}/{path}" if path else placed.place
-
-
-def _in_layer(placed: PlacedLayer, path: str) -> str | None:
-    """Return what a path of the tree is called in a layer; None: it cannot be there."""
-    if placed.kind != "layer" or not placed.place:
-        return path
-    if path == placed.place:
-        return ""
-    prefix = f"{placed.place}/"
-    return path.removeprefix(prefix) if path.startswith(prefix) else None
 
 
 async def _in_thread(action: Callable[..., _T], *arguments: Any) -> _T:

@@ -19,16 +19,13 @@ from typing import BinaryIO, Literal
 
 import trio
 
-from lazyfs.checkpoint.criu import is_pages
+from lazyfs.checkpoint.criu import is_pages, link_for_left_out
 from lazyfs.content.model import Reader
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, UnsupportedLayer
 from lazyfs.layers.model import Entry, EntryType
 from lazyfs.layers.names import decode_name
-
-LEFT_OUT = "not-in-this-stub"
-"""Last part of the target of the links that stand for memory."""
 
 _STEP_BYTES = 1 << 20
 _SMALL_BYTES = 1 << 16
@@ -187,9 +184,8 @@ def _info(entry: Entry) -> tarfile.TarInfo:
 
 def _link_in_place_of(entry: Entry) -> tarfile.TarInfo:
     name = entry.path.rpartition("/")[2]
-    link = replace(
-        entry, type=EntryType.SYMLINK, mode=0o777, symlink_target=f"{name}/{LEFT_OUT}", xattrs=()
-    )
+    target = link_for_left_out(name)
+    link = replace(entry, type=EntryType.SYMLINK, mode=0o777, symlink_target=target, xattrs=())
     return _info(link)
 
 

@@ -6,12 +6,14 @@ asks waits.
 
 The view's root is where the kernel would go on to the host, so here links are followed to the
 end: one that leads out, through whatever other links, is not in the view. Links of a container's
-files are not for the host, and are as they are.
+files are not for the host, and are as they are. So is what stands for memory in a stub: CRIU would
+take what is not there for empty.
 """
 
 import logging
 from collections.abc import Mapping
 
+from lazyfs.checkpoint.criu import is_left_out
 from lazyfs.checkpoint.tree import Node
 from lazyfs.layers.model import EntryType
 
@@ -123,7 +125,7 @@ class View:
         if known is not None:
             node.seen = True
             return known
-        if node.type is EntryType.SYMLINK and not node.exact and self._paths.leaves(node):
+        if is_link and not is_left_out(node.name, node.symlink_target) and self._paths.leaves(node):
             log.warning("not shown: the link %r -> %r leaves it", node.name, node.symlink_target)
             self._hidden.add(node)
             return None

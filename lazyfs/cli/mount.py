@@ -12,10 +12,17 @@ import click
 
 from lazyfs import mountpoint
 from lazyfs.address import Address, parse_address
+from lazyfs.background import log_to
 from lazyfs.checkpoint.reference import parse_reference
-from lazyfs.cli.daemon import log_to, run_detached
-from lazyfs.cli.opening import proof_bar
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
+from lazyfs.cli.daemon import run_detached
+from lazyfs.cli.opening import proof_bar, stub_line
+from lazyfs.cli.options import (
+    REFERENCE_HELP,
+    SourceOptions,
+    follow_option,
+    source_options,
+    verbose_option,
+)
 from lazyfs.cli.text import printable
 from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
@@ -63,7 +70,15 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
     "read them: 127.0.0.1 is best.",
 )
+@click.option(
+    "--lazy-pages",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="WORK_DIR",
+    help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
+    "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
+)
 @source_options
+@follow_option
 def mount_command(
     reference: str,
     directory: Path,
@@ -72,6 +87,7 @@ def mount_command(
     log_file: Path | None,
     replace: bool,
     metrics: str | None,
+    lazy_pages: Path | None,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -95,7 +111,9 @@ def mount_command(
     if descriptor is None:
         mountpoint.check(directory, replace=replace)
         directory = mountpoint.real(directory)
-    job = _Job(reference, directory, view, descriptor, replace, served_at, source)
+    if lazy_pages is not None:
+        lazy_pages = lazy_pages.absolute()
+    job = _Job(reference, directory, view, descriptor, replace, served_at, lazy_pages, source)
     if foreground:
         notifier = Notifier(os.environ)
         if log_file is not None:
@@ -132,11 +150,17 @@ class _Job:
     descriptor: int | None
     replace: bool
     metrics: Address | None
+    lazy_pages: Path | None
     source: SourceOptions
 
 
 def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | None" = None) -> int:
     """Import what a mount needs (after the fork: the caller does not), and live its life."""
+    guard = None
+    if job.lazy_pages is not None:
+        from lazyfs.lazypages.guard import Guard
+
+        guard = Guard.start()  # which forks: before there are threads
     opening = job.source.opening(job.reference, proof_bar())
     import trio
 
@@ -145,13 +169,23 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
 
     directory = job.directory
     config = MountConfig(
-        job.reference, directory, opening, job.view, job.descriptor, job.replace, job.metrics
+        job.reference,
+        directory,
+        opening,
+        job.view,
+        job.descriptor,
+        job.replace,
+        job.metrics,
+        job.lazy_pages,
+        guard,
     )
 
     is_ready = False
 
     def tell(ready: "Ready") -> None:
         nonlocal is_ready
+        if ready.stub is not None:
+            click.echo(printable(stub_line(ready.stub, ready.reference)), err=True)
         for warning in ready.warnings:
             click.echo(f"lazyfs: it may not restore here: {printable(warning)}", err=True)
         try:

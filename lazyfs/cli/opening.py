@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lazyfs.cli.options import SourceOptions
-from lazyfs.cli.text import human_bytes
+from lazyfs.cli.text import human_bytes, printable
 from lazyfs.ground.errors import CONDEMNED, LazyfsError
 
 if TYPE_CHECKING:
@@ -29,10 +29,12 @@ def with_checkpoint(
     config = source.opening(reference, proof_bar())
     import trio
 
-    from lazyfs.checkpoint.opened import open_checkpoint
+    from lazyfs.checkpoint.follow import open_followed
 
     async def main() -> _T:
-        async with open_checkpoint(reference, config) as checkpoint:
+        async with open_followed(reference, config) as checkpoint:
+            if checkpoint.stub is not None:
+                click.echo(printable(stub_line(checkpoint.stub, checkpoint.reference)), err=True)
             return await job(checkpoint)
 
     handlers = logging.getLogger("lazyfs").handlers[:]
@@ -43,6 +45,11 @@ def with_checkpoint(
     finally:
         for handler in handlers:
             handler.removeFilter(_is_not_the_error)
+
+
+def stub_line(stub: str, real: str) -> str:
+    """Say that something else was opened than was asked for."""
+    return f"lazyfs: {stub} is a stub of {real}, which is what is looked at (--no-follow: the stub)"
 
 
 def _is_not_the_error(record: logging.LogRecord) -> bool:

@@ -4,8 +4,8 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,13 +27,14 @@ from lazyfs.ground.errors import LazyfsError, UsageError
 if TYPE_CHECKING:
     from lazyfs.checkpoint.opened import OpenedCheckpoint
     from lazyfs.checkpoint.stub_image import StubReport
+    from lazyfs.transport.push import RegistryTarget
     from lazyfs.transport.target import Target
 
 NEWREF_FORMS = """\
-  [docker://]HOST[:PORT]/REPOSITORY[:TAG]           in a registry
-  oci:DIRECTORY[:TAG]                               in an OCI layout on disk
-  oci-archive:FILE[:TAG]                            a tar of an OCI layout
-  containers-storage:NAME                           what Podman and CRI-O have (by skopeo)"""
+  [docker://]HOST[:PORT]/REPOSITORY[:TAG]  in a registry
+  oci:DIRECTORY[:TAG]                      in an OCI layout on disk
+  oci-archive:FILE[:TAG]                   a tar of an OCI layout
+  containers-storage:NAME                  Podman's and CRI-O's, by skopeo"""
 _STORAGE = "containers-storage:"
 _TAG_IN_PASSING = "stub"
 
@@ -73,8 +74,9 @@ def stub_command(
     """
     from lazyfs.checkpoint.stub_image import write_stub_of
 
-    asked = parse_reference(reference)
+    asked, where = parse_reference(reference), _parse_target(new_reference)
     real = _real(asked, real_reference, source)
+    source = replace(source, shows_stubs=True)
     if source.content.verify == "background":
         source = replace(source, content=replace(source.content, verify="full"))
 
@@ -87,7 +89,7 @@ def stub_command(
                     "there as it is (skopeo copy --preserve-digests)"
                 )
             stands_for = str(real)
-        with _target(new_reference, asked, source) as (target, tag):
+        with _target(where, asked, source) as (target, tag):
             return await write_stub_of(
                 checkpoint,
                 target,
@@ -97,6 +99,7 @@ def stub_command(
                 made_by=f"lazyfs {__version__}",
             )
 
+    _try_out(where, asked, source)
     report = with_checkpoint(reference, source, write)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else printable(_said(report)))
 
@@ -139,45 +142,80 @@ def _real(
     return parsed.pinned(image.digest)
 
 
-@contextmanager
-def _target(text: str, asked: Reference, source: SourceOptions) -> "Iterator[tuple[Target, str]]":
-    """Give what NEWREF stands for, to be written to, and under which tag.
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    """A containers-storage, as skopeo calls an image there."""
+
+    name: str
+
+
+_Where = RegistryReference | LayoutReference | ImageArchiveReference | _Storage
+
+
+def _parse_target(text: str) -> _Where:
+    """Read NEWREF.
 
     Raises:
         UsageError: it is nothing that can be written to.
-        LazyfsError: it cannot be written to.
     """
     if text.startswith(_STORAGE):
-        with _storage_target(text) as target:
-            yield target, _TAG_IN_PASSING
-        return
+        return _Storage(text)
     parsed = parse_reference(text)
-    if isinstance(parsed, LayoutReference) and parsed.digest is None:
-        from lazyfs.transport.layout_writer import LayoutTarget
+    if isinstance(parsed, RegistryReference | LayoutReference) and parsed.digest is None:
+        return parsed
+    if isinstance(parsed, ImageArchiveReference) and parsed.scheme == "oci-archive":
+        return parsed
+    raise UsageError(f"a stub cannot be written to {parsed}. NEWREF is one of\n{NEWREF_FORMS}")
 
-        yield LayoutTarget(parsed.directory), parsed.tag or ""
-    elif isinstance(parsed, ImageArchiveReference) and parsed.scheme == "oci-archive":
-        from lazyfs.transport.layout_writer import archive_target
 
-        with archive_target(parsed.path) as target:
-            yield target, parsed.tag or ""
-    elif isinstance(parsed, RegistryReference) and parsed.digest is None:
-        from lazyfs.ground.counters import Counters
-        from lazyfs.transport.push import RegistryTarget
+def _open_registry(
+    where: RegistryReference, asked: Reference, source: SourceOptions
+) -> "RegistryTarget":
+    from lazyfs.ground.counters import Counters
+    from lazyfs.transport.push import RegistryTarget
 
-        registry = RegistryTarget(
-            parsed.host,
-            parsed.repository,
-            settings=source.transport,
-            counters=Counters(),
-            mount_from=_neighbours(asked, parsed),
-        )
-        try:
-            yield registry, parsed.wanted
-        finally:
-            registry.close()
+    return RegistryTarget(
+        where.host,
+        where.repository,
+        settings=source.transport,
+        counters=Counters(),
+        mount_from=_neighbours(asked, where),
+    )
+
+
+def _try_out(where: _Where, asked: Reference, source: SourceOptions) -> None:
+    """Find out early whether a registry takes anything: proving a large image takes its time.
+
+    Raises:
+        SourceError: it does not.
+    """
+    if isinstance(where, RegistryReference):
+        with closing(_open_registry(where, asked, source)) as registry:
+            registry.try_out()
+
+
+@contextmanager
+def _target(
+    where: _Where, asked: Reference, source: SourceOptions
+) -> "Iterator[tuple[Target, str]]":
+    """Give what NEWREF stands for, to be written to, and under which tag.
+
+    Raises:
+        LazyfsError: it cannot be written to.
+    """
+    from lazyfs.transport.layout_writer import LayoutTarget, archive_target
+
+    if isinstance(where, _Storage):
+        with _storage_target(where.name) as target:
+            yield target, _TAG_IN_PASSING
+    elif isinstance(where, LayoutReference):
+        yield LayoutTarget(where.directory), where.tag or ""
+    elif isinstance(where, ImageArchiveReference):
+        with archive_target(where.path) as target:
+            yield target, where.tag or ""
     else:
-        raise UsageError(f"a stub cannot be written to {parsed}. NEWREF is one of\n{NEWREF_FORMS}")
+        with closing(_open_registry(where, asked, source)) as registry:
+            yield registry, where.wanted
 
 
 def _neighbours(asked: Reference, target: RegistryReference) -> list[str]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from lazyfs.cli.opening import with_checkpoint
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
+from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, follow_option, source_options
 from lazyfs.cli.text import human_bytes, printable
 from lazyfs.ground.errors import LazyfsError
 
@@ -25,6 +25,7 @@ _LOOK_EVERY_S = 0.2
 @click.command("warm", epilog=REFERENCE_HELP)
 @click.argument("reference", metavar="REF")
 @source_options
+@follow_option
 def warm_command(reference: str, source: SourceOptions) -> None:
     """Fetch all of a checkpoint into the cache, proven, so that mounts need no network.
 

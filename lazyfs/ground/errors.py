@@ -59,6 +59,10 @@ class ClosedEarly(FetchError):
     """The connection was closed before any answer; on one that was idle, that is nobody's fault."""
 
 
+class NotTls(SourceError):
+    """What answers does not speak TLS: perhaps plain HTTP."""
+
+
 class OddAnswer(SourceError):
     """Not what HTTP has a server answer: if it was mangled on the way, the next may be right."""
 

@@ -30,7 +30,14 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lazyfs import __version__
-from lazyfs.ground.errors import ClosedEarly, FetchError, LazyfsError, SourceError, UnknownHost
+from lazyfs.ground.errors import (
+    ClosedEarly,
+    FetchError,
+    LazyfsError,
+    NotTls,
+    SourceError,
+    UnknownHost,
+)
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
 from lazyfs.transport.tls import TlsConfig
@@ -49,10 +56,6 @@ _FOREIGN_ERRORS = (
 )
 _WANTS_CERTIFICATE = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "BAD_CERTIFICATE", "UNKNOWN_CA")
 _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
-
-
-class NotTls(SourceError):
-    """What answers does not speak TLS: perhaps plain HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,8 +261,8 @@ class Connection:
                 request.headers["Content-Length"] = str(len(form))
             if upload is not None:
                 request.method = upload.method
-                request.body = upload.body  # type: ignore[assignment]  # a file is fine
                 if upload.method != "HEAD":
+                    request.body = upload.body  # type: ignore[assignment]  # a file is fine
                     request.headers["Content-Length"] = str(upload.size_bytes)
             request.headers["Accept-Encoding"] = "identity"
             request.headers["User-Agent"] = f"lazyfs/{__version__}"

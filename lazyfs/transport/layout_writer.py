@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import tarfile
 import tempfile
@@ -19,13 +20,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import LazyfsError, MalformedError
+from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError
 
 _REF_NAME = "org.opencontainers.image.ref.name"
 _INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 _LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 _INDEX_MOST_BYTES = 4 * 1024 * 1024
 _PIECE_BYTES = 1024 * 1024
+_NEW = ".new-"
 
 
 class LayoutTarget:
@@ -43,7 +45,7 @@ class LayoutTarget:
             directory.mkdir(parents=True, exist_ok=True)
             marker = directory / "oci-layout"
             if not marker.exists():
-                if any(directory.iterdir()):
+                if any(not each.name.startswith(_NEW) for each in directory.iterdir()):
                     raise LazyfsError(f"{self._name} is a directory with something else in it")
                 _replace(marker, _LAYOUT_FILE)
 
@@ -56,15 +58,11 @@ class LayoutTarget:
         """See `Target.put_blob`."""
         with _told(self._name):
             path = self._path(digest)
-            if path.exists() and path.stat().st_size == size_bytes:
+            if _is_there(path, digest, size_bytes):
                 return
             with open_blob() as source, _replacing(path) as file:
-                hasher = digest.hasher()
-                while piece := source.read(_PIECE_BYTES):
-                    hasher.update(piece)
-                    file.write(piece)
-                if hasher.hexdigest() != digest.hex:
-                    raise LazyfsError(f"{self._name}: what was to be written is not {digest}")
+                if _copy(source, digest, file) != digest.hex:
+                    raise IntegrityError(f"{self._name}: what was to be written is not {digest}")
 
     def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> Digest:
         """See `Target.put_manifest`; without a tag it is a blob that something else names."""
@@ -105,7 +103,10 @@ class LayoutTarget:
         entries = index.get("manifests") if isinstance(index, dict) else None
         if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
             raise MalformedError(f"{path} is no index of an OCI layout")
-        index["manifests"] = [each for each in entries if _tag_of(each) != tag] + [descriptor]
+        same = [each for each in entries if _tag_of(each) == tag]
+        if not tag:
+            same = [each for each in same if each.get("digest") == descriptor["digest"]]
+        index["manifests"] = [each for each in entries if each not in same] + [descriptor]
         _replace(path, json.dumps(index).encode())
 
     @contextlib.contextmanager
@@ -144,6 +145,26 @@ def _nameless(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
+def _is_there(path: Path, digest: Digest, size_bytes: int) -> bool:
+    try:
+        with path.open("rb") as file:
+            return (
+                os.fstat(file.fileno()).st_size == size_bytes and _copy(file, digest) == digest.hex
+            )
+    except FileNotFoundError:
+        return False
+
+
+def _copy(source: BinaryIO, digest: Digest, file: BinaryIO | None = None) -> str:
+    """Return the hash of a file, copied on the way."""
+    hasher = digest.hasher()
+    while piece := source.read(_PIECE_BYTES):
+        hasher.update(piece)
+        if file is not None:
+            file.write(piece)
+    return hasher.hexdigest()
+
+
 def _tag_of(entry: dict[str, Any]) -> str:
     annotations = entry.get("annotations")
     return str(annotations.get(_REF_NAME, "")) if isinstance(annotations, dict) else ""
@@ -155,17 +176,20 @@ def _replace(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Any]:
-    """Give a file that takes the place of `path`, whole and on the disk, when the block ends."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".new-", delete=False) as file:
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give a file that takes the place of `path`, whole and on the disk, when the block ends.
+
+    Who may read it is the umask's to decide.
+    """
+    new = path.with_name(f"{_NEW}{secrets.token_hex(8)}")
+    with new.open("xb") as file:
         try:
             yield file
             file.flush()
-            os.fchmod(file.fileno(), 0o644)
             os.fsync(file.fileno())
-            Path(file.name).rename(path)
+            new.rename(path)
         except BaseException:
-            Path(file.name).unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise
 
 

@@ -79,6 +79,14 @@ class RegistryTarget:
         """What a person calls it."""
         return self._name
 
+    def try_out(self) -> None:
+        """Begin an upload and leave it, to learn early whether anything will be taken.
+
+        Raises:
+            SourceError: nothing will.
+        """
+        self._patiently(self._name, lambda: self._begin(self._name))
+
     def put_blob(self, digest: Digest, size_bytes: int, open_blob: Callable[[], BinaryIO]) -> None:
         """See `Target.put_blob`."""
         what = f"{self._name}@{digest}"
@@ -137,14 +145,17 @@ class RegistryTarget:
         return False
 
     def _send(self, what: str, digest: Digest, size_bytes: int, file: BinaryIO) -> None:
-        begun = self._source.send(what, "blobs/uploads/", {}, Upload("POST"))
-        if begun.status != 202:
-            raise self._refused(what, begun)
-        where = _upload_url(begun, digest)
+        where = _upload_url(self._begin(what), digest)
         headers = {"Content-Type": _OCTETS}
         done = self._source.send(what, where, headers, Upload("PUT", file, size_bytes))
         if done.status not in (201, 204):
             raise self._refused(what, done)
+
+    def _begin(self, what: str) -> SmallReply:
+        begun = self._source.send(what, "blobs/uploads/", {}, Upload("POST"))
+        if begun.status != 202:
+            raise self._refused(what, begun)
+        return begun
 
     def _put(
         self, what: str, digest: Digest, data: bytes, media_type: str, tag: str | None

@@ -25,7 +25,14 @@ from urllib.parse import quote
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, SourceError
+from lazyfs.ground.errors import (
+    FetchError,
+    IntegrityError,
+    LazyfsError,
+    MalformedError,
+    NotTls,
+    SourceError,
+)
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.address import Address
@@ -272,7 +279,8 @@ class RegistrySource:
                     return
                 errors.append(SourceError(f"{self._host} wants another scheme than plain HTTP"))
             if errors:
-                raise errors[0]
+                speaks_tls = not isinstance(errors[-1], NotTls | FetchError)
+                raise errors[-1 if speaks_tls else 0]
 
     def close(self) -> None:
         """Close connections; those under way close when they end."""

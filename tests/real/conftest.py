@@ -3,6 +3,7 @@
 Where CI is set in the environment they fail instead: what cannot run there would never be seen.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -17,7 +18,9 @@ from lazyfs.ground.errors import LazyfsError
 from lazyfs.mountpoint import check_fuse
 from tests.real.checkpoints import Checkpoint
 from tests.real.faults.ledger import Ledger, ledger_of, report
+from tests.real.movers import Mover
 
+_PR_SET_CHILD_SUBREAPER = 36
 _SWEEP = """
 read -r _
 while read -r _ _ _ _ where _; do
@@ -66,7 +69,7 @@ class Store:
         """Its `host:port`."""
         return self.registry.address
 
-    def push(self, repository: str, checkpoint: Checkpoint) -> str:
+    def push(self, repository: str, checkpoint: "Checkpoint | Mover") -> str:
         """Push a checkpoint's layer as it is, uncompressed; return `repository:tag`."""
         layer = Layer(checkpoint.layer)
         push_oci_image(self.address, repository, "1", [layer])
@@ -98,6 +101,15 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("shelf")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def adopting() -> Iterator[None]:
+    """What was restored, and whose parents have ended, becomes our child, and is reaped."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def restore(
     work_dir: Path,
     status: Status,
     *,
-    lazy_pages: bool | Sequence[str] = False,
+    lazy_pages: bool | Sequence[str] | Path = False,
     timeout_s: float = 300,
 ) -> Restored:
     """Restore a process tree from `images_dir`, which may be read-only.
@@ -138,7 +138,7 @@ def restore(
         work_dir: for logs, the pidfile and the socket.
         status: the workload's status file, where it goes on reporting.
         lazy_pages: True to restore with CRIU's lazy-pages daemon; or the command of another server
-            for `work_dir`/lazy-pages.socket.
+            for `work_dir`/lazy-pages.socket; or the path of that socket, on which one listens.
         timeout_s: for `criu restore` to return.
 
     Raises:
@@ -151,7 +151,9 @@ def restore(
     with ExitStack() as on_failure:
         daemon = None
         words = ["--restore-detached", "--restore-sibling", "--pidfile", str(pidfile.absolute())]
-        if lazy_pages:
+        if isinstance(lazy_pages, Path):
+            words.append("--lazy-pages")
+        elif lazy_pages:
             command = list(lazy_pages) if not isinstance(lazy_pages, bool) else None
             daemon = start_lazy_pages(testbed, images_dir, work_dir, command)
             on_failure.callback(stop, daemon)

@@ -51,7 +51,7 @@ class Testbed:
         return self.cache / "root"
 
     def program(self, name: str) -> Path:
-        """Return a program compiled by build.sh (`workload`, `wanlink`): static, runs anywhere."""
+        """Return a program compiled by build.sh, `workload` say: static, so it runs anywhere."""
         return self.cache / "bin" / name
 
     def host_command(self, name: str) -> list[str]:

@@ -1,0 +1,160 @@
+"""The pages files of a checkpoint, and which of their bytes belong to a task's memory.
+
+What is parsed is kept: several restores may be made from one mount.
+"""
+
+import logging
+import mmap
+from collections.abc import Sequence
+from typing import Protocol
+
+import trio
+
+from lazyfs.checkpoint import criu
+from lazyfs.checkpoint.criu_memory import PageFlags, parse_mm, parse_pagemap
+from lazyfs.checkpoint.images import ImagesDirectory
+from lazyfs.checkpoint.opened import OpenedCheckpoint
+from lazyfs.checkpoint.tree import Node
+from lazyfs.content.model import Content, Reader
+from lazyfs.ground.data import Data
+from lazyfs.ground.errors import MalformedError
+from lazyfs.ground.ranges import ByteRange
+from lazyfs.layers.model import EntryType
+from lazyfs.lazypages.memory import Level, TaskMemory
+
+log = logging.getLogger(__name__)
+
+_IMAGE_LIMIT_BYTES = 512 << 20
+"""Of a pagemap: some ten million pages that do not follow each other."""
+_LAZY_IN_PARENT = PageFlags.LAZY | PageFlags.IN_PARENT
+
+
+class PagesFile(Protocol):
+    """A pages file: bytes by offset."""
+
+    def peek(self, offset: int, size_bytes: int) -> Data | None:
+        """Return bytes if they are here; never waits."""
+
+    async def read(self, offset: int, size_bytes: int) -> Data:
+        """Return bytes, fetched for whoever waits for them; what follows is fetched ahead."""
+
+
+class _StoredPages:
+    """A pages file of a checkpoint that is open."""
+
+    def __init__(self, content: Content, start: int, reader: Reader) -> None:
+        self._content = content
+        self._start = start
+        self._reader = reader
+
+    def peek(self, offset: int, size_bytes: int) -> Data | None:
+        start = self._start + offset
+        return self._content.peek(ByteRange(start, start + size_bytes))
+
+    async def read(self, offset: int, size_bytes: int) -> Data:
+        return await self._reader.read(offset, size_bytes)
+
+
+class LazyMemory:
+    """A task's lazy memory, and the pages files of the images directories that it is in."""
+
+    def __init__(self, memory: TaskMemory, files: Sequence[PagesFile]) -> None:
+        """`files`: by `Place.level`."""
+        self.memory = memory
+        self.files = files
+
+
+class Images:
+    """The images directory of a checkpoint, and its parents, as far as memory goes."""
+
+    def __init__(self, checkpoint: OpenedCheckpoint) -> None:
+        """Read nothing yet."""
+        self._checkpoint = checkpoint
+        self._known: dict[int, LazyMemory] = {}
+        self._reading = trio.Lock()
+
+    async def prepare(self) -> int:
+        """Read what is known of all tasks; return how many there are, zombies included.
+
+        Raises:
+            LazyfsError: it cannot be read.
+        """
+        data = await self._image(self._images().node, criu.PSTREE)
+        processes = criu.parse_pstree(data)
+        for process in processes:
+            try:
+                await self.memory_of(process.pid)
+            except MalformedError as error:  # a zombie; else CRIU will hear of it
+                log.debug("%s", error)
+        return len(processes)
+
+    async def memory_of(self, pid: int) -> LazyMemory:
+        """Return the lazy memory of a task, by its pid in the images.
+
+        Raises:
+            MalformedError: it cannot be told for sure where each lazy page is.
+            LazyfsError: its images cannot be read.
+        """
+        async with self._reading:
+            known = self._known.get(pid)
+            if known is None:
+                known = self._known[pid] = await self._read(pid)
+            return known
+
+    async def _read(self, pid: int) -> LazyMemory:
+        mm = await self._image(self._images().node, criu.task_image("mm", pid))
+        found = [await self._level(self._images().node, pid)]
+        if any(
+            item.flags & _LAZY_IN_PARENT == _LAZY_IN_PARENT for item in found[0][0].pagemap.extents
+        ):
+            await self._checkpoint.complete()  # before that the parents are not known
+            for parent in self._images().parents:
+                if criu.task_image("pagemap", pid) not in parent.children:
+                    break  # the task began after that one was made
+                found.append(await self._level(parent, pid))
+        levels = [level for level, _ in found]
+        memory = await trio.to_thread.run_sync(
+            TaskMemory, parse_mm(mm), levels, mmap.PAGESIZE, f"process {pid}"
+        )
+        return LazyMemory(memory, [file for _, file in found])
+
+    async def _level(self, directory: Node, pid: int) -> tuple[Level, PagesFile]:
+        pagemap_name = criu.task_image("pagemap", pid)
+        data = await self._image(directory, pagemap_name)
+        pagemap = await trio.to_thread.run_sync(parse_pagemap, data, pagemap_name)
+        if pagemap.pages_size_bytes(mmap.PAGESIZE) == 0:
+            return Level(pagemap, 0), _NoPages()
+        node = await self._file(directory, criu.pages_image(pagemap.pages_id))
+        reader = self._checkpoint.reader(node)
+        content = self._checkpoint.layers[node.layer].content
+        return Level(pagemap, node.size_bytes), _StoredPages(content, node.content_start, reader)
+
+    def _images(self) -> ImagesDirectory:
+        images = self._checkpoint.images
+        if images is None:
+            raise AssertionError("a mount's checkpoint has an images directory")
+        return images
+
+    async def _image(self, directory: Node, name: str) -> bytes:
+        node = await self._file(directory, name)
+        if node.size_bytes > _IMAGE_LIMIT_BYTES:
+            raise MalformedError(f"{name} is larger than is believed")
+        return bytes(await self._checkpoint.reader(node).read(0, node.size_bytes))
+
+    async def _file(self, directory: Node, name: str) -> Node:
+        while (node := directory.children.get(name)) is None:
+            filling = directory.filling
+            if filling is None or filling.ended:
+                raise MalformedError(f"there is no {name} in the checkpoint")
+            await filling.wait()
+        if node.type is not EntryType.FILE:
+            raise MalformedError(f"{name} in the checkpoint is no file")
+        return node
+
+
+class _NoPages:
+    def peek(self, offset: int, size_bytes: int) -> Data | None:
+        raise AssertionError("there is nothing in it")
+
+    async def read(self, offset: int, size_bytes: int) -> Data:
+        raise AssertionError("there is nothing in it")

@@ -1,0 +1,17 @@
+"""Stubs restored through conmon, called as CRI-O calls it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from testbed import Testbed
+
+from tests.real.engines.crio_calls import record
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+
+_RECORDED = Path(__file__).parents[2] / "data/engines/crio.json"
+
+
+def test_conmon_calls_its_runtime_as_was_recorded(testbed: Testbed, work: Path) -> None:
+    assert record(testbed, work) == json.loads(_RECORDED.read_text())
