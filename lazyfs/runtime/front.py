@@ -57,7 +57,8 @@ def restore(task: Task) -> int:
     link.send(heard=True)
     link.close()
     if heard is None:
-        _be_rid_of(task)
+        if not told.get("taken"):
+            _be_rid_of(task)
         verdict: str | None = _KEEPER_GONE
     else:
         verdict = heard.get("verdict") or heard.get("advice") or None

@@ -35,6 +35,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from lazyfs.background import close_inherited, log_to
 from lazyfs.ground.errors import LazyfsError
+from lazyfs.restore.containers import Asked
 from lazyfs.restore.gate import Gate
 from lazyfs.restore.plan import LOG
 from lazyfs.restore.served import Abandoned, Job, Served, serve
@@ -145,6 +146,10 @@ class _Keeper:
         self._work: Path | None = None
         """Where pages are asked for, if they come lazily."""
         self._pid_file = task.pid_file
+        self._old_stamp: tuple[int, int] | None = None
+        """Of the pid file, before the runtime has run."""
+        self._is_taken = False
+        """Whether the name was a container's before: that one is not ours to touch."""
         self._denied: str | None = None
         self._began_ticks = remains.started_ticks(os.getpid())
         self._began_s = time.time()
@@ -163,8 +168,11 @@ class _Keeper:
                 self._link.send(error=str(error), exit_code=error.exit_code)
                 return
             environment = dict(self._gate.environment) if self._gate is not None else {}
-            if self._link.send(path=str(self._path), more=more, environment=environment):
-                self._watch()
+            taken = self._is_taken
+            if self._link.send(
+                path=str(self._path), more=more, environment=environment, taken=taken
+            ):
+                self._watch_and_judge()
         finally:
             self._clean()
 
@@ -176,6 +184,23 @@ class _Keeper:
         return self._served.path
 
     def _prepare(self) -> list[str]:
+        """Find out whose the name is, while the mount is made; return what the runtime is told.
+
+        Raises:
+            LazyfsError: there are no images to be had.
+        """
+        task = self._task
+        asked = None
+        if task.call.container:
+            words = task.call.control("state", task.call.container)
+            asked = Asked([task.program, *words], task.directory)
+        more = self._have_images()
+        self._is_taken = asked is not None and asked.is_known()
+        if self._is_taken:
+            log.warning("%s: there is a container of that name already", self._name)
+        return more
+
+    def _have_images(self) -> list[str]:
         """Have an images directory; return options that the runtime is to be given besides.
 
         Raises:
@@ -237,10 +262,18 @@ class _Keeper:
             self._private = Path(tempfile.mkdtemp(prefix="lazyfs-runtime-"))
         return self._private
 
+    def _watch_and_judge(self) -> None:
+        try:
+            self._watch()
+        except BaseException:  # what nobody judges must not live
+            self._destroy()
+            raise
+
     def _watch(self) -> None:
         """See the runtime through, and judge."""
         runtime: int | None = None
-        old_pid = _stamp(self._pid_file)
+        has_run = False
+        self._old_stamp = _stamp(self._pid_file)
         timeout_ms = None if self._task.call.detach else _LOOK_EVERY_MS
         poll = select.poll()
         poll.register(self._link, select.POLLIN)
@@ -253,9 +286,11 @@ class _Keeper:
                     word = self._link.receive()
                     if word is None:
                         log.warning("%s: whoever asked for the restore is gone", self._name)
-                        self._abort(runtime)
+                        if has_run:
+                            self._abort(runtime)
                         return
                     if "runs" in word:
+                        has_run = True
                         with contextlib.suppress(OSError):
                             runtime = os.pidfd_open(int(word["runs"]))
                     if "ended" in word:
@@ -267,7 +302,7 @@ class _Keeper:
                 elif (
                     not ready
                     and runtime is not None
-                    and _stamp(self._pid_file) != old_pid
+                    and _stamp(self._pid_file) != self._old_stamp
                     and remains.read_pid(self._pid_file) is not None
                 ):
                     self._settle(0)
@@ -291,6 +326,8 @@ class _Keeper:
         reason = self._denied or self._judge()
         if status != 0:
             log.info("%s: %s failed (%d)", self._name, Path(self._task.program).name, status)
+            if status < 0:  # it could not clear up after itself
+                self._destroy()
             remains.kill_holders(self._mount, self._spared())
             self._link.send(verdict=reason, advice=self._advice() if reason is None else "")
             return
@@ -347,19 +384,21 @@ class _Keeper:
             poll = select.poll()
             poll.register(runtime, select.POLLIN)
             poll.poll(_RUNTIME_END_S * 1000)
-            self._destroy()
+        self._destroy()
 
     def _destroy(self) -> None:
         """Kill what is restored or half restored, and have the runtime forget it."""
         task = self._task
         remains.kill_holders(self._mount, self._spared())
-        if task.call.container:
+        if task.call.container and not self._is_taken:
             words = task.call.control("delete", "--force", task.call.container)
             said = remains.run_quietly(task.program, words, task.directory)
             if said is not None:
                 log.info("%s: %s delete: %s", self._name, Path(task.program).name, said)
-        remains.kill_init(self._pid_file, self._began_ticks)
-        remains.kill_cgroup(task.cgroups_path, task.call.container, self._began_ticks)
+        if _stamp(self._pid_file) != self._old_stamp:
+            remains.kill_init(self._pid_file, self._began_ticks)
+        if not self._is_taken:
+            remains.kill_cgroup(task.cgroups_path, task.call.container, self._began_ticks)
         remains.kill_holders(self._mount, self._spared())
 
     def _spared(self) -> Sequence[int]:

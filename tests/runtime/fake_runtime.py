@@ -9,6 +9,8 @@ Run as a program; $FAKE_STATE is where it notes what it does, $FAKE_MODE how it 
     hanging  reads, starts the container, tells nobody, and hangs
     dying    ends by SIGTERM, its own
     waiting  waits for a signal, and ends by it
+
+It knows one container, as long as its process lives, whatever it is called.
 """
 
 import contextlib
@@ -67,6 +69,13 @@ def start() -> "subprocess.Popen[bytes]":
     return process
 
 
+def is_known() -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        text = Path(f"/proc/{int((state / 'container').read_text())}/stat").read_text()
+        return text.rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def restore() -> int:
     images = Path(value_of("--image-path"))
     note("images", str(images))
@@ -80,6 +89,9 @@ def restore() -> int:
     if mode == "waiting":
         note("waits", "")
         signal.pause()
+    if is_known():
+        print("container with given ID already exists", file=sys.stderr)
+        return 1
     note("sums", json.dumps(read(images)))
     if not may_run():
         return 1
@@ -102,6 +114,8 @@ with open(state / "calls", "a") as calls:
     calls.write(json.dumps(words) + "\n")
 if "restore" in words:
     sys.exit(restore())
+if "state" in words:
+    sys.exit(not is_known())
 if "delete" in words:
     with contextlib.suppress(OSError, ValueError):
         os.kill(int((state / "container").read_text()), signal.SIGKILL)

@@ -159,6 +159,54 @@ def test_without_its_keeper_nothing_lives(wrapped: Wrapped) -> None:
     wrapped.wait_alone()
 
 
+@pytest.fixture
+def other(wrapped: Wrapped) -> Iterator["subprocess.Popen[bytes]"]:
+    """A container that runs already, and is called as ours would be."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        (wrapped.state / "container").write_text(str(process.pid))
+        yield process
+        process.kill()
+
+
+def test_a_name_in_use_is_refused_and_its_container_lives(
+    wrapped: Wrapped, other: "subprocess.Popen[bytes]"
+) -> None:
+    assert wrapped.run() == (1, "container with given ID already exists\n")
+    wrapped.wait_alone()
+    assert wrapped.calls("delete") == []
+    assert other.poll() is None
+
+
+@pytest.mark.parametrize("killed", ["wrapper", "keeper", "runtime"])
+def test_whoever_is_killed_a_container_of_the_same_name_lives(
+    wrapped: Wrapped, other: "subprocess.Popen[bytes]", killed: str
+) -> None:
+    with wrapped.start("waiting") as process:
+        wait_until((wrapped.state / "waits").exists, wrapped.own_words)
+        keeper = int((wrapped.state / "images").read_text().split("/")[2])
+        if killed == "wrapper":
+            process.kill()
+        elif killed == "keeper":
+            os.kill(keeper, signal.SIGKILL)
+            process.send_signal(signal.SIGUSR1)
+        else:
+            process.send_signal(signal.SIGUSR1)
+        process.communicate(timeout=TIMEOUT_S)
+    wrapped.wait_alone()
+    assert wrapped.calls("delete") == []
+    assert other.poll() is None
+
+
+def test_what_a_killed_runtime_has_restored_is_killed(wrapped: Wrapped) -> None:
+    with wrapped.start("hanging") as process:
+        wait_until((wrapped.state / "hangs").exists, wrapped.own_words)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == -signal.SIGTERM
+    wrapped.wait_alone()
+    assert wrapped.container() is None
+
+
 def test_in_the_foreground_the_wrapper_ends_with_the_container(wrapped: Wrapped) -> None:
     words = [word for word in wrapped.words if word != "--detach"]
     at = words.index("--pid-file")
