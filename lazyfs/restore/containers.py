@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 _TIMEOUT_S = 10.0
+_REMOVE_TIMEOUT_S = 20.0
 
 
 class Asked:
@@ -36,3 +37,12 @@ class Asked:
             self._process.kill()
             self._process.wait()
             return True
+
+
+def remove(words: Sequence[str]) -> None:
+    """Have a runtime remove a container of ours, dead or alive; errors are swallowed."""
+    null = subprocess.DEVNULL
+    with suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(
+            words, stdin=null, stdout=null, stderr=null, timeout=_REMOVE_TIMEOUT_S, check=False
+        )

@@ -15,6 +15,7 @@ from types import FrameType
 from typing import Any
 
 from lazyfs.ground.errors import LazyfsError
+from lazyfs.restore.containers import remove
 from lazyfs.restore.keeper import keep
 from lazyfs.restore.plan import Plan
 from lazyfs.restore.processes import adopt_orphans, kill_descendants
@@ -56,12 +57,14 @@ class Front:
         """
         helpers: set[int] = set()
         directories: list[str] = []
+        undo: list[str] | None = None
         with open(self._hearing, "rb") as pipe:
             while line := pipe.readline(_LINE_MOST_BYTES):
                 event = json.loads(line)
                 if event["event"] == "helpers":
                     helpers = set(event["pids"])
-                    directories += event["directories"]
+                    directories += event.get("directories", ())
+                    undo = event.get("undo", undo)
                     continue
                 if event["event"] == "end":
                     self._reap()
@@ -70,6 +73,8 @@ class Front:
                 yield event
         kill_descendants({self._pid, *helpers})  # those that may miss pages go first
         kill_descendants()
+        if undo is not None:
+            remove(undo)
         for each in directories:
             shutil.rmtree(each, ignore_errors=True)
         raise LazyfsError(

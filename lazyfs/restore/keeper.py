@@ -32,6 +32,7 @@ from lazyfs.restore.after import (
     wait_for_pages,
     wait_for_proof,
 )
+from lazyfs.restore.containers import Asked, remove
 from lazyfs.restore.criulog import Diagnosis, diagnose
 from lazyfs.restore.gate import Gate
 from lazyfs.restore.lazypages import LazyPages
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 _STANDARD_ERROR = 2
 _PATIENCE_S = 5.0
 """For CRIU to fail by itself, once its lazy-pages side has."""
-_UNDO_TIMEOUT_S = 20.0
 _LOG_MOST_BYTES = 4 << 20
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -137,6 +137,7 @@ class _Keeper:
         homes = [gate.home, *([str(self._work)] if plan.work_dir is None else [])]
         self._watch.tell(event="helpers", pids=sorted(self._spared), directories=homes)
         lazy = self._start_lazy_pages(stack, served)
+        self._expect_new_name()
         stack.callback(self._undo)
         program = self._start(served, gate)
         self._wait_for(program, served, gate, lazy)
@@ -228,7 +229,7 @@ class _Keeper:
         lazy = LazyPages.start(self._work, served.path, self._plan.criu, served.holders)
         stack.callback(lazy.end)
         self._spared.add(lazy.pid)
-        self._watch.tell(event="helpers", pids=sorted(self._spared), directories=[])
+        self._watch.tell(event="helpers", pids=sorted(self._spared))
         return lazy
 
     def _start(self, served: Served, gate: Gate) -> "subprocess.Popen[bytes]":
@@ -247,6 +248,22 @@ class _Keeper:
             raise UsageError(
                 f"{words[0]} cannot be run: {error.strerror}; install it, or say where it is"
             ) from None
+
+    def _expect_new_name(self) -> None:
+        """See that no container has the name: what is undone is undone by name.
+
+        Raises:
+            UsageError: one has.
+        """
+        box, words = self._plan.container, self._plan.ask()
+        if box is None or words is None:
+            return
+        if Asked(words).is_known():
+            raise UsageError(
+                f"{box.runtime[0]} has a container {box.name} already: give another --id, or "
+                "delete that one"
+            )
+        self._watch.tell(event="helpers", pids=sorted(self._spared), undo=self._plan.undo())
 
     # -- waiting -----------------------------------------------------------------------------
 
@@ -326,10 +343,7 @@ class _Keeper:
             return
         words = self._plan.undo()
         if words is not None:
-            with suppress(OSError, subprocess.TimeoutExpired):
-                subprocess.run(
-                    words, capture_output=True, timeout=_UNDO_TIMEOUT_S, check=False, cwd="/"
-                )
+            remove(words)
         self._kill()
 
     _lives = False

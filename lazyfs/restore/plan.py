@@ -75,6 +75,12 @@ class Plan:
         words += ["--work-dir", str(work), "--log-file", LOG, "-v3", "--pidfile", PIDFILE]
         return [*words, *lazy, *self.extra]
 
+    def ask(self) -> list[str] | None:
+        """Return the words that ask for a container of that name: an error if there is none."""
+        if self.container is None:
+            return None
+        return [*self.container.runtime, "state", self.container.name]
+
     def undo(self) -> list[str] | None:
         """Return the words that remove a container, dead or alive."""
         if self.container is None:
