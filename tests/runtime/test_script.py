@@ -166,6 +166,25 @@ def test_its_name_says_which_runtime_is_meant(
 
 
 @pytest.mark.parametrize("shell", SHELLS)
+def test_the_environment_names_a_path_or_a_name_on_path_but_not_this_script(
+    shell: str, tmp_path: Path
+) -> None:
+    """Which would be found in the environment again, and for ever."""
+    real = write_speaking_runtime(tmp_path / "usr/kata")
+    copy = install(tmp_path / "copy", "lazyfs-runc")
+    environ = {**os.environ, "PATH": f"{tmp_path / 'copy'}:{real.parent}:{os.environ['PATH']}"}
+    for named in (str(real), "kata"):
+        environ["LAZYFS_REAL_RUNTIME"] = named
+        assert says([*shell_words(shell), SCRIPT, "list"], env=environ) == [str(real), "list"]
+    for named in (str(SCRIPT), str(copy), "lazyfs-runc", "nosuchruntime"):
+        environ["LAZYFS_REAL_RUNTIME"] = named
+        words = [*shell_words(shell), SCRIPT, "list"]
+        done = subprocess.run(words, env=environ, capture_output=True, check=False, timeout=10)
+        assert done.returncode == 127
+        assert b"LAZYFS_REAL_RUNTIME" in done.stderr
+
+
+@pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize(
     "line",
     [
