@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import stat
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from lazyfs.checkpoint.reference import RegistryReference
 from lazyfs.checkpoint.stub import LARGEST_MARKER_BYTES, MARKER, Stub, read_stub, real_reference
 from lazyfs.cli.options import SourceOptions, default_cache_dir
 from lazyfs.cli.sizes import size_or_share
-from lazyfs.ground.errors import LazyfsError, UsageError
+from lazyfs.ground.errors import LazyfsError, MalformedError, UsageError
 from lazyfs.ground.settings import CACHE_LIMIT, MIRRORS, ContentSettings, TransportSettings
 from lazyfs.runtime.arguments import RestoreCall, parse_restore
 from lazyfs.runtime.config import Kubelet, RuntimeConfig, read_config
@@ -117,8 +118,16 @@ def _log_file(cache_dir: Path) -> Path:
 
 
 def _read_marker(path: Path) -> Stub:
+    """Read a marker, which whoever pushed the stub has made: perhaps no file, but a pipe or a link.
+
+    Raises:
+        LazyfsError: it cannot be read, or is none.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, flags), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise MalformedError(f"{path} is not a file")
             return read_stub(file.read(LARGEST_MARKER_BYTES + 1))
     except OSError as error:
         raise LazyfsError(f"{path} cannot be read: {error.strerror}") from None

@@ -65,7 +65,8 @@ class RestoreCall:
     words: tuple[str, ...]
     """All arguments, without the program."""
     container: str
-    """The container's id; "" if there is none: the runtime will say so."""
+    """The container's id; "" if there is none: the runtime will say so. Engines have it stand last:
+    what stands before may be the value of an option that is not known here."""
     image_path: str | None
     work_path: str | None
     bundle: str | None
@@ -126,7 +127,7 @@ def parse_restore(words: Sequence[str]) -> RestoreCall | None:
     }
     return RestoreCall(
         words=tuple(words),
-        container=theirs.plain[0] if theirs.plain else "",
+        container=theirs.plain[-1] if theirs.plain else "",
         image_path=theirs.values.get("image-path") or None,
         work_path=theirs.values.get("work-path") or None,
         bundle=theirs.values.get("bundle") or None,

@@ -188,8 +188,9 @@ def _cgroups(cgroups_path: str, container: str) -> Iterator[Path]:
         relative = "/".join([*above, scope])
     else:
         relative = cgroups_path.strip("/")
-    last = relative.rpartition("/")[2]
-    if not container or container not in last or ".." in relative.split("/"):
+    last = relative.rpartition("/")[2].removesuffix(".scope")
+    is_named = last == container or last.endswith(f"-{container}")
+    if not container or not is_named or ".." in relative.split("/"):
         return
     for base in (_CGROUPS, *_CGROUPS.glob("*")):
         with contextlib.suppress(OSError):

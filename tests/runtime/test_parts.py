@@ -89,6 +89,7 @@ def test_restores_of_engines_are_understood_and_nothing_else_is_taken_for_one() 
         ("restore --empty-ns network -no-subreaper --image-path /i -- -c", "/i", None, False, "-c"),
         ("--systemd-cgroup --rootless=auto --root r --debug restore c", None, None, False, "c"),
         ("--cgroup-manager systemd --log-level debug restore c", None, None, False, "c"),
+        ("restore --image-path /i --not-known-yet value c", "/i", None, False, "c"),
         ("restore", None, None, False, ""),
         ("restore --image-path", None, None, False, ""),
     ],

@@ -271,6 +271,20 @@ def test_a_marker_that_is_none_is_told_to_the_engine(wrapped: Wrapped) -> None:
     assert wrapped.calls("restore") == []
 
 
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_marker_that_is_no_file_holds_nobody_up(wrapped: Wrapped, kind: str) -> None:
+    marker = wrapped.images / "lazyfs-stub.json"
+    elsewhere = marker.rename(wrapped.directory / "elsewhere")
+    if kind == "pipe":
+        os.mkfifo(marker)
+    else:
+        marker.symlink_to(elsewhere)
+    code, said = wrapped.run()
+    assert code != 0
+    assert "lazyfs-stub.json" in said
+    assert wrapped.calls("restore") == []
+
+
 def test_a_checkpoint_that_was_written_over_a_stub_is_none(wrapped: Wrapped) -> None:
     (wrapped.images / "pages-1.img").write_bytes(b"new")
     assert wrapped.run() == (0, "")
