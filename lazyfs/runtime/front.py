@@ -14,7 +14,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from lazyfs.ground.printable import printable
@@ -87,25 +87,21 @@ def _in_full(task: Task, reason: str) -> str:
 def _run(program: str, words: Sequence[str], more: Mapping[str, str], link: Link) -> int:
     """Run the runtime to its end; return its exit code, or minus the signal that ended it."""
     child = 0
-    early: list[int] = []
 
     def pass_on(number: int, _: object) -> None:
-        if child:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, number)
-        else:
-            early.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
 
     parent = os.getpid()
     before = {number: signal.getsignal(number) for number in _PASSED_ON}
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)  # until there is who gets them
     for number in _PASSED_ON:
         if before[number] is not signal.SIG_IGN:
             signal.signal(number, pass_on)
     child = os.fork()
     if child == 0:
-        _become(program, words, {**os.environ, **more}, link, parent)
-    for number in early:
-        pass_on(number, None)
+        _become(program, words, {**os.environ, **more}, link, parent, blocked)
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     _, wait_status = os.waitpid(child, 0)
     for number, handler in before.items():
         if handler is not None:
@@ -114,13 +110,19 @@ def _run(program: str, words: Sequence[str], more: Mapping[str, str], link: Link
 
 
 def _become(
-    program: str, words: Sequence[str], environ: Mapping[str, str], link: Link, parent: int
+    program: str,
+    words: Sequence[str],
+    environ: Mapping[str, str],
+    link: Link,
+    parent: int,
+    blocked: Collection[int],
 ) -> None:
-    """Be the runtime; never returns."""
+    """Be the runtime, with these signals blocked; never returns."""
     try:
         for number in _PASSED_ON:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         die_with_parent(parent)
         if link.send(runs=os.getpid()):
             os.execve(program, [program, *words], environ)  # noqa: S606 - that is what a runtime is for
