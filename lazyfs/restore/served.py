@@ -43,6 +43,10 @@ class Abandoned(LazyfsError):
     """Whoever wanted the mount is gone."""
 
 
+class NoAnswer(LazyfsError):
+    """The daemon lives, but has not answered in time: it may be busy, stopped, or stuck."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is to be served, and for what."""
@@ -102,7 +106,8 @@ class Served:
         """Return the mount's account of itself (`docs/json.md`).
 
         Raises:
-            LazyfsError: there is none, or none within five seconds.
+            NoAnswer: there is none within five seconds.
+            LazyfsError: there is none.
         """
         path = self.path
 
@@ -118,7 +123,7 @@ class Served:
                 raise LazyfsError(f"the daemon of the mount is gone: {answer.strerror}")
             told = json.loads(answer)
         except TimeoutError:
-            raise LazyfsError("the daemon of the mount does not answer") from None
+            raise NoAnswer("the daemon of the mount does not answer") from None
         except ValueError:
             raise LazyfsError("the daemon of the mount says what cannot be understood") from None
         return told if isinstance(told, dict) else {}

@@ -7,7 +7,7 @@ lazy pages the mount stays until the last page is home, too.
 
 What cannot be proven is killed, too: who serves wrong bytes could as well serve no proof. But a
 registry that is away for a while does no harm: the proof is asked for again until nothing has come
-for ten minutes.
+for ten minutes. Nor does a machine that is so busy that the daemon does not answer at once.
 """
 
 import logging
@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from lazyfs.ground.errors import LazyfsError
+from lazyfs.restore.served import NoAnswer
 from lazyfs.restore.verdict import judge
 from lazyfs.runtime.lazy import are_home, failure_of, has_begun
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 0.25
 _STANDSTILL_MOST_S = 600.0
+_ASKED_IN_VAIN_MOST = 12
+"""Five seconds each."""
 
 
 class Told(Protocol):
@@ -34,6 +37,7 @@ class Told(Protocol):
         """Return its account of itself.
 
         Raises:
+            NoAnswer: there is none in time.
             LazyfsError: there is none.
         """
         ...
@@ -63,11 +67,17 @@ def _linger(
     hurry: Callable[[], object],
 ) -> str | None:
     is_asked, seen, since_s = False, None, time.monotonic()
+    in_vain = 0
     while True:
         try:
             status = mount.status()
         except LazyfsError as error:
+            in_vain += 1
+            if isinstance(error, NoAnswer) and in_vain < _ASKED_IN_VAIN_MOST:
+                log.warning("%s: %s", name, error)
+                continue
             return f"what it was restored from cannot be proven any more: {error}"
+        in_vain = 0
         reason = judge(status) or failure_of(status)
         if reason is not None:
             return reason

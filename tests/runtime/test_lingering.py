@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from lazyfs.ground.errors import LazyfsError
+from lazyfs.restore.served import NoAnswer
 from lazyfs.runtime.lingering import is_proven, linger
 
 _UNPROVEN = {
@@ -67,6 +68,14 @@ def test_a_mount_that_is_gone_proves_nothing(init: int) -> None:
     reason, _ = _linger(_Mount(_UNPROVEN, LazyfsError("gone")), init)
     assert reason is not None
     assert "gone" in reason
+
+
+def test_a_daemon_that_is_busy_is_asked_again_and_one_that_is_stuck_is_given_up(init: int) -> None:
+    busy = NoAnswer("does not answer")
+    assert _linger(_Mount(_UNPROVEN, busy, busy, _UNPROVEN, busy, _PROVEN), init) == (None, 1)
+    reason, _ = _linger(_Mount(_UNPROVEN, busy), init)
+    assert reason is not None
+    assert "does not answer" in reason
 
 
 def test_lazy_pages_are_waited_for_and_their_failure_is_told(init: int) -> None:
