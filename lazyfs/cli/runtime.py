@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_PYTHONS_OWN = (signal.SIGPIPE, signal.SIGXFSZ)
+"""What Python ignores, and a program that it runs would."""
+
 
 @click.command(
     "runtime",
@@ -46,8 +49,9 @@ def runtime_command(ignored: str, program: str, words: tuple[str, ...]) -> int:
     call = parse_restore(words)
     directory = Path.cwd()
     found = _stub_directory(call, directory, program) if call is not None else None
-    if not _is_ignored(signal.SIGPIPE, ignored):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    for number in _PYTHONS_OWN:
+        if not _is_ignored(number, ignored):
+            signal.signal(number, signal.SIG_DFL)
     if call is None or found is None:
         os.execv(program, [program, *words])  # noqa: S606 - that is what a runtime is for
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -115,6 +116,20 @@ def test_signals_are_passed_on(wrapped: Wrapped, number: int) -> None:
         process.send_signal(number)
         process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == -number
+    wrapped.wait_alone()
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGPIPE, signal.SIGXFSZ, signal.SIGHUP])
+def test_the_runtime_ignores_the_signals_that_the_engine_has_it_ignore(
+    wrapped: Wrapped, number: int | None
+) -> None:
+    notes = wrapped.state / "status"
+    write_program(wrapped.runtime, f"#!/bin/sh\nexec cat /proc/self/status >{notes}\n")
+    ignore = f"trap '' {number}; " if number is not None else ""
+    words = ["sh", "-c", f'{ignore}exec "$@"', "sh", str(wrapped.script), *wrapped.words]
+    subprocess.run(words, env=wrapped.environ(), check=True, cwd=wrapped.directory)
+    (mask,) = re.findall(r"SigIgn:\s*(\w+)", notes.read_text())
+    assert int(mask, 16) == (0 if number is None else 1 << number - 1)
     wrapped.wait_alone()
 
 
