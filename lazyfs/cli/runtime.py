@@ -15,6 +15,7 @@ from lazyfs.checkpoint.reference import RegistryReference
 from lazyfs.checkpoint.stub import LARGEST_MARKER_BYTES, MARKER, Stub, read_stub, real_reference
 from lazyfs.cli.options import SourceOptions, default_cache_dir
 from lazyfs.cli.sizes import size_or_share
+from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, MalformedError, UsageError
 from lazyfs.ground.settings import CACHE_LIMIT, MIRRORS, ContentSettings, TransportSettings
 from lazyfs.runtime.arguments import RestoreCall, parse_restore
@@ -96,6 +97,7 @@ def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> i
     is_lazy = wants_lazy_pages(config, bundle.annotations, stub, asked=call.lazy_pages)
     reference = real_reference(stub)
     source = _source(config, reference.host)
+    make_private(source.cache_dir)  # before a log is written there
     opening = partial(_open_config, source, config.kubelet, reference)
     task = Task(
         reference=stub.reference,

@@ -119,6 +119,7 @@ def _live(task: Task, link: Link) -> None:
         close_inherited({link.fileno()})
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
             signal.signal(number, signal.SIG_IGN)  # who is told to stop is the front
+        os.umask(0o077)  # that of the engine is for its own files
         log_to(task.log_file)
         logging.getLogger("lazyfs").setLevel(task.log_level)
         os.chdir("/")

@@ -278,6 +278,21 @@ def test_what_the_configuration_forbids_is_told_to_the_engine(
     assert wrapped.processes() == {}
 
 
+@pytest.mark.parametrize("umask", ["0", "022"])
+def test_a_fresh_cache_directory_is_its_owner_s_alone(wrapped: Wrapped, umask: str) -> None:
+    """Though the log, which is in it, is the first that is written there."""
+    cache = wrapped.directory / "cache"
+    (wrapped.directory / "runtime.toml").write_text(f'cache-dir = "{cache}"\n')
+    words = ["sh", "-c", f'umask {umask}; exec "$@"', "sh", str(wrapped.script), *wrapped.words]
+    done = subprocess.run(words, env=wrapped.environ(), check=False, cwd=wrapped.directory)
+    wrapped.wait_alone()
+    assert done.returncode == 0
+    assert (cache / "log" / "runtime.log").exists()
+    found = [cache, *cache.rglob("*")]
+    assert [path for path in found if path.is_dir() and path.stat().st_mode & 0o077] == []
+    assert [path for path in found if path.is_file() and path.stat().st_mode & 0o022] == []
+
+
 def test_a_marker_that_is_none_is_told_to_the_engine(wrapped: Wrapped) -> None:
     (wrapped.images / "lazyfs-stub.json").write_bytes(b"\xff{")
     code, said = wrapped.run()
