@@ -78,6 +78,7 @@ class LazyPages:
             "socket": str(self._path) if self._path is not None else None,
             "state": state,
             "failed": self._failed,
+            "guard_pid": self._guard.pid or None,
             "restores": self._restores,
             "tasks": sum(len(session.tasks) for session in self._sessions),
             "missing_bytes": self.missing_bytes,
