@@ -1,17 +1,19 @@
 # Everything a person does with a clone. `make demo` and `make test` need nothing installed
 # before them but make, git and a Debian 12/13 or Ubuntu machine; they install the rest.
 
-.PHONY: demo test check setup testbed fuzz bench faults soak format clean
+.PHONY: demo test check setup testbed fuzz bench faults engines soak format clean
 
 demo: setup testbed
 	@.venv/bin/python contrib/demo/demo.py
 
-# What is about networks takes its time, and has a command of its own: make faults.
+# What is about networks, or about engines, takes its time, and has a command of its own: make
+# faults, make engines.
 WEATHER = tests/real/faults tests/real/test_mirrors.py tests/real/test_weather.py
+ENGINES = tests/real/engines
 
 test: setup testbed check
 	.venv/bin/python -m pytest -n 2 --dist=loadfile --ignore=tests/mount --ignore=tests/real
-	.venv/bin/python -m pytest tests/mount tests/real $(patsubst %,--ignore=%,$(WEATHER))
+	.venv/bin/python -m pytest tests/mount tests/real $(patsubst %,--ignore=%,$(WEATHER) $(ENGINES))
 
 check: setup
 	.venv/bin/ruff format --check .
@@ -41,6 +43,10 @@ bench: setup testbed
 # passed on to pytest: --kills 200 --criu-kills 20 (twenty minutes and more), --faults-json FILE.
 faults: setup testbed
 	.venv/bin/python -m pytest $(WEATHER) $(FAULTS)
+
+# Unmodified engines restore stubs: Podman with runc and crun, containerd, CRI-O's calls.
+engines: setup testbed
+	.venv/bin/python -m pytest $(ENGINES)
 
 # SOAK is passed on: --minutes 2, --mounts 10, --json FILE.
 soak: setup testbed

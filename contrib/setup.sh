@@ -43,3 +43,8 @@ if [ "$(cat .venv/.ready 2>/dev/null)" != "$want" ]; then
     .venv/bin/python -m pip install -q --disable-pip-version-check -e . --group dev
     echo "$want" >.venv/.ready
 fi
+
+# An editable install has no scripts but its entry points; a wheel brings these along.
+for name in lazyfs-runtime lazyfs-runc lazyfs-crun; do
+    ln -sf "../../contrib/runtime/$name" ".venv/bin/$name"
+done

@@ -1,20 +1,32 @@
-"""The command `lazyfs`, also as `python -m lazyfs`."""
+"""The command `lazyfs`, also as `python -m lazyfs`; and mount(8)'s helper `mount.lazyfs`."""
 
+import gc
 import os
 import sys
 
 _INTERRUPTED = 130
 _STANDARD_ERROR = 2
+_GARBAGE_OBJECTS = 100_000
+"""Importing makes some 50,000 objects and no garbage: looking for some is a tenth of its time."""
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    gc.set_threshold(_GARBAGE_OBJECTS)
     _open_standard_descriptors()
     try:
         from lazyfs.cli.main import run
     except KeyboardInterrupt:  # what a command itself does with it, `run` decides
         sys.exit(_INTERRUPTED)
     sys.exit(run(sys.argv[1:]))
+
+
+def mount_helper() -> None:
+    """Do what mount(8) asks for and exit with a code of its own."""
+    _open_standard_descriptors()
+    from lazyfs.cli.mount_helper import run_helper
+
+    sys.exit(run_helper(sys.argv[1:]))
 
 
 def _open_standard_descriptors() -> None:

@@ -27,7 +27,7 @@ _ANSWER_MOST_BYTES = 4 << 20
 _RECEIVE_BYTES = 64 * 1024
 _STATUS_XATTR = "user.lazyfs.status"
 
-State = Literal["serving", "failed", "stuck", "dead", "silent", "detached"]
+State = Literal["serving", "failed", "stuck", "dead", "silent", "detached", "restoring"]
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,21 @@ def request_completion(directory: Path) -> None:
         raise LazyfsError(f"{directory}: its daemon does not answer: {error}") from None
 
 
+def complete_of(device: int, pid: int) -> bool:
+    """Have the daemon of a mount that is in no directory fetch and prove all of it, if it can be.
+
+    Returns whether it was asked: one without a control socket proves what it serves by itself,
+    later.
+    """
+    names = (f"mount-{device}.sock", f"pid-{pid}.sock")
+    for each in rundir.find_sockets():
+        if each.path.name in names:
+            with suppress(OSError, http.client.HTTPException, ValueError):
+                _ask(each, "POST", "/complete")
+                return True
+    return False
+
+
 def _candidates(mounts: Iterable[Mounted]) -> list[_Candidate]:
     """Put mounts and sockets together by device; a mount's own type is not needed for that.
 
@@ -170,8 +185,8 @@ def _look(candidate: _Candidate) -> Known | None:
             told = _mapping(os.getxattr(directory, _STATUS_XATTR))
     if told is None:
         return _seen(candidate, "silent")
-    if candidate.mounted is None:
-        return _seen(candidate, "detached", told)
+    if candidate.mounted is None and told.get("failed") is None:
+        return _seen(candidate, "restoring" if told.get("restores") else "detached", told)
     return _seen(candidate, "serving" if told.get("failed") is None else "failed", told)
 
 

@@ -44,10 +44,10 @@ from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.layers.model import EntryType
 from lazyfs.layers.names import decode_name, encode_name
+from lazyfs.mountpoint import FUSE_SUBTYPE
 
 log = logging.getLogger(__name__)
 
-SUBTYPE = "lazyfs"
 STATUS_XATTR = "user.lazyfs.status"
 """Extended attribute of the mount's root: its state as JSON. Not listed, so no copy takes it."""
 PID_XATTR = "user.lazyfs.pid"
@@ -305,9 +305,14 @@ class _Undelivered(logging.Handler):
 
 
 def attach(
-    operations: CheckpointOperations, mountpoint: str, name: str, *, allow_other: bool
+    operations: CheckpointOperations,
+    mountpoint: str,
+    name: str,
+    *,
+    allow_other: bool,
+    noexec: bool = False,
 ) -> None:
-    """Mount; requests are served once `serve` runs.
+    """Mount; requests are served once `serve` runs. `name` is what mountinfo calls its source.
 
     Raises:
         LazyfsError: the kernel or fusermount3 refuses.
@@ -318,9 +323,12 @@ def attach(
         "nodev",
         "noatime",
         "default_permissions",
-        f"subtype={SUBTYPE}",
-        f"fsname={name.replace(',', '_')}",
+        f"subtype={FUSE_SUBTYPE}",
+        # libfuse, lib/fuse_opt.c: a backslash before what separates options
+        "fsname=" + name.replace("\\", "\\\\").replace(",", "\\,"),
     }
+    if noexec:
+        options.add("noexec")
     if allow_other:
         options.add("allow_other")
     logging.getLogger("pyfuse3").addHandler(_Undelivered(operations))

@@ -5,6 +5,7 @@ mount; on the way out the mount goes first, so no reader is left with a filesyst
 nobody stands.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -23,7 +24,8 @@ from lazyfs import fuse
 from lazyfs.activity import Activity
 from lazyfs.address import Address
 from lazyfs.checkpoint.desk import OpenConfig
-from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
+from lazyfs.checkpoint.follow import open_followed
+from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
 from lazyfs.control import Answer, Route, Server, as_json, listen
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0005
+_GARBAGE_OBJECTS = 700
+"""Python's own default, from which `__main__.py` departs for as long as modules are imported."""
 _METRICS = Route("GET", "/metrics")
 _SMALL_FILE_BYTES = MIB
 _SMALL_FILES_BYTES = 32 * MIB
@@ -73,6 +77,14 @@ class MountConfig:
     """The work directory of restores whose memory is to be served as it is wanted."""
     guard: "Guard | None" = None
     """With `lazy_pages`: who sees to their tasks if this process ends; started before threads."""
+    restores: str | None = None
+    """What it is mounted for, if only for that: the container or the command."""
+    check_with: str | None = None
+    """The CRIU that will restore it: `Ready` is to tell all that would keep it from that."""
+    source_name: str | None = None
+    """What mountinfo shows as the mount's source; None: the reference, pinned."""
+    noexec: bool = False
+    """Whether nobody may execute a file of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +96,10 @@ class Ready:
     images_directory: str
     warnings: tuple[str, ...]
     """What may keep it from being restored here, as far as the annotations tell."""
+    findings: "tuple[Finding, ...]" = ()
+    """What `inspect --check` says, if that was asked for."""
+    stub: str | None = None
+    """The stub that was asked for, if what is mounted is what it stands for."""
 
 
 async def serve_mount(
@@ -97,6 +113,8 @@ async def serve_mount(
         LazyfsError: whatever keeps it from being mounted.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    gc.freeze()  # what has been imported is never garbage
+    gc.set_threshold(_GARBAGE_OBJECTS)
     try:
         async with trio.open_nursery() as nursery:
             doubts = _Doubts()
@@ -111,7 +129,7 @@ async def _serve(
     config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None], notifier: Notifier
 ) -> None:
     is_image = config.view == "image"
-    async with open_checkpoint(config.reference, config.open, unpack=is_image) as checkpoint:
+    async with open_followed(config.reference, config.open, unpack=is_image) as checkpoint:
         view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
         try:
             async with trio.open_nursery() as nursery:
@@ -162,6 +180,19 @@ class _Doubts:
         except Exception:  # a bug must not end the mount
             log.exception("whether it can be restored here is not known: please report this")
 
+    async def check(self, checkpoint: OpenedCheckpoint, criu: str) -> "tuple[Finding, ...]":
+        """Return what `inspect --check` finds; nothing where it cannot look."""
+        from lazyfs.checkpoint.inspect import inspect
+        from lazyfs.checkpoint.preflight import check_here
+
+        try:
+            return await check_here(await inspect(checkpoint, brief=True), criu)
+        except LazyfsError as error:
+            log.info("whether it can be restored here is not known: %s", error)
+        except Exception:  # a bug must not end the mount
+            log.exception("whether it can be restored here is not known: please report this")
+        return ()
+
     def _note(self, findings: "Iterable[Finding]") -> None:
         for finding in findings:
             if finding.message not in self.messages:
@@ -202,6 +233,7 @@ class _Mount:
             doubts.messages,
             time.time(),
             self._whole.as_json,
+            config.restores,
         )
         self._lazy_pages = self._pages()
         if self._lazy_pages is not None:
@@ -269,8 +301,9 @@ class _Mount:
             fuse.attach(
                 self._operations,
                 str(config.directory),
-                self._checkpoint.reference,
+                config.source_name or self._checkpoint.reference,
                 allow_other=os.geteuid() == 0,
+                noexec=config.noexec,
             )
 
     async def _announce(self, on_ready: Callable[[Ready], None], nursery: trio.Nursery) -> None:
@@ -291,10 +324,15 @@ class _Mount:
         checkpoint.raise_if_condemned()
         await nursery.start(self._be_controlled, device)
         directory = checkpoint.images_directory or ""
-        on_ready(Ready(checkpoint.reference, directory, tuple(doubts.messages)))
+        findings: tuple[Finding, ...] = ()
+        if config.check_with is not None:
+            findings = await doubts.check(checkpoint, config.check_with)
+        messages = tuple(doubts.messages)
+        on_ready(Ready(checkpoint.reference, directory, messages, findings, checkpoint.stub))
         self._notifier.tell(READY="1")
         nursery.start_soon(self._notifier.keep_telling, self._describe)
-        await doubts.look_inside(checkpoint)
+        if config.check_with is None:
+            await doubts.look_inside(checkpoint)
 
     async def _be_controlled(
         self, device: int | None, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED

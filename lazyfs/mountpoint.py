@@ -27,7 +27,8 @@ _T = TypeVar("_T")
 FUSE_DEVICE = Path("/dev/fuse")
 _FUSE_NUMBER = os.makedev(10, 229)
 """Linux, `Documentation/admin-guide/devices.txt`."""
-_FILESYSTEM = "fuse.lazyfs"
+FUSE_SUBTYPE = "lazyfs"
+_FILESYSTEM = f"fuse.{FUSE_SUBTYPE}"
 _USER_ID = re.compile(r"(?:^|,)user_id=(\d+)")
 _GIVEN = re.compile(r"/dev/fd/(\d{1,9})")
 _CONNECTION = re.compile(r"^fuse_connection:\s*(\d+)$", re.MULTILINE)
@@ -213,7 +214,7 @@ def is_dead(directory: Path) -> bool:
         return False
 
     with contextlib.suppress(TimeoutError):
-        return _answer_of(ask)
+        return answer_of(ask)
     return False
 
 
@@ -233,7 +234,7 @@ def unmount(directory: Path, *, lazy: bool, timeout_s: float = 20.0) -> None:
     if os.geteuid() not in (0, mounted.user_id):
         raise of_another(directory, mounted)
     try:
-        daemon = _answer_of(partial(_daemon_of, directory))
+        daemon = answer_of(partial(_daemon_of, directory))
     except TimeoutError:
         if not lazy:
             raise LazyfsError(
@@ -288,7 +289,7 @@ def _daemon_of(directory: Path) -> int | None:
     return None
 
 
-def _answer_of(question: Callable[[], _T]) -> _T:
+def answer_of(question: Callable[[], _T]) -> _T:
     """Return what a call says that a stuck daemon would hold up for ever.
 
     Raises:

@@ -38,6 +38,8 @@ class MountState:
     mounted_at_s: float
     completion: Callable[[], Mapping[str, Any] | None]
     """What has become of the wish to fetch all of it; None if nobody had it."""
+    restores: str | None = None
+    """What it is mounted for, if only for that."""
     lazy_pages: Callable[[], Mapping[str, Any] | None] = lambda: None
     """How it is with the tasks whose memory is served as it is wanted; None if that is not done."""
 
@@ -49,8 +51,10 @@ class MountState:
         poison = checkpoint.poison
         return {
             "reference": checkpoint.reference,
+            "stub": checkpoint.stub,
             "directory": str(self.directory),
             "view": self.view,
+            "restores": self.restores and self.restores[:_TEXT_MOST],
             "pid": os.getpid(),
             "version": lazyfs.__version__,
             "mounted_at": _iso(self.mounted_at_s),

@@ -1,5 +1,6 @@
 """One request being answered, and the ways to answer it wrongly. Used through tests/faults.py."""
 
+import hashlib
 import json
 import re
 import socket
@@ -8,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import parse_qs
 
 
 class Server(Protocol):
@@ -62,7 +64,7 @@ class Exchange:
         self.handler.end_headers()
 
     def write(self, data: bytes) -> None:
-        self.handler.wfile.write(data)
+        self.handler.wfile.write(b"" if self.seen.method == "HEAD" else data)
         self.handler.wfile.flush()
 
     def wait(self, seconds: float | None = None, event: threading.Event | None = None) -> bool:
@@ -102,6 +104,35 @@ class Exchange:
             return 416, {"Content-Range": f"bytes */{len(body)}"}, b""
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(body)}"
         return 206, headers, body[start:stop]
+
+
+def written_to(exchange: Exchange, resources: dict[str, Resource]) -> bool:
+    """Answer a request that writes, as a good registry does; False if it is none."""
+    seen = exchange.seen
+    found = re.fullmatch(r"(/v2/.+)/(blobs/uploads|blobs|manifests)/([^/]*)", seen.path)
+    if seen.method not in ("POST", "PUT") or found is None:
+        return False
+    base, kind, name = found.groups()
+    query = {key: values[0] for key, values in parse_qs(seen.query).items()}
+    if seen.method == "PUT":
+        digest = f"sha256:{hashlib.sha256(seen.body).hexdigest()}"
+        content_type = seen.headers.get("Content-Type", "")
+        stored = Resource(seen.body, content_type, {"Docker-Content-Digest": digest})
+        if kind == "blobs/uploads" and query["digest"] != digest:
+            exchange.answer(400, {}, b'{"errors":[{"code":"DIGEST_INVALID"}]}')
+            return True
+        place = "blobs" if kind == "blobs/uploads" else kind
+        for each in {digest} | ({name} if kind == "manifests" else set()):
+            resources[f"{base}/{place}/{each}"] = stored
+        exchange.answer(201, {"Docker-Content-Digest": digest})
+        return True
+    there = resources.get(f"/v2/{query.get('from')}/blobs/{query.get('mount')}")
+    if there is not None:
+        resources[f"{base}/blobs/{query['mount']}"] = there
+        exchange.answer(201, {"Location": f"{base}/blobs/{query['mount']}"})
+    else:
+        exchange.answer(202, {"Location": f"{base}/blobs/uploads/1?state=a"})
+    return True
 
 
 Fault = Callable[[Exchange], None]

@@ -40,6 +40,7 @@ from tests.exchange import (
     stall,
     status,
     whole,
+    written_to,
 )
 
 __all__ = [
@@ -92,6 +93,10 @@ class FaultServer:
         """A refresh token that the token server takes by POST; None: it knows no POST."""
         self.token_life_s: float | None = 300
         self.realm: str | None = None
+        self.scopes: list[str] = [f"repository:{repository}:pull"]
+        """What a token has to be asked for."""
+        self.writable = False
+        """Whether it takes uploads, into any repository, and mounts blobs of its other ones."""
         self.tokens_issued = 0
         self._valid_token: str | None = None
         self._scripts: list[tuple[str, list[Fault]]] = []
@@ -283,6 +288,8 @@ class FaultServer:
                 "basic": 'Basic realm="here"',
             }[self.auth]
             exchange.answer(401, {"WWW-Authenticate": challenge}, b"{}")
+        elif self.writable and written_to(exchange, self.resources):
+            pass
         else:
             behave(exchange)
 
@@ -319,7 +326,7 @@ class FaultServer:
         elif self.password is not None and sent != self._basic():
             exchange.answer(401, {}, b"{}")
             return
-        assert query["scope"] == [f"repository:{self.repository}:pull"], query
+        assert query["scope"] == self.scopes, query
         assert query["service"] == ["test, with a comma"], query
         with self._lock:
             self.tokens_issued += 1
@@ -359,6 +366,12 @@ def _handler_of(owner: FaultServer) -> type[BaseHTTPRequestHandler]:
             self.wfile.flush()
 
         def do_POST(self) -> None:
+            self.do_GET()
+
+        def do_PUT(self) -> None:
+            self.do_GET()
+
+        def do_HEAD(self) -> None:
             self.do_GET()
 
         def finish(self) -> None:

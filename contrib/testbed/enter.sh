@@ -7,7 +7,7 @@
 #   -b FOLDER    show this folder of the host at the same place inside, with what is mounted below
 #                it now; later mounts on either side are not seen on the other
 #
-# Network, /dev and /sys (and so cgroups) are the host's. Everything else that is written goes to
+# Network, /dev but /dev/shm, and /sys (and so cgroups) are the host's. Everything else that is written goes to
 # memory and is gone when the command ends, as are all its processes and mounts; the root itself
 # stays as it was built, and several commands at once do not see each other.
 set -euo pipefail
@@ -47,6 +47,7 @@ mkdir -p var/lib/containers
 mount -t tmpfs -o mode=711 tmpfs var/lib/containers  # Podman's overlays cannot be on an overlay
 mount --rbind /sys sys
 mount --rbind /dev dev
+mount -t tmpfs -o mode=1777 tmpfs dev/shm  # Podman's locks are there: each root has its own
 for folder in "${folders[@]}"; do
 	mkdir -p ".$folder"
 	mount --rbind "$folder" ".$folder"

@@ -42,6 +42,19 @@ def is_pages(name: str) -> bool:
     return name.startswith(_PAGES_PREFIXES) and name.endswith(".img")
 
 
+def link_for_left_out(name: str) -> str:
+    """Return the target of the link that stands for a pages file in a stub: it leads to itself.
+
+    So nobody can open it (ELOOP), whoever tries: see `stub_layer.py`.
+    """
+    return f"{name}/not-in-this-stub"
+
+
+def is_left_out(name: str, target: str) -> bool:
+    """Whether a symbolic link is one that stands for a pages file in a stub."""
+    return is_pages(name) and target == link_for_left_out(name)
+
+
 def task_image(kind: str, task_id: int) -> str:
     """Return the name of a task's image: kind is "core", "ids", "mm" or "pagemap"."""
     return f"{kind}-{task_id}.img"

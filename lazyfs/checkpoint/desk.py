@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
@@ -18,6 +18,9 @@ from lazyfs.ground.settings import ContentSettings, TransportSettings
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.retry import Fetcher
 
+if TYPE_CHECKING:
+    from lazyfs.checkpoint.ahead import Ahead
+
 
 @dataclass(frozen=True)
 class OpenConfig:
@@ -31,6 +34,10 @@ class OpenConfig:
     added it. "auto": if the image is named by a tag, which they could have moved as well."""
     on_proof: Callable[[int, int], None] | None = None
     """Told how many bytes of how many are hashed, while a whole layer is proven beforehand."""
+    shows_stubs: bool = False
+    """Whether a stub is opened as it is, not what it stands for (`follow.py`)."""
+    ahead: "Ahead | None" = None
+    """The image, if it is being resolved already."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ from lazyfs.checkpoint.report import (
     ProcessReport,
     Report,
     SizesReport,
+    StandsFor,
 )
+from lazyfs.checkpoint.stub import LARGEST_MARKER_BYTES, MARKER, read_stub
 from lazyfs.checkpoint.trust import trust_of
 from lazyfs.ground.errors import MalformedError, NotACheckpoint
 
@@ -66,6 +68,7 @@ async def inspect(checkpoint: "OpenedCheckpoint", *, brief: bool = False) -> Rep
     if brief:
         await reading.look_at_one_pagemap()
     await reading.shared_memory()
+    stands_for = await _stands_for(checkpoint, reading, images)
     return Report(
         reference=checkpoint.reference,
         manifest_digest=str(checkpoint.image.digest) if checkpoint.image.digest else None,
@@ -92,6 +95,30 @@ async def inspect(checkpoint: "OpenedCheckpoint", *, brief: bool = False) -> Rep
         inspection_requests=checkpoint.counters.requests,
         inspection_fetched_bytes=checkpoint.counters.bytes_fetched,
         notes=tuple(reading.notes),
+        stub=checkpoint.stub,
+        stands_for=stands_for,
+    )
+
+
+async def _stands_for(
+    checkpoint: "OpenedCheckpoint", reading: Reading, images: Mapping[str, "Node"]
+) -> StandsFor | None:
+    """Return what a stub stands for; None if it is none, or does not say it as stubs do."""
+    if not is_file(images.get(MARKER)):
+        return None
+    try:
+        data = await checkpoint.read_file(reading.path(MARKER), LARGEST_MARKER_BYTES)
+        stub = read_stub(data)
+    except MalformedError as error:
+        reading.notes.append(str(error))
+        return None
+    return StandsFor(
+        stub.reference,
+        stub.image_bytes,
+        len(stub.pages),
+        stub.pages_bytes,
+        stub.lazy_pages,
+        stub.made_by,
     )
 
 

@@ -106,6 +106,21 @@ class SizesReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StandsFor:
+    """What a stub says of the image that has its memory."""
+
+    reference: str
+    """In a registry, by digest."""
+    image_bytes: int
+    """Of its layers, as stored."""
+    pages_files: int
+    pages_bytes: int
+    lazy_pages: bool | None
+    """How whoever made the stub wants it restored."""
+    made_by: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Everything that `lazyfs inspect` tells; `as_json` gives its stable form."""
 
@@ -134,6 +149,10 @@ class Report:
     inspection_fetched_bytes: int
     notes: tuple[str, ...]
     """What was found odd."""
+    stub: str | None = None
+    """The stub that was asked for, if this is about what it stands for."""
+    stands_for: StandsFor | None = None
+    """Of a stub that was not followed."""
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values. Keys are documented in docs/json.md, and stay."""

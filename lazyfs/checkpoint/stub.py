@@ -2,8 +2,8 @@
 
 A stub is a checkpoint image less its pages files. Engines pull it, unpack it and copy its images
 directory; `lazyfs-runtime` finds the marker there, and has CRIU restore from the real image
-instead. The marker lies in the images directory itself since that is all that Podman, CRI-O and
-containerd hand on to their runtime.
+instead (`stub_image.py` makes stubs, `follow.py` goes on from one). The marker lies in the images
+directory itself since that is all that Podman, CRI-O and containerd hand on to their runtime.
 
 The marker was written by whoever pushed the stub. What it says of sizes is for people; what it
 names is an image by digest in a registry, and nothing else: no tag, no file of this machine.
@@ -20,6 +20,8 @@ from lazyfs.ground.errors import LazyfsError, MalformedError
 
 MARKER = "lazyfs-stub.json"
 """Name of the marker, in CRIU's images directory."""
+ANNOTATION = "lazyfs.stub.reference"
+"""Of a stub's manifest: the real image, as in the marker."""
 LARGEST_MARKER_BYTES = 1 << 20
 VERSION = 1
 

@@ -7,7 +7,7 @@ from typing import IO, TYPE_CHECKING
 import click
 
 from lazyfs.cli.opening import locate, with_checkpoint
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
+from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, follow_option, source_options
 from lazyfs.cli.text import human_bytes, printable
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
@@ -22,6 +22,7 @@ _WORTH_PROGRESS_BYTES = 4 << 20
 @click.argument("reference", metavar="REF")
 @click.argument("path")
 @source_options
+@follow_option
 def cat_command(reference: str, path: str, source: SourceOptions) -> None:
     """Write a file of a checkpoint to standard output.
 

@@ -5,7 +5,6 @@ way is said where it was asked; then it belongs to its log. If the caller goes a
 the child ends too: nobody would know of it.
 """
 
-import contextlib
 import logging
 import os
 import signal
@@ -13,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from lazyfs.cli.options import OneLine
+from lazyfs.background import close_inherited, log_to
 
 _READY_LIMIT_BYTES = 64 * 1024
 _INTERRUPTED = 130
@@ -61,7 +60,7 @@ def _live(
     code = 1
     try:
         os.setsid()
-        _close_inherited({pipe, *kept})
+        close_inherited({pipe, *kept})
 
         def ready(message: str) -> None:
             os.write(pipe, message.encode())
@@ -81,25 +80,3 @@ def _live(
     finally:
         logging.shutdown()
         os._exit(code)
-
-
-def log_to(path: Path) -> None:
-    """Log to a file, with times, beside standard error (which is /dev/null once ready)."""
-    logger = logging.getLogger("lazyfs")
-    logging.raiseExceptions = False  # a log whose disk is full is no traceback on the terminal
-    for handler in logger.handlers:
-        handler.setLevel(logger.level or logging.WARNING)
-    logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-        to_file.setFormatter(OneLine("%(asctime)s %(levelname)s %(process)d %(message)s"))
-        logger.addHandler(to_file)
-
-
-def _close_inherited(kept: Collection[int]) -> None:
-    """Let go of the caller's descriptors: a lock of its shell must not live as long as we do."""
-    for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
-        if descriptor > 2 and descriptor not in kept:
-            with contextlib.suppress(OSError):
-                os.close(descriptor)

@@ -3,13 +3,13 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import click
 
 from lazyfs.cli.opening import with_checkpoint
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
+from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, follow_option, source_options
 from lazyfs.cli.text import human_bytes, plural, printable
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ _STYLES = {"blocks": "bold red", "warns": "yellow", "unknown": "dim", "ok": "gre
     "needs some.",
 )
 @source_options
+@follow_option
 def inspect_command(
     reference: str, as_json: bool, checks: bool, criu_program: str, source: SourceOptions
 ) -> None:
@@ -49,16 +50,25 @@ def inspect_command(
 
     Engine, container and base image, versions of CRIU and kernel, the process tree, sizes, how
     the layers are stored and proven, and how much a mount fetches before it is there. Of memory
-    only that is fetched which shares a chunk with what is needed.
+    only that is fetched which shares a chunk with what is needed. Of a stub all that is told of
+    what it stands for; if that cannot be had, of the stub, and the exit code is 3.
     """
+    from lazyfs.checkpoint.follow import RealImageMissing
     from lazyfs.checkpoint.inspect import inspect
     from lazyfs.checkpoint.preflight import check_here
+
+    missing: RealImageMissing | None = None
 
     async def look(checkpoint: "OpenedCheckpoint") -> "tuple[Report, tuple[Finding, ...]]":
         report = await inspect(checkpoint)
         return report, await check_here(report, criu_program) if checks else ()
 
-    report, findings = with_checkpoint(reference, source, look)
+    try:
+        report, findings = with_checkpoint(reference, source, look)
+    except RealImageMissing as error:
+        click.echo(printable(f"lazyfs: {error}"), err=True)
+        missing = error
+        report, findings = with_checkpoint(reference, replace(source, shows_stubs=True), look)
     if as_json:
         check = {"check": [asdict(finding) for finding in findings]} if checks else {}
         click.echo(json.dumps(report.as_json() | check, indent=2))
@@ -66,6 +76,8 @@ def inspect_command(
         print_rich(report, findings)
     else:
         _print_plain(report, findings)
+    if missing is not None:
+        sys.exit(missing.exit_code)
     if any(finding.level == "blocks" for finding in findings):
         sys.exit(_BLOCKED)
 
@@ -74,6 +86,9 @@ def facts(report: "Report") -> Iterator[tuple[str, str]]:
     """Yield what is known, a label and a value at a time; values may hold anybody's text."""
     origin = report.origin
     yield "Reference", report.reference
+    if report.stub is not None:
+        yield "By the stub", report.stub
+    yield from _stands_for(report)
     yield "Engine", _engine(report)
     for label, words in (
         ("Container", (origin.container_name, _in_brackets(origin.container_id))),
@@ -116,6 +131,16 @@ def facts(report: "Report") -> Iterator[tuple[str, str]]:
     )
     for note in report.notes:
         yield "Note", note
+
+
+def _stands_for(report: "Report") -> Iterator[tuple[str, str]]:
+    real = report.stands_for
+    if real is None:
+        return
+    lacks = f"{human_bytes(real.pages_bytes)} in {plural(real.pages_files, 'pages file')}"
+    yield "Stub of", f"{real.reference} ({human_bytes(real.image_bytes)}), which has {lacks} more"
+    if real.lazy_pages is not None:
+        yield "Stub of", f"to be restored {'with' if real.lazy_pages else 'without'} lazy pages"
 
 
 def _layers(report: "Report") -> Iterator[tuple[str, str]]:

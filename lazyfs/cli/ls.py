@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lazyfs.cli.opening import locate, with_checkpoint
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
+from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, follow_option, source_options
 from lazyfs.cli.text import human_bytes, printable
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ def _line(path: str, node: "Node") -> Line:
     "symlink_target.",
 )
 @source_options
+@follow_option
 def ls_command(
     reference: str, path: str, recursive: bool, as_json: bool, source: SourceOptions
 ) -> None:

@@ -39,6 +39,10 @@ COMMANDS: Mapping[str, _Lazy] = {
     "mount": _Lazy(
         "lazyfs.cli.mount:mount_command", "Show a checkpoint as a directory, fetched as it is read."
     ),
+    "restore": _Lazy(
+        "lazyfs.cli.restore:restore_command",
+        "Restore a checkpoint with CRIU, or a container runtime, while it is fetched.",
+    ),
     "umount": _Lazy("lazyfs.cli.mount:umount_command", "End a mount, or clear away a dead one."),
     "status": _Lazy(
         "lazyfs.cli.status:status_command",
@@ -53,9 +57,17 @@ COMMANDS: Mapping[str, _Lazy] = {
         "Fetch all of a checkpoint into the cache, proven, so that mounts need no network.",
     ),
     "inspect": _Lazy("lazyfs.cli.inspect:inspect_command", "Tell what a checkpoint is."),
+    "stub": _Lazy(
+        "lazyfs.cli.stub:stub_command",
+        "Write the stub of a checkpoint image: all of it but memory.",
+    ),
     "ls": _Lazy("lazyfs.cli.ls:ls_command", "List the files of a checkpoint."),
     "cat": _Lazy("lazyfs.cli.cat:cat_command", "Write a file of a checkpoint to standard output."),
     "cache": _Lazy("lazyfs.cli.cache:cache_command", "Look after what mounts have kept."),
+    "runtime": _Lazy(
+        "lazyfs.cli.runtime:runtime_command",
+        "Run an OCI runtime; a restore of a stub becomes one of its real image.",
+    ),
     "completion": _Lazy(
         "lazyfs.cli.completion:completion_command", "Print the completion script for a shell."
     ),
@@ -126,7 +138,8 @@ class LazyGroup(click.Group):
 Exit codes:
   0  done                          3  the source cannot be had
   1  anything not named here       4  not a checkpoint that lazyfs can show
-  2  the command line is wrong     5  bytes contradict their digest""",
+  2  the command line is wrong     5  bytes contradict their digest
+                                   6  CRIU or the runtime could not restore it""",
 )
 @click.version_option(lazyfs.__version__, message="%(prog)s %(version)s")
 @verbose_option

@@ -12,10 +12,17 @@ import click
 
 from lazyfs import mountpoint
 from lazyfs.address import Address, parse_address
+from lazyfs.background import log_to
 from lazyfs.checkpoint.reference import parse_reference
-from lazyfs.cli.daemon import log_to, run_detached
-from lazyfs.cli.opening import proof_bar
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options, verbose_option
+from lazyfs.cli.daemon import run_detached
+from lazyfs.cli.opening import proof_bar, stub_line
+from lazyfs.cli.options import (
+    REFERENCE_HELP,
+    SourceOptions,
+    follow_option,
+    source_options,
+    verbose_option,
+)
 from lazyfs.cli.text import printable
 from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
@@ -63,6 +70,8 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve Prometheus metrics at HOST:PORT or unix:PATH. Anybody who reaches a port may "
     "read them: 127.0.0.1 is best.",
 )
+@click.option("--source-name", hidden=True, metavar="NAME", help="What mountinfo shows it as.")
+@click.option("--noexec", is_flag=True, hidden=True, help="Let nobody execute files of it.")
 @click.option(
     "--lazy-pages",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
@@ -71,6 +80,7 @@ _LOG_NAME_MOST_BYTES = 200
     "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
 )
 @source_options
+@follow_option
 def mount_command(
     reference: str,
     directory: Path,
@@ -79,6 +89,8 @@ def mount_command(
     log_file: Path | None,
     replace: bool,
     metrics: str | None,
+    source_name: str | None,
+    noexec: bool,
     lazy_pages: Path | None,
     source: SourceOptions,
 ) -> int:
@@ -105,7 +117,18 @@ def mount_command(
         directory = mountpoint.real(directory)
     if lazy_pages is not None:
         lazy_pages = lazy_pages.absolute()
-    job = _Job(reference, directory, view, descriptor, replace, served_at, lazy_pages, source)
+    job = _Job(
+        reference=reference,
+        directory=directory,
+        view=view,
+        descriptor=descriptor,
+        replace=replace,
+        metrics=served_at,
+        source_name=source_name,
+        noexec=noexec,
+        lazy_pages=lazy_pages,
+        source=source,
+    )
     if foreground:
         notifier = Notifier(os.environ)
         if log_file is not None:
@@ -142,6 +165,8 @@ class _Job:
     descriptor: int | None
     replace: bool
     metrics: Address | None
+    source_name: str | None
+    noexec: bool
     lazy_pages: Path | None
     source: SourceOptions
 
@@ -152,16 +177,14 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
     if job.lazy_pages is not None:
         from lazyfs.lazypages.guard import Guard
 
-        guard = Guard.start()
+        guard = Guard.start()  # which forks: before there are threads
+    opening = job.source.opening(job.reference, proof_bar())
     import trio
 
-    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.cli.main import report
     from lazyfs.mount import MountConfig, serve_mount
 
-    source, directory = job.source, job.directory
-    cache = source.cache()
-    opening = OpenConfig(cache, source.transport, source.content, source.referrers, proof_bar())
+    directory = job.directory
     config = MountConfig(
         job.reference,
         directory,
@@ -172,12 +195,16 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         job.metrics,
         job.lazy_pages,
         guard,
+        source_name=job.source_name,
+        noexec=job.noexec,
     )
 
     is_ready = False
 
     def tell(ready: "Ready") -> None:
         nonlocal is_ready
+        if ready.stub is not None:
+            click.echo(printable(stub_line(ready.stub, ready.reference)), err=True)
         for warning in ready.warnings:
             click.echo(f"lazyfs: it may not restore here: {printable(warning)}", err=True)
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from lazyfs.cli.options import SourceOptions
-from lazyfs.cli.text import human_bytes
+from lazyfs.cli.text import human_bytes, printable
 from lazyfs.ground.errors import CONDEMNED, LazyfsError
 
 if TYPE_CHECKING:
@@ -26,17 +26,15 @@ def with_checkpoint(
     A command is too short for a proof in the background: it is proven before, if that is asked
     for, or chunk by chunk where the layer has digests for them, or not.
     """
+    config = source.opening(reference, proof_bar())
     import trio
 
-    from lazyfs.checkpoint.desk import OpenConfig
-    from lazyfs.checkpoint.opened import open_checkpoint
-
-    config = OpenConfig(
-        source.cache(), source.transport, source.content, source.referrers, proof_bar()
-    )
+    from lazyfs.checkpoint.follow import open_followed
 
     async def main() -> _T:
-        async with open_checkpoint(reference, config) as checkpoint:
+        async with open_followed(reference, config) as checkpoint:
+            if checkpoint.stub is not None:
+                click.echo(printable(stub_line(checkpoint.stub, checkpoint.reference)), err=True)
             return await job(checkpoint)
 
     handlers = logging.getLogger("lazyfs").handlers[:]
@@ -47,6 +45,11 @@ def with_checkpoint(
     finally:
         for handler in handlers:
             handler.removeFilter(_is_not_the_error)
+
+
+def stub_line(stub: str, real: str) -> str:
+    """Say that something else was opened than was asked for."""
+    return f"lazyfs: {stub} is a stub of {real}, which is what is looked at (--no-follow: the stub)"
 
 
 def _is_not_the_error(record: logging.LogRecord) -> bool:

@@ -4,15 +4,15 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import click
 
+from lazyfs.background import OneLine
 from lazyfs.checkpoint.reference import FORMS
 from lazyfs.cli.sizes import Seconds, size_or_share
-from lazyfs.cli.text import printable
 from lazyfs.ground.settings import (
     CACHE_LIMIT,
     MIRRORS,
@@ -23,6 +23,7 @@ from lazyfs.ground.settings import (
 from lazyfs.transport.run_directory import run_directory
 
 if TYPE_CHECKING:
+    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.content.cache import Cache
 
 _P = ParamSpec("_P")
@@ -42,6 +43,8 @@ class SourceOptions:
     referrers: Literal["auto", "always", "never"]
     cache_kind: Literal["disk", "memory"] = "disk"
     cache_limit: Limit = CACHE_LIMIT
+    shows_stubs: bool = False
+    """Whether a stub is taken for what it is."""
 
     def cache(self) -> "Cache":
         """Return where fetched bytes are to be kept; on disk there is a directory then.
@@ -56,6 +59,30 @@ class SourceOptions:
             return Cache.memory(self.cache_limit)
         make_private(self.cache_dir)
         return Cache(self.cache_dir.absolute(), self.cache_limit)
+
+    def opening(
+        self, reference: str, on_proof: Callable[[int, int], None] | None = None
+    ) -> "OpenConfig":
+        """Return how a checkpoint is to be opened, and begin: to be called once, and soon used.
+
+        Raises:
+            UsageError: as `cache`; or the reference is none.
+        """
+        from lazyfs.checkpoint.ahead import Ahead
+
+        cache = self.cache()
+        ahead = Ahead(reference, self.transport, cache)
+        from lazyfs.checkpoint.desk import OpenConfig  # which imports trio: see `ahead.py`
+
+        return OpenConfig(
+            cache,
+            self.transport,
+            self.content,
+            self.referrers,
+            on_proof,
+            self.shows_stubs,
+            ahead,
+        )
 
 
 def default_cache_dir() -> Path:
@@ -231,6 +258,22 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
     return with_source
 
 
+def follow_option(command: Callable[..., _R]) -> Callable[..., _R]:
+    """Give a command `--no-follow`, below `source_options`, as a part of its `source`."""
+
+    @click.option(
+        "--no-follow",
+        "shows_stubs",
+        is_flag=True,
+        help="Take a stub (lazyfs stub) for what it is, instead of the checkpoint that it names.",
+    )
+    @functools.wraps(command)
+    def with_follow(*args: Any, source: SourceOptions, shows_stubs: bool, **kwargs: Any) -> _R:
+        return command(*args, source=replace(source, shows_stubs=shows_stubs), **kwargs)
+
+    return with_follow
+
+
 def _mirrors(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """Take a word, or a path, which is made absolute: a daemon is elsewhere."""
     if "/" in value:
@@ -259,14 +302,6 @@ def is_verbose() -> bool:
     logger = logging.getLogger("lazyfs")
     shown = all(handler.level <= logging.INFO for handler in logger.handlers)
     return shown and logger.isEnabledFor(logging.INFO)
-
-
-class OneLine(logging.Formatter):
-    """A line a record, whatever names are in it; a traceback follows on lines of its own."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
-        """Return the line, fit for a terminal."""
-        return printable(super().formatMessage(record))
 
 
 def log_to_stderr() -> None:

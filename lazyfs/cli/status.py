@@ -12,7 +12,7 @@ from lazyfs.cli.options import verbose_option
 if TYPE_CHECKING:
     from lazyfs.asking import Known
 
-_WELL = ("serving", "detached")
+_WELL = ("serving", "detached", "restoring")
 
 
 @click.command("status")

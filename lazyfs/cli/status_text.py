@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from lazyfs.asking import Known
 from lazyfs.cli.text import human_bytes, plural, printable
 
-_STYLES = {"serving": "green", "detached": "yellow", "silent": "yellow"}
+_STYLES = {"serving": "green", "restoring": "green", "detached": "yellow", "silent": "yellow"}
 _BAD = "bold red"
 _SHOWN_MOST = 8
 _DIGEST_SHOWN = 12
@@ -39,7 +39,7 @@ def plain(everything: Iterable[Known]) -> Iterator[str]:
     for known in everything:
         told = known.told
         columns = (
-            known.directory,
+            shown_at(known),
             known.state,
             _number(told, "here_bytes", "-"),
             _number(told, "content_bytes", "-"),
@@ -65,7 +65,7 @@ def print_list(everything: list[Known]) -> None:
     table.add_column("STATE", no_wrap=True)
     for known in everything:
         table.add_row(
-            Text(printable(known.directory)),
+            Text(printable(shown_at(known))),
             Text(short_reference(known.reference), style="dim"),
             Text(_share(known.told)),
             Text("yes" if known.told.get("safe_offline") is True else "-"),
@@ -75,8 +75,8 @@ def print_list(everything: list[Known]) -> None:
     console = Console(highlight=False)
     console.print(table)
     for known in everything:
-        if known.state != "serving":
-            console.print(Text(f"\n{printable(known.directory)}: {printable(_why(known))}"))
+        if known.state not in ("serving", "restoring"):
+            console.print(Text(f"\n{printable(shown_at(known))}: {printable(_why(known))}"))
 
 
 def print_detail(known: Known) -> None:
@@ -104,7 +104,7 @@ def facts(known: Known) -> Iterator[Fact]:
 
 def _facts(known: Known) -> Iterator[Fact]:
     told = known.told
-    yield Fact("Mount", known.directory)
+    yield Fact("Mount", shown_at(known))
     yield Fact("State", _state(known), _style(known))
     yield Fact("Checkpoint", known.reference)
     if not told:
@@ -237,9 +237,15 @@ def short_reference(reference: str) -> str:
     return f"{last}@{digits}" if digits else last
 
 
+def shown_at(known: Known) -> str:
+    """Return where a mount is: a directory, or what it is for where it is in none."""
+    restores = known.told.get("restores")
+    return f"restore of {restores}" if restores else known.directory
+
+
 def _state(known: Known) -> str:
-    if known.state == "serving":
-        return "serving"
+    if known.state in ("serving", "restoring"):
+        return known.state
     return f"{known.state}: {_why(known)}"
 
 

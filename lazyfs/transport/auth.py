@@ -8,20 +8,22 @@ renew it is no failure; later it is one of those that wait, so that it passes if
 
 Credentials go to the registry's own origin and to the realm that it names, which must be https
 unless the registry itself is spoken to in plain HTTP. What another origin would have us do, such
-as the object store that the registry redirects to, is not done. We ask for `pull` of one
-repository, whatever the challenge would have us ask for. Nothing here puts a secret into a
+as the object store that the registry redirects to, is not done. We ask for what
+the source was opened for, `pull` of one repository as a rule, whatever the challenge would have us
+ask for. Nothing here puts a secret into a
 message.
 
 Time is that since boot, suspended or not: no clock that somebody sets makes a token seem good.
 
 Sources: RFC 9110, section 11; RFC 6749, section 6; distribution, "Token Authentication
-Specification" and "Distribution Registry v2 authentication using OAuth2".
+Specification", "Token Scope Documentation" and "Distribution Registry v2 authentication using
+OAuth2".
 """
 
 import re
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 from urllib.parse import urlencode, urlsplit
 
@@ -125,25 +127,35 @@ def _realm(challenge: Challenge, registry: Origin) -> str:
     return realm.partition("#")[0]
 
 
-def _wish(challenge: Challenge, repository: str) -> list[tuple[str, str]]:
+def _wish(challenge: Challenge, scopes: Sequence[str]) -> list[tuple[str, str]]:
     service = challenge.parameters.get("service")
-    scope = ("scope", f"repository:{repository}:pull")
-    return [scope] if service is None else [("service", service), scope]
+    wanted = [("scope", scope) for scope in scopes]
+    return wanted if service is None else [("service", service), *wanted]
 
 
-def token_url(challenge: Challenge, registry: Origin, repository: str) -> str:
-    """Return where to ask for a token to pull `repository`, with a GET.
+def pull_scope(repository: str) -> str:
+    """Return what a token is good for that lets us read `repository`."""
+    return f"repository:{repository}:pull"
+
+
+def push_scope(repository: str) -> str:
+    """Return what a token is good for that lets us read and write `repository`."""
+    return f"repository:{repository}:pull,push"
+
+
+def token_url(challenge: Challenge, registry: Origin, scopes: Sequence[str]) -> str:
+    """Return where to ask for a token that is good for `scopes`, with a GET.
 
     Raises:
         SourceError: the realm is not one that credentials may be sent to.
     """
     parts = urlsplit(_realm(challenge, registry))
-    joined = "&".join(filter(None, (parts.query, urlencode(_wish(challenge, repository)))))
+    joined = "&".join(filter(None, (parts.query, urlencode(_wish(challenge, scopes)))))
     return f"{parts.scheme}://{parts.netloc}{parts.path}?{joined}"
 
 
 def token_form(
-    challenge: Challenge, registry: Origin, repository: str, identity_token: str
+    challenge: Challenge, registry: Origin, scopes: Sequence[str], identity_token: str
 ) -> tuple[str, bytes]:
     """Return where to ask for a token by a refresh token, and what to POST there.
 
@@ -152,7 +164,7 @@ def token_form(
     """
     fields = [
         ("grant_type", "refresh_token"),
-        *_wish(challenge, repository),
+        *_wish(challenge, [" ".join(scopes)]),
         ("client_id", _CLIENT_ID),
         ("refresh_token", identity_token),
     ]
@@ -182,14 +194,17 @@ class RegistryAuthorizer:
         ask: AskForToken,
         *,
         name: str,
+        scopes: Sequence[str] = (),
         clock: Callable[[], float] = seconds_since_boot,
     ) -> None:
         """`credentials` and `ask` may block and raise our errors.
 
-        `name` is what a person calls the registry: `docker.io`.
+        `name` is what a person calls the registry: `docker.io`. `scopes`: what tokens shall be
+        good for, if it is not to pull `repository`.
         """
         self._registry = registry
         self._repository = repository
+        self._scopes = tuple(scopes) or (pull_scope(repository),)
         self._credentials = credentials
         self._ask = ask
         self._name = name
@@ -278,7 +293,9 @@ class RegistryAuthorizer:
         asked_at_s = self._clock_s()
         host, reply = self._ask_for_token(challenge, credentials)
         if reply.status != 200:
-            what = f"a token to pull {self._name}/{self._repository}"
+            pushes = push_scope(self._repository) in self._scopes
+            verb = "push to" if pushes else "pull"
+            what = f"a token to {verb} {self._name}/{self._repository}"
             login = login_advice(self._name, credentials)
             raise refusal(Question(what, host, login), reply.status, reply.headers, reply.body)
         token = parse_token(reply.body, host)
@@ -293,13 +310,13 @@ class RegistryAuthorizer:
         basic = None if credentials is None else credentials.basic()
         if credentials is not None and credentials.identity_token:
             url, form = token_form(
-                challenge, self._registry, self._repository, credentials.identity_token
+                challenge, self._registry, self._scopes, credentials.identity_token
             )
             reply = self._ask(url, {"Content-Type": _FORM}, form)
             if reply.status not in (404, 405) or basic is None:
                 return str(origin_of(url)), reply
         # The way that all token servers know; the other is for some.
-        url = token_url(challenge, self._registry, self._repository)
+        url = token_url(challenge, self._registry, self._scopes)
         headers = {} if basic is None else {"Authorization": basic}
         return str(origin_of(url)), self._ask(url, headers, None)
 

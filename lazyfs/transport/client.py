@@ -14,15 +14,17 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-from lazyfs.ground.errors import FetchError, SourceError
+from lazyfs.ground.errors import ClosedEarly, FetchError, SourceError
 from lazyfs.ground.settings import TransportSettings
-from lazyfs.transport.http import ClosedEarly, Connection, context_for
 from lazyfs.transport.local import LocalGuard
 from lazyfs.transport.proxies import proxy_for
 from lazyfs.transport.tls import Endpoints, TlsConfig, plain_endpoint
 from lazyfs.transport.urls import Origin, origin_of, redirect_target, shown
+
+if TYPE_CHECKING:
+    from lazyfs.transport.http import Connection, Upload
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _REFUSALS = {401, 403}
@@ -53,7 +55,7 @@ class Reply:
     def __init__(
         self,
         client: "HttpClient",
-        connection: Connection,
+        connection: "Connection",
         url: str,
         answer: tuple[int, Mapping[str, str]],
     ) -> None:
@@ -237,7 +239,39 @@ class HttpClient:
         """
         return _read_whole(self._ask_once(url, headers, None, led_by, form), limit_bytes)
 
-    def give_back(self, connection: Connection, *, clean: bool) -> None:
+    def send(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        upload: "Upload",
+        authorizer: Authorizer,
+        *,
+        led_by: Origin | None = None,
+    ) -> SmallReply:
+        """Do what `upload` says and return the answer, of its body at most 64 KiB.
+
+        A redirect is followed for a HEAD alone. A 401 or 403 is answered once, as by `open`; a
+        file is then sent again from where it stood.
+
+        Raises:
+            FetchError: as `get`.
+            SourceError: as `get`.
+        """
+        origin = origin_of(url)
+        sent = authorizer.authorization(origin)
+        start = 0 if isinstance(upload.body, bytes) else upload.body.tell()
+        reply = self._send(url, headers, upload, sent, led_by)
+        challenge = reply.headers.get("WWW-Authenticate")
+        refused = reply.status in _REFUSALS and origin_of(reply.url) == origin
+        if refused and not (challenge is None and sent is None):
+            renewed = authorizer.renew(origin, challenge, sent)
+            if renewed is not None:
+                if not isinstance(upload.body, bytes):
+                    upload.body.seek(start)
+                reply = self._send(url, headers, upload, renewed, led_by)
+        return reply
+
+    def give_back(self, connection: "Connection", *, clean: bool) -> None:
         """Take a connection back, to be used again if its last answer was read to the end."""
         if clean:
             connection.used = True
@@ -258,16 +292,32 @@ class HttpClient:
         for each in connections:
             each.close()
 
+    def _send(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        upload: "Upload",
+        authorization: str | None,
+        led_by: Origin | None,
+    ) -> SmallReply:
+        if upload.method == "HEAD":
+            reply = self._follow(url, headers, authorization, led_by, upload)
+        else:
+            reply = self._ask_once(url, headers, authorization, led_by, upload=upload)
+        with reply:
+            return SmallReply(reply.url, reply.status, reply.headers, reply.discard())
+
     def _follow(
         self,
         url: str,
         headers: Mapping[str, str],
         authorization: str | None,
         led_by: Origin | None,
+        upload: "Upload | None" = None,
     ) -> Reply:
         asked = url
         for _ in range(_HOPS_MOST + 1):
-            reply = self._ask_once(url, headers, authorization, led_by)
+            reply = self._ask_once(url, headers, authorization, led_by, upload=upload)
             if reply.status not in _REDIRECTS:
                 return reply
             reply.discard()
@@ -286,8 +336,11 @@ class HttpClient:
         authorization: str | None,
         led_by: Origin | None,
         form: bytes | None = None,
+        upload: "Upload | None" = None,
     ) -> Reply:
         origin = origin_of(url)
+        body = b"" if upload is None else upload.body
+        start = 0 if isinstance(body, bytes) else body.tell()
         self._guard.check(origin, origin.host, led_by)
 
         def judge(peer: str) -> None:
@@ -303,8 +356,15 @@ class HttpClient:
             try:
                 if connection.peer is not None:
                     judge(connection.peer)
+                if not isinstance(body, bytes):
+                    body.seek(start)
                 answer = connection.ask(
-                    url, headers, form=form, proxy=self._proxies[origin], on_peer=judge
+                    url,
+                    headers,
+                    form=form,
+                    upload=upload,
+                    proxy=self._proxies[origin],
+                    on_peer=judge,
                 )
             except BaseException as error:
                 connection.close()
@@ -313,7 +373,7 @@ class HttpClient:
                 raise
             return Reply(self, connection, url, answer)
 
-    def _lease(self, origin: Origin) -> Connection:
+    def _lease(self, origin: Origin) -> "Connection":
         stale: list[Connection] = []
         with self._lock:
             idle = self._idle.get(origin)
@@ -325,12 +385,17 @@ class HttpClient:
                 idle.clear()
         for each in stale:
             each.close()
+        # Only now: a mount that finds all in the cache asks nobody, and imports no HTTP library.
+        from lazyfs.transport import http
+
         endpoint = self._endpoints(origin)
         context = self._context(endpoint.tls) if origin.scheme == "https" else None
-        return Connection(origin, self.settings, context, endpoint.headers)
+        return http.Connection(origin, self.settings, context, endpoint.headers)
 
     def _context(self, tls: TlsConfig) -> ssl.SSLContext:
         """Return a context that is made once, and anew when one of its files is another."""
+        from lazyfs.transport.http import context_for
+
         stamp = tls.stamp()
         with self._lock:
             kept = self._contexts.get(tls)

@@ -18,8 +18,9 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from http.cookiejar import DefaultCookiePolicy
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import requests
 import urllib3
@@ -29,10 +30,17 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lazyfs import __version__
-from lazyfs.ground.errors import FetchError, LazyfsError, SourceError, UnknownHost
+from lazyfs.ground.errors import (
+    ClosedEarly,
+    FetchError,
+    LazyfsError,
+    NotTls,
+    SourceError,
+    UnknownHost,
+)
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
-from lazyfs.transport.tls import TlsConfig
+from lazyfs.transport.tls import TlsConfig, machine_bundle
 from lazyfs.transport.urls import Origin, origin_of, shown
 from lazyfs.transport.wake import blocks_on
 
@@ -50,12 +58,14 @@ _WANTS_CERTIFICATE = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "BAD_CERTIFIC
 _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
 
 
-class NotTls(SourceError):
-    """What answers does not speak TLS: perhaps plain HTTP."""
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A request that is no GET, and what goes with it."""
 
-
-class ClosedEarly(FetchError):
-    """The connection was closed before any answer; on one that was idle, that is nobody's fault."""
+    method: Literal["HEAD", "POST", "PUT"]
+    body: bytes | BinaryIO = b""
+    """A file is read from where it stands to its end."""
+    size_bytes: int = 0
 
 
 class _Gate:
@@ -220,10 +230,13 @@ class Connection:
         headers: Mapping[str, str],
         *,
         form: bytes | None = None,
+        upload: Upload | None = None,
         proxy: str | None = None,
         on_peer: Callable[[str], None] = lambda peer: None,
     ) -> tuple[int, Mapping[str, str]]:
-        """GET `url`, or POST `form` to it, and return status and headers; `receive` the body.
+        """GET `url`, or POST `form` to it, or do what `upload` says; return status and headers.
+
+        `receive` the body.
 
         `on_peer` is told the address when a connection is made to it, before a byte is sent, and
         may raise; not where a proxy is on the way.
@@ -246,6 +259,11 @@ class Connection:
                 request.method = "POST"
                 request.body = form
                 request.headers["Content-Length"] = str(len(form))
+            if upload is not None:
+                request.method = upload.method
+                if upload.method != "HEAD":
+                    request.body = upload.body  # type: ignore[assignment]  # a file is fine
+                    request.headers["Content-Length"] = str(upload.size_bytes)
             request.headers["Accept-Encoding"] = "identity"
             request.headers["User-Agent"] = f"lazyfs/{__version__}"
             self._response = self._session.send(
@@ -302,7 +320,8 @@ def context_for(tls: TlsConfig) -> ssl.SSLContext:
     context = ssl.create_default_context()
     paths = ssl.get_default_verify_paths()
     if paths.cafile is None and paths.capath is None:
-        context.load_verify_locations(requests.certs.where())  # a machine without a trust store
+        # a machine without a trust store, or an OpenSSL that looks for it elsewhere
+        context.load_verify_locations(machine_bundle() or requests.certs.where())
     tls.apply(context)
     return context
 

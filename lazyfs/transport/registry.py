@@ -20,16 +20,24 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, SourceError
+from lazyfs.ground.errors import (
+    FetchError,
+    IntegrityError,
+    LazyfsError,
+    MalformedError,
+    NotTls,
+    SourceError,
+)
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.address import Address
 from lazyfs.transport.answers import Question, refusal, warnings_in
+from lazyfs.transport.attempts import attempts
 from lazyfs.transport.auth import RegistryAuthorizer, login_advice
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.certs import certs_directories, registry_endpoints
@@ -38,10 +46,12 @@ from lazyfs.transport.credentials import Credentials, find_credentials
 from lazyfs.transport.httpblob import HttpBlob
 from lazyfs.transport.place import Health
 from lazyfs.transport.referrers import list_referrers
-from lazyfs.transport.retry import attempts
 from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
 from lazyfs.transport.tls import Endpoint, Endpoints
 from lazyfs.transport.urls import Origin, is_loopback, origin_of
+
+if TYPE_CHECKING:
+    from lazyfs.transport.http import Upload
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -88,12 +98,14 @@ class RegistrySource:
         counters: Counters,
         authfile: Path | None = None,
         address: Address | None = None,
+        scopes: Sequence[str] = (),
     ) -> None:
         """Connect to nobody yet.
 
         `host` may have a port; `authfile` is before the settings'; `address`: if there is more to
-        be said of where it is.
+        be said of where it is; `scopes`: what tokens shall be good for beside pulling.
         """
+        self._scopes = scopes
         self.address = address = address or Address(host, repository)
         self.health = Health(address.name)
         if address.connect_timeout_s is not None:
@@ -209,6 +221,37 @@ class RegistrySource:
             _log.info("%s are taken to be none: %s", what, error)
             return []
 
+    def send(
+        self, what: str, where: str, headers: Mapping[str, str], upload: "Upload"
+    ) -> SmallReply:
+        """Ask once for something else than to be given bytes; return the answer.
+
+        `where` is below the repository ("blobs/uploads/"), or the URL that an earlier answer of
+        this registry named, whose credentials go with it only to the registry itself.
+
+        Raises:
+            FetchError: transient: nobody answered, or the registry is not well.
+            SourceError: TLS failed; it leads where it may not; it answered 401, 403 or 407.
+        """
+        self.settle()
+        is_url = where.startswith(("http://", "https://"))
+        reply = self._client.send(
+            where if is_url else self._url(where),
+            headers,
+            upload,
+            self._authorizer,
+            led_by=self._origin if is_url else None,
+        )
+        if reply.status in (401, 403, 407, 408, 425, 429) or reply.status >= 500:
+            raise self.refusal(what, reply)
+        return reply
+
+    def refusal(self, what: str, reply: SmallReply) -> SourceError:
+        """Return the error for an answer that is none of those that were hoped for."""
+        credentials = self._credentials() if reply.status in (401, 403, 404) else None
+        question = self._question(what, credentials)
+        return refusal(question, reply.status, reply.headers, reply.body)
+
     def healths(self) -> Sequence[Health]:
         """Return how it has behaved. See `ImageSource.healths`."""
         return (self.health,)
@@ -236,7 +279,8 @@ class RegistrySource:
                     return
                 errors.append(SourceError(f"{self._host} wants another scheme than plain HTTP"))
             if errors:
-                raise errors[0]
+                speaks_tls = not isinstance(errors[-1], NotTls | FetchError)
+                raise errors[-1 if speaks_tls else 0]
 
     def close(self) -> None:
         """Close connections; those under way close when they end."""
@@ -250,7 +294,12 @@ class RegistrySource:
     def _speak(self, scheme: str) -> None:
         self._base = f"{scheme}://{self.address.served_by}"
         self._authorizer = RegistryAuthorizer(
-            self._origin, self._repository, self._credentials, self._get_token, name=self._host
+            self._origin,
+            self._repository,
+            self._credentials,
+            self._get_token,
+            name=self._host,
+            scopes=self._scopes,
         )
 
     @property
@@ -313,9 +362,7 @@ class RegistrySource:
             self._settle("https")
             return self._get_once(what, path, limit_bytes)
         if reply.status != 200:
-            credentials = self._credentials() if reply.status in (401, 403, 404) else None
-            question = self._question(what, credentials)
-            raise refusal(question, reply.status, reply.headers, reply.body)
+            raise self.refusal(what, reply)
         self._settled = True
         self._counters.bytes_fetched += len(reply.body)
         self._pass_on(reply.headers.get("Warning"))

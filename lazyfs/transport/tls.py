@@ -9,7 +9,7 @@ A client certificate, a header and `verify=False` are for the one origin that th
 """
 
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -76,6 +76,28 @@ class Endpoint:
 
 Endpoints = Callable[[Origin], Endpoint]
 """Asked for each new connection; called in several threads at once, may raise SourceError."""
+
+
+_BUNDLES = (
+    "/etc/ssl/certs/ca-certificates.crt",
+    "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+    "/etc/pki/tls/certs/ca-bundle.crt",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/cert.pem",
+)
+"""Where distributions keep whom they trust: Debian, Fedora, older Fedora, SUSE, Alpine.
+
+Source: Go's crypto/x509, root_linux.go.
+"""
+
+
+def machine_bundle(candidates: Iterable[str] = _BUNDLES) -> str | None:
+    """Return the file of those that this machine trusts, for an OpenSSL of another machine.
+
+    OpenSSL looks where the distribution that it was built for keeps them; one that was taken
+    elsewhere with its Python may find nothing there.
+    """
+    return next((path for path in candidates if Path(path).is_file()), None)
 
 
 def plain_endpoint(origin: Origin) -> Endpoint:

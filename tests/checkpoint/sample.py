@@ -89,6 +89,7 @@ class FakeCheckpoint:
             dumps=dict,
         )
         self.by_digest = True
+        self.stub = None
         self.desk = SimpleNamespace(config=SimpleNamespace(content=ContentSettings()))
         self.tree = Tree(
             [

@@ -13,6 +13,10 @@ import trio
 from lazyfs.systemd import Notifier
 
 UNIT = Path(__file__).parents[2] / "contrib/systemd/lazyfs@.service"
+MOUNT = UNIT.parents[1] / "mount"
+GENERATORS = [
+    f"{prefix}/lib/systemd/system-generators/systemd-fstab-generator" for prefix in ("", "/usr")
+]
 NAMESPACES = set(
     re.findall(
         r"\w+",
@@ -93,6 +97,30 @@ def test_systemd_understands_the_unit(tmp_path: Path) -> None:
     )
     ours = [line for line in done.stderr.splitlines() if "lazyfs" in line]
     assert (done.returncode, ours) == (0, []), done
+
+
+def test_systemd_understands_the_mount_unit() -> None:
+    program = shutil.which("systemd-analyze")
+    if program is None:
+        pytest.skip("there is no systemd-analyze")
+    words = [program, "verify", "--man=no", MOUNT / "mnt-web.mount"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    ours = [line for line in done.stderr.splitlines() if "mnt-web" in line]
+    assert (done.returncode, ours) == (0, []), done
+
+
+def test_systemd_makes_of_the_fstab_line_what_the_mount_unit_says(tmp_path: Path) -> None:
+    generator = next((path for path in map(Path, GENERATORS) if path.exists()), None)
+    if generator is None:
+        pytest.skip("there is no systemd-fstab-generator")
+    environment = {**os.environ, "SYSTEMD_FSTAB": str(MOUNT / "fstab.example")}
+    subprocess.run([generator, *[tmp_path] * 3], env=environment, check=True)
+    made = (tmp_path / "mnt-web.mount").read_text()
+    assert "\nBefore=remote-fs.target\n" in made
+    wanted = (MOUNT / "mnt-web.mount").read_text()
+    for key in ("What", "Where", "Type"):
+        (line,) = re.findall(rf"^{key}=.*$", wanted, re.MULTILINE)
+        assert line in made.splitlines()
 
 
 async def test_a_bug_in_what_is_told_does_not_end_the_telling(

@@ -234,3 +234,29 @@ def test_a_users_cache_is_their_own(home: Path) -> None:
     assert done.err.count(refusal) == 2
     assert (home / "xdg/lazyfs").stat().st_mode & 0o777 == 0o700
     assert list((home / "root").iterdir()) == []
+
+
+def test_a_users_restore_is_served_in_a_private_directory_that_goes_with_it(home: Path) -> None:
+    """Only root has mounts in no directory. The starter is killed: who is left unmounts."""
+    script = """
+        export LAZYFS_RUN_DIR=$PWD/xdg/run; mkdir -p -m 700 xdg/run xdg/cache
+        mkfifo xdg/ask
+        $PYTHON -m tests.mount.serving "oci:$PWD/layout" "$PWD/xdg" < xdg/ask > xdg/said &
+        keeper=$!
+        exec 3> xdg/ask
+        until test -s xdg/said; do sleep 0.05; done
+        images=$(echo "$PWD"/xdg/run/restore-*/images)
+        sha256sum < "$images/pages-1.img"
+        stat -c %a "$images/.."
+        echo "served.pid" >&3
+        until test $(wc -l < xdg/said) = 2; do sleep 0.05; done
+        kill -9 $keeper
+        daemon=$(tail -n 1 xdg/said)
+        while test -d /proc/$daemon; do sleep 0.05; done
+        ls -d xdg/run/restore-*
+        grep -c "$images" /proc/self/mountinfo
+    """
+    done = as_nobody(home, script)
+    digest, mode, mounted = done.out.splitlines()
+    assert digest.split()[0] == hashlib.sha256(FILES["checkpoint/pages-1.img"]).hexdigest()
+    assert (mode, mounted) == ("700", "0")

@@ -42,13 +42,18 @@ class Checkpoint:
     before: Before
 
     @property
+    def root_pid(self) -> int:
+        """The first process's."""
+        return self.before.last[0].pid
+
+    @property
     def layer_bytes(self) -> int:
         """The size of the layer."""
         return self.layer.stat().st_size
 
     def restore(self, images_dir: Path, work: Path, *, lazy_pages: bool | Path = False) -> Restored:
         """Restore it from a mount."""
-        self._rewind()
+        self.rewind()
         return restore(
             self.testbed, images_dir, work, self.status, lazy_pages=lazy_pages, timeout_s=120
         )
@@ -58,7 +63,7 @@ class Checkpoint:
 
         By itself, not by this function: that only reaps.
         """
-        self._rewind()
+        self.rewind()
         work.mkdir(parents=True, exist_ok=True)
         words = [*self.testbed.host_command("criu"), "restore", "-v3", "-o", "restore.log"]
         words += ["-D", str(images_dir), "-W", str(work)]
@@ -81,7 +86,7 @@ class Checkpoint:
                 kill_child(pid)
         return log
 
-    def _rewind(self) -> None:
+    def rewind(self) -> None:
         """Make the world what it was at the dump: pids free, files as long as CRIU saw them."""
         wait_until(
             lambda: not any(Path(f"/proc/{pid}").exists() for pid in self.pids),

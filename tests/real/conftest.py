@@ -3,6 +3,7 @@
 Where CI is set in the environment they fail instead: what cannot run there would never be seen.
 """
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from tests.real.checkpoints import Checkpoint
 from tests.real.faults.ledger import Ledger, ledger_of, report
 from tests.real.movers import Mover
 
+_PR_SET_CHILD_SUBREAPER = 36
 _SWEEP = """
 read -r _
 while read -r _ _ _ _ where _; do
@@ -99,6 +101,15 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("shelf")
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def adopting() -> Iterator[None]:
+    """What was restored, and whose parents have ended, becomes our child, and is reaped."""
+    libc = ctypes.CDLL(None)
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    yield
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
 
 @pytest.fixture

@@ -4,10 +4,13 @@ import json
 import math
 import os
 import random
+import shlex
+import signal
 import stat
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,12 +24,13 @@ from testbed import (
     podman_checkpoint,
     runc_restore,
 )
-from testbed.process import wait_until
+from testbed.process import run, wait_until
 
 from lazyfs.lazypages.protocol import SOCKET_NAME
 from tests.real.checkpoints import Before
 from tests.real.conftest import Store
 from tests.real.mounts import Mount, lazyfs, mounted
+from tests.real.restoring import Restorer, cgroup
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
@@ -164,6 +168,31 @@ def test_a_container_that_misses_memory_dies_with_the_daemon(
             wait_until(has_died, "the container has been killed", 30)
             assert not restored.status.events("hash", before_s)
         mount.start()
+
+
+@pytest.mark.parametrize("lazy", [(), ("--lazy-pages",)], ids=["eager", "lazy-pages"])
+def test_lazyfs_has_runc_restore_it(
+    podman: PodmanCheckpoint, store: Store, reference: str, work: Path, lazy: tuple[str, ...]
+) -> None:
+    """On the host: runc by its own ld.so, and CRIU's helpers where it looks for programs."""
+    bundle = make_bundle(podman.tree, podman.base_tar, work / "bundle")
+    before = _before(bundle, podman)
+    runc = shlex.join([*store.testbed.host_command("runc"), "--root", str(work / "runc")])
+    restorer = Restorer(store.testbed, work)
+    restorer.offer_programs()
+    name = f"lazyfs-{os.getpid()}-{work.name}"
+    with cgroup(bundle, name):
+        words = ["--runtime", runc, "--bundle", bundle, "--id", name, "--json", *lazy]
+        started_s = time.time()
+        ended = restorer.run(reference, *words)
+        assert ended.code == 0, ended
+        pid = ended.told["pid"]
+        assert ended.told["container"] == name
+        status = Status(bundle / "rootfs/status", podman.members)
+        ask = partial(os.kill, pid, signal.SIGUSR1)
+        delete = partial(run, [*shlex.split(runc), "delete", "--force", name])
+        with Restored(started_s, 0.0, status, None, ask, delete, pid) as restored:
+            before.assert_goes_on(restored)
 
 
 def test_five_restored_at_once_from_five_mounts(

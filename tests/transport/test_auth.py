@@ -17,6 +17,8 @@ from lazyfs.transport.auth import (
     RegistryAuthorizer,
     parse_challenges,
     parse_token,
+    pull_scope,
+    push_scope,
     token_url,
 )
 from lazyfs.transport.client import SmallReply
@@ -94,14 +96,18 @@ def test_no_number_of_seconds_is_more_than_an_error(expires_in: str) -> None:
 
 def test_where_a_token_is_asked_for() -> None:
     (challenge,) = parse_challenges(BEARER)
-    assert token_url(challenge, REGISTRY, "a/b") == (
+    assert token_url(challenge, REGISTRY, [pull_scope("a/b")]) == (
         "https://auth.example/token?service=registry.example&scope=repository%3Aa%2Fb%3Apull"
+    )
+    assert token_url(challenge, REGISTRY, [push_scope("a/b"), pull_scope("c")]) == (
+        "https://auth.example/token?service=registry.example"
+        "&scope=repository%3Aa%2Fb%3Apull%2Cpush&scope=repository%3Ac%3Apull"
     )
     for realm in ("http://auth.example/token", "ftp://x", "https://u:p@x/", "nonsense", ""):
         with pytest.raises(SourceError):
-            token_url(Challenge("bearer", {"realm": realm}), REGISTRY, "a/b")
+            token_url(Challenge("bearer", {"realm": realm}), REGISTRY, [pull_scope("a/b")])
     plain = Challenge("bearer", {"realm": "http://localhost/token?a=b"})
-    url = token_url(plain, Origin("http", "localhost", 5000), "r")
+    url = token_url(plain, Origin("http", "localhost", 5000), [pull_scope("r")])
     assert url == "http://localhost/token?a=b&scope=repository%3Ar%3Apull"
 
 

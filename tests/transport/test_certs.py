@@ -11,7 +11,7 @@ from lazyfs.ground.errors import SourceError
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.certs import certs_directories, certs_for, registry_endpoints
 from lazyfs.transport.client import HttpClient
-from lazyfs.transport.tls import ClientPair, Endpoint, TlsConfig
+from lazyfs.transport.tls import ClientPair, Endpoint, TlsConfig, machine_bundle
 from lazyfs.transport.urls import origin_of
 from tests import faults
 from tests.certificates import Authority
@@ -219,3 +219,12 @@ def test_unverified_server_is_read_without_a_warning(server: FaultServer, tmp_pa
 
 def test_settings_verify_unless_told() -> None:
     assert TransportSettings().tls_verify
+
+
+def test_the_first_bundle_that_this_machine_has_is_its_trust(tmp_path: Path) -> None:
+    places = [tmp_path / name for name in ("debian", "fedora", "alpine")]
+    (tmp_path / "debian").mkdir()
+    assert machine_bundle(map(str, places)) is None
+    for path in places[1:]:
+        path.touch()
+    assert machine_bundle(map(str, places)) == str(tmp_path / "fedora")

@@ -5,7 +5,7 @@ Standard library only. `../build.sh` builds what it runs; `../README.md` shows i
 
 from __future__ import annotations
 
-from .containerd import Containerd, ContainerdCheckpoint, containerd_checkpoint
+from .containerd import Containerd, ContainerdCheckpoint, Task, containerd_checkpoint
 from .convert import (
     CRIO_NAME,
     buildah_image,
@@ -39,7 +39,10 @@ from .images import (
     write_oci_layout,
 )
 from .incremental import split_dump
+from .podman import Container, Podman
+from .portable import portable_lazyfs
 from .readers import Readers, Tally
+from .recorder import Recorder
 from .registry import Access, Registry
 from .roots import Testbed
 from .session import Session
@@ -58,6 +61,7 @@ __all__ = [
     "REFUSING",
     "Access",
     "Config",
+    "Container",
     "Containerd",
     "ContainerdCheckpoint",
     "CriuError",
@@ -68,15 +72,18 @@ __all__ = [
     "Image",
     "Layer",
     "Pattern",
+    "Podman",
     "PodmanCheckpoint",
     "PushedCheckpoint",
     "Readers",
+    "Recorder",
     "Registry",
     "Restored",
     "Session",
     "SociMount",
     "Status",
     "Tally",
+    "Task",
     "Testbed",
     "TestbedError",
     "TestbedMissing",
@@ -92,6 +99,7 @@ __all__ = [
     "make_bundle",
     "oras_push",
     "podman_checkpoint",
+    "portable_lazyfs",
     "push_blob",
     "push_manifest",
     "push_oci_image",

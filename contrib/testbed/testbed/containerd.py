@@ -10,6 +10,7 @@ import io
 import json
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +56,44 @@ class ContainerdCheckpoint:
     """Of the memory of its processes, just before the checkpoint."""
 
 
+@dataclass(frozen=True)
+class Task:
+    """A container of the workload that runs in a `Containerd`."""
+
+    containerd: Containerd
+    name: str
+    status: Status
+
+    def memory_hash(self, timeout_s: float = 60) -> tuple[str, ...]:
+        """Return a hash of the memory of each process, the parent's first; reads all of it."""
+        return self.status.wait_hashes(self.ask_hash, timeout_s)
+
+    def ask_hash(self) -> None:
+        """Send SIGUSR1 to the parent process."""
+        self.containerd.ctr("task", "kill", "--signal", "SIGUSR1", self.name)
+
+    def state(self) -> str:
+        """Return `ctr`'s word for its state: RUNNING, STOPPED, CREATED; empty if it is gone."""
+        lines = self.containerd.ctr("task", "ls").splitlines()[1:]
+        return {line.split()[0]: line.split()[2] for line in lines}.get(self.name, "")
+
+    def checkpoint(self, reference: str) -> None:
+        """Make an index of it, with its memory and its files, and push that; it runs on."""
+        made = ["--image", "--rw", "--task", self.name, reference]
+        self.containerd.ctr("container", "checkpoint", *made)
+        self.containerd.ctr("image", "push", "--plain-http", reference)
+
+    def remove(self) -> None:
+        """Kill it, and remove it and its container and its files; also where it is paused."""
+        ctr = self.containerd.ctr
+        state = self.state()
+        if state == "PAUSED":
+            ctr("task", "resume", self.name)
+        if state:
+            ctr("task", "rm", "--force", self.name)
+        ctr("container", "rm", self.name)
+
+
 class Containerd:
     """A containerd in a session; a context manager that ends it, and all its containers.
 
@@ -62,18 +101,18 @@ class Containerd:
     """
 
     def __init__(self, session: Session, log: Path, config: str = "") -> None:
-        self._session, self._log, self._config = session, log, config
+        self.session, self._log, self._config = session, log, config
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Containerd:
-        folder = self._session.path("/run/containerd-testbed")
+        folder = self.session.path("/run/containerd-testbed")
         folder.mkdir(exist_ok=True)
         (folder / "config.toml").write_text(_CONFIG + self._config)
         words = ["containerd", "--log-level", "warn"]
         words += ["--config", "/run/containerd-testbed/config.toml"]
         with self._log.open("wb") as log:
             process = subprocess.Popen(
-                self._session.command(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                self.session.command(words), stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
         def answers() -> bool:
@@ -105,11 +144,71 @@ class Containerd:
 
     def ctr(self, *words: str | Path, timeout_s: float = 300) -> str:
         """Run a command of `ctr`; return what it says."""
-        return self._session.run(["ctr", *words], timeout_s=timeout_s)
+        return self.session.run(["ctr", *words], timeout_s=timeout_s)
+
+    def import_base(self, work_dir: Path) -> None:
+        """Make the image that containers of the workload are run from.
+
+        Args:
+            work_dir: a folder that the session sees; gets the image, once.
+        """
+        archive = work_dir.absolute() / "base-image.tar"
+        if not archive.exists():
+            write_base(self.session.testbed, work_dir / "base.tar")
+            write_oci_layout(work_dir / "base", "latest", [Layer(work_dir / "base.tar")])
+            run(["tar", "-C", work_dir / "base", "-cf", archive, "."])
+        self.ctr("image", "import", "--base-name", _BASE, archive)
+
+    def run_workload(
+        self,
+        name: str = "workload",
+        *,
+        options: Sequence[str] = (),
+        changed: bool = True,
+        size_mib: int = 32,
+        percent: float = 5,
+        shared_mib: int = 0,
+        children: int = 0,
+    ) -> Task:
+        """Run the workload in a container; return when every process has done a loop.
+
+        Args:
+            name: of the container.
+            options: more options of `ctr run`.
+            changed: whether files are changed and deleted in it, besides the status file.
+            size_mib: this and the others as for `Workload`.
+            percent: as for `Workload`.
+            shared_mib: as for `Workload`.
+            children: as for `Workload`.
+        """
+        words = workload_options(
+            Path(STATUS),
+            size_mib=size_mib,
+            percent=percent,
+            shared_mib=shared_mib,
+            children=children,
+        )
+        container = ["--null-io", "--cgroup", f"/{self.session.name}/{name}", *options]
+        self.ctr("run", "--detach", *container, f"{_BASE}:latest", name, "/workload", *words)
+        if changed:
+            self.ctr("task", "exec", "--exec-id", "changes", name, *CHANGES)
+        task = self.task(name, members=1 + children)
+        task.status.wait_loop(timeout_s=60 + size_mib * (1 + children) / 50)
+        return task
+
+    def task(self, name: str, *, members: int = 1) -> Task:
+        """Return a container of the workload that is there, whoever has made it."""
+        rootfs = self.session.path(f"{_TASKS}/{name}/rootfs")
+        return Task(self, name, Status(Path(f"{rootfs}{STATUS}"), members))
+
+    def index(self, reference: str) -> dict[str, Any]:
+        """Return the index, or the manifest, that a name stands for here."""
+        target = next(row for row in self.ctr("image", "ls").splitlines() if reference in row)
+        return dict(json.loads(self.blob(target.split()[2])))
 
     def blob(self, digest: str) -> bytes:
         """Return a blob of its content store."""
-        return self._session.path(_CONTENT + digest.replace(":", "/")).read_bytes()
+        return self.session.path(_CONTENT + digest.replace(":", "/")).read_bytes()
 
 
 def containerd_checkpoint(
@@ -126,27 +225,16 @@ def containerd_checkpoint(
     """
     work_dir.mkdir(parents=True, exist_ok=True)
     base_tar, tree = work_dir / "base.tar", work_dir / "tree"
-    write_base(testbed, base_tar)
-    write_oci_layout(work_dir / "base", "latest", [Layer(base_tar)])
-    run(["tar", "-C", work_dir / "base", "-cf", work_dir / "base-image.tar", "."])
     reference = f"{registry}/{repository}:1"
     log = work_dir / "containerd.log"
     with Session(testbed, [work_dir]) as session, Containerd(session, log) as containerd:
-        ctr = containerd.ctr
-        ctr("image", "import", "--base-name", _BASE, (work_dir / "base-image.tar").absolute())
-        options = workload_options(Path(STATUS), size_mib=size_mib)
-        container = ["--null-io", "--cgroup", f"/{session.name}/workload", f"{_BASE}:latest"]
-        ctr("run", "--detach", *container, "workload", "/workload", *options)
-        ctr("task", "exec", "--exec-id", "changes", "workload", *CHANGES)
-        bundle = session.path(f"{_TASKS}/workload")
-        status = Status(bundle / f"rootfs{STATUS}")
-        status.wait_loop(timeout_s=60 + size_mib / 50)
-        hashes = status.wait_hashes(lambda: ctr("task", "kill", "--signal", "SIGUSR1", "workload"))
-        ctr("container", "checkpoint", "--image", "--rw", "--task", "workload", reference)
-        ctr("image", "push", "--plain-http", reference)
-        target = next(line for line in ctr("image", "ls").splitlines() if reference in line)
-        index = json.loads(containerd.blob(target.split()[2]))
-        _write_tree(tree, containerd, index, (bundle / "config.json").read_bytes())
+        containerd.import_base(work_dir)
+        task = containerd.run_workload(size_mib=size_mib)
+        hashes = task.memory_hash()
+        task.checkpoint(reference)
+        index = containerd.index(reference)
+        spec = session.path(f"{_TASKS}/{task.name}/config.json").read_bytes()
+        _write_tree(tree, containerd, index, spec)
     names = sorted(path.name for path in tree.iterdir())
     run(["tar", "-C", tree, "-cf", work_dir / "archive.tar", *names])
     return ContainerdCheckpoint(reference, index, tree, work_dir / "archive.tar", base_tar, hashes)

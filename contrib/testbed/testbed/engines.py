@@ -216,6 +216,7 @@ def runc_restore(
     *,
     members: int = 1,
     lazy_pages: bool | Sequence[str] | Path = False,
+    program: str | Path = "runc",
     timeout_s: float = 300,
 ) -> Restored:
     """Restore a container with plain runc, which reads the checkpoint from `images_dir`.
@@ -228,6 +229,7 @@ def runc_restore(
         members: how many processes report in the status file.
         lazy_pages: True to restore with CRIU's lazy-pages daemon (inside); or the command of
             another server for `work_dir`/lazy-pages.socket (here); or that path, where one listens.
+        program: what is run for runc.
         timeout_s: for `runc restore` to return.
 
     Raises:
@@ -240,7 +242,7 @@ def runc_restore(
     started_s = time.time()
     with ExitStack() as on_failure:
         daemon = None
-        words = ["runc", "restore", "--detach", *paths, "--bundle", str(bundle.absolute())]
+        words = [str(program), "restore", "--detach", *paths, "--bundle", str(bundle.absolute())]
         if isinstance(lazy_pages, Path):
             words.append("--lazy-pages")
         elif lazy_pages:

@@ -37,14 +37,15 @@ class Session:
     """The root, entered; a context manager. All that runs inside is killed at the block's end.
 
     Folders in `binds` are seen inside at the same paths, with what is mounted on and below them
-    at the time of entering: mount lazyfs before, or inside.
+    at the time of entering: mount lazyfs before, or inside. A container that one session has
+    checkpointed and another restores keeps the cgroup's name: give both the same `name`.
     """
 
-    def __init__(self, testbed: Testbed, binds: Sequence[Path] = ()) -> None:
+    def __init__(self, testbed: Testbed, binds: Sequence[Path] = (), *, name: str = "") -> None:
         self.testbed = testbed
         self.pid = 0
         """Of its first process, as the host knows it."""
-        self.name = ""
+        self.name = name
         """A name of its own; cgroups of this name, anywhere, are removed at the end."""
         self._words = [str(_ENTER)]
         for folder in binds:
@@ -63,7 +64,7 @@ class Session:
                 start_new_session=True,
             )
             self._process = process
-            self.name = f"lazyfs-testbed-{process.pid}"
+            self.name = self.name or f"lazyfs-testbed-{process.pid}"
             wait_line(process, b"entered", "the testbed's root cannot be entered", timeout_s=30)
             (self.pid,) = children(process.pid)
             on_failure.pop_all()

@@ -1,0 +1,50 @@
+"""What a process needs that lives on in the background: a log, and nothing of its caller's.
+
+Light imports only: used before and after a fork.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from lazyfs.ground.printable import printable
+
+
+class OneLine(logging.Formatter):
+    """A line a record, whatever names are in it; a traceback follows on lines of its own."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        """Return the line, fit for a terminal."""
+        return printable(super().formatMessage(record))
+
+
+def log_to(path: Path) -> None:
+    """Log to a file, with times, beside standard error (which is /dev/null once ready)."""
+    logger = logging.getLogger("lazyfs")
+    logging.raiseExceptions = False  # a log whose disk is full is no traceback on the terminal
+    for handler in logger.handlers:
+        handler.setLevel(logger.level or logging.WARNING)
+    logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        to_file.setFormatter(OneLine("%(asctime)s %(levelname)s %(process)d %(message)s"))
+        logger.addHandler(to_file)
+
+
+def close_inherited(kept: Collection[int]) -> None:
+    """Let go of the caller's descriptors: a lock of its shell must not live as long as we do.
+
+    Of its log as well, properly: else what is logged went to whatever is opened next.
+    """
+    logger = logging.getLogger("lazyfs")
+    for handler in logger.handlers[:]:
+        if isinstance(handler, logging.FileHandler):
+            logger.removeHandler(handler)
+            handler.close()
+    for descriptor in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        if descriptor > 2 and descriptor not in kept:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)

@@ -1,0 +1,196 @@
+"""Writing to a registry: blobs by their digest, then the manifest that names them.
+
+A blob is asked for before it is sent; where the same registry has it in another repository it is
+asked to mount it from there. It is sent in one PUT after a POST, which all registries take; from a
+file, so that its size does not matter and a lost connection costs one more attempt, from the
+blob's start. No mirror is ever written to.
+
+Sources: OCI distribution-spec, "Push": "POST then PUT", "Mounting a blob from another
+repository", "Pushing Manifests"; containers-registries.conf(5), "Remapping and mirroring
+registries": a location in the place of a prefix holds for pushes too.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import BinaryIO, TypeVar
+from urllib.parse import quote
+
+from lazyfs.ground.counters import Counters
+from lazyfs.ground.digest import Digest
+from lazyfs.ground.errors import (
+    FetchError,
+    IntegrityError,
+    LazyfsError,
+    MalformedError,
+    SourceError,
+)
+from lazyfs.ground.settings import TransportSettings
+from lazyfs.transport.attempts import attempts
+from lazyfs.transport.auth import pull_scope, push_scope
+from lazyfs.transport.client import SmallReply
+from lazyfs.transport.http import Upload
+from lazyfs.transport.mirror_files import find_addresses
+from lazyfs.transport.registry import RegistrySource
+from lazyfs.transport.urls import redirect_target
+
+_T = TypeVar("_T")
+_OCTETS = "application/octet-stream"
+_LARGE_MANIFEST = 4 * 1024 * 1024
+
+
+class RegistryTarget:
+    """One repository that is written to. See `Target`."""
+
+    def __init__(
+        self,
+        host: str,
+        repository: str,
+        *,
+        settings: TransportSettings,
+        counters: Counters,
+        mount_from: Sequence[str] = (),
+    ) -> None:
+        """Connect to nobody yet.
+
+        `mount_from`: repositories of the same registry that may have the blobs already.
+
+        Raises:
+            UsageError: `settings.mirrors` is no such word, and no path.
+            SourceError: a file that says where the registry is makes no sense, or blocks it.
+        """
+        *_mirrors, address = find_addresses(
+            host, repository, by_digest=False, mirrors=settings.mirrors, environ=os.environ
+        )
+        self._name = f"{host}/{repository}"
+        self._mount_from = tuple(each for each in mount_from if each != repository)
+        self._settings = settings
+        self._counters = counters
+        self._source = RegistrySource(
+            address.host,
+            address.repository,
+            settings=settings,
+            counters=counters,
+            address=address,
+            scopes=(push_scope(address.repository), *map(pull_scope, self._mount_from)),
+        )
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return self._name
+
+    def try_out(self) -> None:
+        """Begin an upload and leave it, to learn early whether anything will be taken.
+
+        Raises:
+            SourceError: nothing will.
+        """
+        self._patiently(self._name, lambda: self._begin(self._name))
+
+    def put_blob(self, digest: Digest, size_bytes: int, open_blob: Callable[[], BinaryIO]) -> None:
+        """See `Target.put_blob`."""
+        what = f"{self._name}@{digest}"
+        if self._patiently(what, lambda: self._has(what, digest, size_bytes)):
+            return
+        if self._patiently(what, lambda: self._mount(what, digest)):
+            return
+        with open_blob() as file:
+
+            def send() -> None:
+                file.seek(0)
+                self._send(what, digest, size_bytes, file)
+
+            self._patiently(what, send)
+
+    def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> Digest:
+        """See `Target.put_manifest`."""
+        digest = Digest.of(data)
+        what = f"{self._name}:{tag}" if tag is not None else f"{self._name}@{digest}"
+        if len(data) > _LARGE_MANIFEST:
+            raise MalformedError(f"{what}: a manifest of {len(data)} bytes; no registry takes it")
+        self._patiently(what, lambda: self._put(what, digest, data, media_type, tag))
+        return digest
+
+    def close(self) -> None:
+        """Close connections."""
+        self._source.close()
+
+    def _patiently(self, what: str, action: Callable[[], _T]) -> _T:
+        return attempts(f"writing {what}", action, settings=self._settings, counters=self._counters)
+
+    def _has(self, what: str, digest: Digest, size_bytes: int) -> bool:
+        reply = self._source.send(what, f"blobs/{digest}", {}, Upload("HEAD"))
+        if reply.status != 200:
+            return False
+        said = reply.headers.get("Content-Length", "").strip()
+        if said.isdigit() and int(said) != size_bytes:
+            raise IntegrityError(f"{what} has {said} bytes there, though it has {size_bytes} here")
+        return True
+
+    def _mount(self, what: str, digest: Digest) -> bool:
+        """Ask for the blob to be taken from another repository; return whether it was.
+
+        What the registry begins in its place (202) is left to it: it forgets that by itself.
+        """
+        for repository in self._mount_from:
+            query = f"mount={quote(str(digest), safe='')}&from={quote(repository, safe='')}"
+            try:
+                reply = self._source.send(what, f"blobs/uploads/?{query}", {}, Upload("POST"))
+            except FetchError:
+                raise
+            except SourceError:
+                return False  # it may be forbidden there; sending it is another matter
+            if reply.status == 201:
+                return True
+        return False
+
+    def _send(self, what: str, digest: Digest, size_bytes: int, file: BinaryIO) -> None:
+        where = _upload_url(self._begin(what), digest)
+        headers = {"Content-Type": _OCTETS}
+        done = self._source.send(what, where, headers, Upload("PUT", file, size_bytes))
+        if done.status not in (201, 204):
+            raise self._refused(what, done)
+
+    def _begin(self, what: str) -> SmallReply:
+        begun = self._source.send(what, "blobs/uploads/", {}, Upload("POST"))
+        if begun.status != 202:
+            raise self._refused(what, begun)
+        return begun
+
+    def _put(
+        self, what: str, digest: Digest, data: bytes, media_type: str, tag: str | None
+    ) -> None:
+        where = f"manifests/{quote(tag or str(digest), safe=':')}"
+        headers = {"Content-Type": media_type}
+        reply = self._source.send(what, where, headers, Upload("PUT", data, len(data)))
+        if reply.status not in (200, 201, 202):
+            raise self._refused(what, reply)
+        promised = reply.headers.get("Docker-Content-Digest", str(digest)).strip()
+        if promised != str(digest):
+            raise IntegrityError(
+                f"{what}: the registry took it for {promised[:200]!r}, though it is {digest}"
+            )
+
+    def _refused(self, what: str, reply: SmallReply) -> LazyfsError:
+        """Return the error for a registry that does not take what it is given."""
+        error = self._source.refusal(f"writing {what}", reply)
+        advice = _ADVICE.get(reply.status)
+        return error if advice is None else SourceError(f"{error}; {advice}")
+
+
+_ADVICE = {
+    405: "it can only be read: it may be a mirror or a pull-through cache; name another registry",
+    413: "it takes nothing of that size: see the limit of the proxy before it (nginx: "
+    "client_max_body_size)",
+    415: "it does not take manifests of this kind",
+}
+
+
+def _upload_url(begun: SmallReply, digest: Digest) -> str:
+    """Return where to PUT a blob: a place that the registry names, which may be elsewhere.
+
+    Raises:
+        SourceError: it names none.
+    """
+    target = redirect_target(begun.url, begun.headers.get("Location"))
+    return f"{target}{'&' if '?' in target else '?'}digest={quote(str(digest), safe='')}"
