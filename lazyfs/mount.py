@@ -5,6 +5,7 @@ mount; on the way out the mount goes first, so no reader is left with a filesyst
 nobody stands.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SWITCH_INTERVAL_S = 0.0005
+_GARBAGE_OBJECTS = 700
+"""Python's own default, from which `__main__.py` departs for as long as modules are imported."""
 _METRICS = Route("GET", "/metrics")
 _SMALL_FILE_BYTES = MIB
 _SMALL_FILES_BYTES = 32 * MIB
@@ -110,6 +113,8 @@ async def serve_mount(
         LazyfsError: whatever keeps it from being mounted.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    gc.freeze()  # what has been imported is never garbage
+    gc.set_threshold(_GARBAGE_OBJECTS)
     try:
         async with trio.open_nursery() as nursery:
             doubts = _Doubts()

@@ -48,8 +48,8 @@ _LEFT_OUT = (
     *("turtledemo", "turtle.py", "venv", "site-packages", "dist-packages", "distutils", "curses"),
     *("dbm", "sqlite3", "__phello__", "_pyrepl", "idle_test", "__pycache__", "*.pyc", "*.a"),
     *("_test*", "_ctypes_test*", "xx*", "_xxtest*", "_tkinter*", "_sqlite3*", "_curses*", "_dbm*"),
-    *("_gdbm*", "readline*", "nis.*", "ossaudiodev*", "audioop*", "spwd*", "_crypt.*", "_codecs_*"),
-    *("_multibytecodec*", "_lsprof*", "EXTERNALLY-MANAGED", "sitecustomize.py"),
+    *("_gdbm*", "readline*", "nis.*", "ossaudiodev*", "audioop*", "spwd*", "_crypt.*"),
+    *("_lsprof*", "EXTERNALLY-MANAGED", "sitecustomize.py"),
 )
 _UNUSED_SUFFIXES = (".pyc", ".pyi", ".pyx", ".pxd", ".c", ".h")
 _OPENED_AT_RUN_TIME = ("libgcc_s.so.1",)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import trio
 
@@ -17,6 +17,9 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import ContentSettings, TransportSettings
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.retry import Fetcher
+
+if TYPE_CHECKING:
+    from lazyfs.checkpoint.ahead import Ahead
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class OpenConfig:
     """Told how many bytes of how many are hashed, while a whole layer is proven beforehand."""
     shows_stubs: bool = False
     """Whether a stub is opened as it is, not what it stands for (`follow.py`)."""
+    ahead: "Ahead | None" = None
+    """The image, if it is being resolved already."""
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from lazyfs.checkpoint.engines import Origin
 from lazyfs.checkpoint.host import Host
-from lazyfs.checkpoint.report import Report
+
+if TYPE_CHECKING:
+    from lazyfs.checkpoint.report import Report
 
 CRIU, ENGINE = "CRIU", "engine"
 """Subjects about programs: whether they are here, and their versions."""
@@ -71,13 +73,13 @@ class Words:
     origin: Origin
 
 
-def programs_wanted(report: Report) -> tuple[str, ...]:
+def programs_wanted(report: "Report") -> tuple[str, ...]:
     """Return the engine and the runtime to look for: known names only, whatever the image says."""
     engine, runtime = _ENGINES.get(report.origin.engine or ""), report.origin.runtime_name
     return tuple(name for name in (engine, runtime) if name in (*_ENGINES.values(), *_RUNTIMES))
 
 
-def task_ids(report: Report) -> tuple[int, ...]:
+def task_ids(report: "Report") -> tuple[int, ...]:
     """Return the ids of all processes and threads of a checkpoint."""
     pids = [process.pid for process in report.processes]
     tids = [thread.tid for process in report.processes for thread in process.threads]
@@ -118,7 +120,7 @@ def _criu_program(report: HasOrigin, host: Host) -> Compared:
         yield _ok(CRIU, f"dumped by {dumped}, here is {here}")
 
 
-def _images(report: Report, host: Host) -> Compared:
+def _images(report: "Report", host: Host) -> Compared:
     if report.criu is None:
         yield _unknown("images", "inventory.img could not be read")
         return
@@ -163,7 +165,7 @@ def _architecture(report: HasOrigin, host: Host) -> Compared:
         )
 
 
-def _cpu(report: Report, host: Host) -> Compared:
+def _cpu(report: "Report", host: Host) -> Compared:
     if report.origin.host_architecture != "amd64" or host.architecture != "amd64":
         return
     needs = report.needs
@@ -228,7 +230,7 @@ def _cgroups(report: HasOrigin, host: Host) -> Compared:
         )
 
 
-def _programs(report: Report, host: Host) -> Compared:
+def _programs(report: "Report", host: Host) -> Compared:
     origin = report.origin
     engine = _ENGINES.get(origin.engine or "")
     for name, version, label in (
@@ -251,7 +253,7 @@ def _programs(report: Report, host: Host) -> Compared:
             yield _unknown(ENGINE, f"made with {made}, which lazyfs does not know")
 
 
-def _labels(report: Report, host: Host) -> Compared:
+def _labels(report: "Report", host: Host) -> Compared:
     lsm = report.criu.lsm if report.criu is not None else "none"
     if lsm == "none":
         return
@@ -272,7 +274,7 @@ def _labels(report: Report, host: Host) -> Compared:
         )
 
 
-def _plugins(report: Report, host: Host) -> Compared:
+def _plugins(report: "Report", host: Host) -> Compared:
     needed = (report.criu.plugins or ()) if report.criu is not None else ()
     missing = sorted(set(needed) - host.plugins)
     if missing:
@@ -285,7 +287,7 @@ def _plugins(report: Report, host: Host) -> Compared:
         yield _ok("plugins", f"{_list(needed)} installed")
 
 
-def _options(report: Report, _: Host) -> Compared:
+def _options(report: "Report", _: Host) -> Compared:
     needs = report.needs
     for option in ("tcp_close", "allow_uprobes"):
         if getattr(report.criu, option, False):
@@ -306,7 +308,7 @@ def _options(report: Report, _: Host) -> Compared:
         )
 
 
-def _lazy_pages(_: Report, host: Host) -> Compared:
+def _lazy_pages(_: "Report", host: Host) -> Compared:
     if host.userfaultfd is False:
         yield _warns(
             "lazy pages",
@@ -316,7 +318,7 @@ def _lazy_pages(_: Report, host: Host) -> Compared:
         yield _ok("lazy pages", "this kernel has userfaultfd")
 
 
-def _memory(report: Report, host: Host) -> Compared:
+def _memory(report: "Report", host: Host) -> Compared:
     memory = report.memory
     needed = memory.total_bytes
     if needed is None:
@@ -333,7 +335,7 @@ def _memory(report: Report, host: Host) -> Compared:
         yield _ok("memory", words)
 
 
-def _process_ids(report: Report, host: Host) -> Compared:
+def _process_ids(report: "Report", host: Host) -> Compared:
     if not report.processes or (report.own_namespaces and "pid" in report.own_namespaces):
         return
     taken = sorted(set(task_ids(report)) & host.tasks)
@@ -355,7 +357,7 @@ def _process_ids(report: Report, host: Host) -> Compared:
     )
 
 
-def _parents(report: Report, _: Host) -> Compared:
+def _parents(report: "Report", _: Host) -> Compared:
     if report.parents:
         yield _ok("parents", f"all {len(report.parents)} are there: {_list(report.parents)}")
     elif report.memory.parent_bytes:
@@ -366,7 +368,7 @@ def _parents(report: Report, _: Host) -> Compared:
         )
 
 
-_COMPARISONS: tuple[Callable[[Report, Host], Compared], ...] = (
+_COMPARISONS: "tuple[Callable[[Report, Host], Compared], ...]" = (
     _criu_program,
     _images,
     _parents,
@@ -384,7 +386,7 @@ _COMPARISONS: tuple[Callable[[Report, Host], Compared], ...] = (
 )
 
 
-def check(report: Report, host: Host) -> tuple[Finding, ...]:
+def check(report: "Report", host: Host) -> tuple[Finding, ...]:
     """Compare a checkpoint with a machine; the worst comes first."""
     found = [finding for compare in _COMPARISONS for finding in compare(report, host)]
     return tuple(sorted(found, key=lambda finding: list(Level).index(finding.level)))

@@ -52,7 +52,8 @@ async def open_followed(
         RealImageMissing: what a stub stands for cannot be had.
         SourceError: it leads to where it may not.
     """
-    counters = counters if counters is not None else Counters()
+    if counters is None:
+        counters = config.ahead.counters if config.ahead is not None else Counters()
     found: Stub | None = None
     name = ""
     try:

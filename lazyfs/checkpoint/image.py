@@ -21,7 +21,10 @@ from lazyfs.checkpoint.reference import (
     ImageReference,
     LayoutReference,
     Reference,
+    RegistryReference,
 )
+from lazyfs.checkpoint.remembered import RememberingSource
+from lazyfs.content.documents import Documents
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, MalformedError, SourceError
@@ -83,6 +86,11 @@ class ResolvedImage:
     def layers(self) -> tuple[LayerDescriptor, ...]:
         """The layers, from the base up."""
         return self.manifest.layers
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is had from a registry, and what that says is worth keeping."""
+        return isinstance(self.source, RememberingSource)
 
     def placed_layers(self) -> tuple[PlacedLayer, ...]:
         """Return the layers with what each makes of the tree, in the order of laying them over.
@@ -149,6 +157,11 @@ class ResolvedImage:
                 config = b""  # it is an image of so many layers then
         return manifests.describe(self.manifest, config)
 
+    def save(self) -> None:
+        """Keep for later mounts what was asked for by digest, and note that it is used."""
+        if isinstance(self.source, RememberingSource):
+            self.source.save()
+
     def close(self) -> None:
         """Let go of the source and of the blobs it gave."""
         if self._archive is not None:
@@ -163,8 +176,11 @@ def resolve(
     counters: Counters,
     *,
     authfile: Path | None = None,
+    documents: Documents | None = None,
 ) -> ResolvedImage:
     """Open the source and read the manifest. Blocks, in a thread.
+
+    `documents`: where manifests are that earlier mounts have read, and where `save` keeps them.
 
     Raises:
         SourceError: the image cannot be had.
@@ -181,6 +197,8 @@ def resolve(
         if reference.digest is None and not holds_image(reference.directory):
             return _outside_of_images(str(reference), UnpackedDirectory(reference.directory), _TAR)
     source = _open_source(reference, patient, counters, authfile)
+    if documents is not None and isinstance(reference, RegistryReference):
+        source = RememberingSource(source, documents, f"{reference.host}/{reference.repository}")
     return _resolve_in(source, reference)
 
 
@@ -279,10 +297,10 @@ def _resolve_archive(
     blob: Blob
     if reference.is_url:
         from lazyfs.transport.address import Address
+        from lazyfs.transport.attempts import attempts
         from lazyfs.transport.client import HttpClient
         from lazyfs.transport.httpblob import open_url
         from lazyfs.transport.registry import endpoints_of
-        from lazyfs.transport.retry import attempts
         from lazyfs.transport.urls import origin_of
 
         server = Address(str(origin_of(reference.url)), "")
@@ -344,7 +362,7 @@ def _read_head(blob: Blob, settings: TransportSettings, counters: Counters) -> b
         raise SourceError(f"{blob.name} is empty")
     byte_range = ByteRange(0, min(_MAGIC_BYTES, blob.size_bytes))
     from lazyfs.transport.archives import read_range
-    from lazyfs.transport.retry import attempts
+    from lazyfs.transport.attempts import attempts
 
     return attempts(
         blob.name,

@@ -20,7 +20,7 @@ from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.opening import Ztocs, open_layer
 from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
 from lazyfs.checkpoint.placed import PlacedLayer
-from lazyfs.checkpoint.reference import parse_reference
+from lazyfs.checkpoint.reference import Reference, parse_reference
 from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
 from lazyfs.checkpoint.trust import insist_on_digest, insist_on_proof
 from lazyfs.checkpoint.unpacked import Unpacker
@@ -225,6 +225,8 @@ class OpenedCheckpoint:
         self.layers.append(layer)
         self.do(layer.run)
         self.do(layer.leave_note)
+        if layer.memory is not None:
+            self.do(layer.remember)
         if of_image:
             self.image_layers.append(layer)
             self.do(partial(self._watch, layer))
@@ -237,6 +239,12 @@ class OpenedCheckpoint:
         async with trio.open_nursery() as nursery:
             async for job in self._jobs_to_do:
                 nursery.start_soon(_guarded, job)
+
+    async def save(self) -> None:
+        """Keep for later mounts what told how the image is to be read."""
+        await trio.to_thread.run_sync(self.image.save)
+        for layer in self.image_layers:
+            await layer.save()
 
     def close(self) -> None:
         """Let go of what the layers hold."""
@@ -280,11 +288,8 @@ async def open_checkpoint(
         NotACheckpoint, UnsupportedLayer, MalformedError: it is nothing that can be shown.
         IntegrityError: bytes contradict their digest.
     """
-    counters = counters if counters is not None else Counters()
     parsed = parse_reference(reference)
-    image = await trio.to_thread.run_sync(
-        images.resolve, parsed, config.transport, counters, abandon_on_cancel=True
-    )
+    image, counters = await _resolve(parsed, reference, config, counters)
     name = image.reference.partition("@")[0]
     by_digest = getattr(parsed, "digest", None) is not None
     trusts_referrers = config.referrers == "always" or (
@@ -305,7 +310,9 @@ async def open_checkpoint(
                 insist_on_proof(checkpoint)
             if config.content.proves_first:
                 await checkpoint.prove(config.on_proof)
+            checkpoint.do(checkpoint.save)
             yield checkpoint
+            await checkpoint.save()
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise_sole_error(group)
@@ -313,6 +320,23 @@ async def open_checkpoint(
         checkpoint.close()
         fetcher.close()
         image.close()
+
+
+async def _resolve(
+    parsed: Reference, reference: str, config: OpenConfig, counters: Counters | None
+) -> tuple[ResolvedImage, Counters]:
+    """Return the image, by whoever is at it already, and the counters of what it costs."""
+    coming = config.ahead.take(reference) if config.ahead is not None else None
+    if coming is not None and config.ahead is not None:
+        counters = counters if counters is not None else config.ahead.counters
+        image = await trio.to_thread.run_sync(coming.result, abandon_on_cancel=True)
+    else:
+        counters = counters if counters is not None else Counters()
+        resolve = partial(images.resolve, documents=config.cache.documents)
+        image = await trio.to_thread.run_sync(
+            resolve, parsed, config.transport, counters, abandon_on_cancel=True
+        )
+    return image, counters
 
 
 async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:

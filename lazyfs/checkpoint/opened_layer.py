@@ -10,6 +10,7 @@ import trio
 
 from lazyfs.checkpoint.desk import Desk
 from lazyfs.checkpoint.placed import PlacedLayer
+from lazyfs.checkpoint.remembered import IndexMemory
 from lazyfs.checkpoint.walker import Walker
 from lazyfs.content.cache_file import CacheFile, open_cache_file
 from lazyfs.content.chunk_note import leave_note
@@ -22,7 +23,7 @@ from lazyfs.content.model import Reader
 from lazyfs.content.readahead import FileReader, Readahead
 from lazyfs.content.streamed import StreamedContent, StreamReader
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.errors import MalformedError, UnsupportedLayer
+from lazyfs.ground.errors import LazyfsError, MalformedError, UnsupportedLayer
 from lazyfs.ground.ranges import ByteRange, coalesce
 from lazyfs.ground.settings import MIB
 from lazyfs.layers import table
@@ -59,6 +60,8 @@ class OpenedLayer:
         self._readahead: Readahead | None = None
         self._noted_in: Path | None = None
         """Where the cache wants to know how the layer is cut, if it cannot know that."""
+        self.memory: IndexMemory | None = None
+        """What told how it is to be read, for later mounts."""
         config = desk.config
         if isinstance(index, StreamIndex):
             entries: list[Entry] = []
@@ -184,6 +187,25 @@ class OpenedLayer:
         )
         with suppress(OSError):
             await trio.to_thread.run_sync(job)
+
+    async def remember(self) -> None:
+        """Keep what told how it is to be read for later mounts, once that is proven."""
+        with suppress(LazyfsError):
+            if isinstance(self.content, StreamedContent):
+                await self.content.wait_end()
+            else:
+                while not self._may_be_remembered and self.content.poison is None:
+                    await self.content.wait_news()
+            await self.save()
+
+    async def save(self) -> None:
+        """Keep at once what `remember` would, if that is proven already."""
+        if self.memory is not None and self._may_be_remembered:
+            await trio.to_thread.run_sync(self.memory.save)
+
+    @property
+    def _may_be_remembered(self) -> bool:
+        return self.content.poison is None and (self.proof == "chunk" or self.blob_proven)
 
     async def wait_end(self) -> None:
         """Come back when a stream is all here, and proven if it can be; raises as its reads do."""

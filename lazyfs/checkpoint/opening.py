@@ -17,9 +17,11 @@ from lazyfs.checkpoint.desk import Desk, read_ranges
 from lazyfs.checkpoint.image import ResolvedImage
 from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.placed import PlacedLayer
+from lazyfs.checkpoint.remembered import IndexMemory
 from lazyfs.checkpoint.soci_index import ZtocRef, find_ztocs
 from lazyfs.content.cache import Cache
 from lazyfs.content.kept import find_restart_index, forget
+from lazyfs.content.layer_content import at_once
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import (
@@ -96,21 +98,70 @@ async def open_layer(
         item = await _as_it_is(item, blob, desk)
     if item.kind == "file":
         return OpenedLayer(item, raw.open_file(item.place, layer.size_bytes), blob, desk)
-    kept = await trio.to_thread.run_sync(_reopen_kept, layer, desk.config.cache)
+    kept, memory = await trio.to_thread.run_sync(_look_back, image, layer, desk)
     if kept is not None:
         return OpenedLayer(item, kept, blob, desk)
+    if memory is None:
+        return await _open_anew(image, item, ztocs, desk, blob, None)
+    try:
+        opened = await _open_anew(image, item, ztocs, desk, blob, memory)
+    except (IntegrityError, MalformedError, UnsupportedLayer):
+        if not memory.used:
+            raise
+        await trio.to_thread.run_sync(memory.forget)
+        opened = await _open_anew(image, item, ztocs, desk, blob, memory)
+    opened.memory = memory
+    return opened
+
+
+async def _open_anew(
+    image: ResolvedImage,
+    item: PlacedLayer,
+    ztocs: Ztocs,
+    desk: Desk,
+    blob: Blob,
+    memory: IndexMemory | None,
+) -> OpenedLayer:
+    """Open a layer by what the blob says of itself, or by what is said of it."""
+    layer = item.descriptor
+    tar: OpenedLayer | None = None
     head = b""
+
+    async def look() -> None:
+        nonlocal tar, head
+        tar, head = await _open_tar(item, blob, desk, memory)
+
+    async def ask() -> None:  # beside it: who says what an index is, is a round trip or two away
+        await ztocs.of(layer)
+
     if table.choose_by_words(layer) is None:
-        tar, head = await _open_tar(item, blob, desk)
+        await at_once([look, ask] if table.label_of(layer) == Gzip.name else [look])
         if tar is not None:
             return tar
-    index = await find_index(blob, layer, head, desk)
+    index = await find_index(blob, layer, head, desk, memory)
     if isinstance(index, StreamIndex) and index.format_name == Gzip.name:
         spans = await _by_ztoc(image, layer, head, ztocs, desk)
         by_spans = OpenedLayer(item, spans, blob, desk) if spans is not None else None
         if by_spans is not None and await _is_sound(by_spans):
             return by_spans
     return OpenedLayer(item, index, blob, desk)
+
+
+def _look_back(
+    image: ResolvedImage, layer: LayerDescriptor, desk: Desk
+) -> tuple[LayerIndex | StreamIndex | None, IndexMemory | None]:
+    """Return what earlier mounts have left of a layer: its index, or what they were told. Blocks.
+
+    Neither, where no digest could prove it; what lies on this machine is not asked for, but read.
+    """
+    if layer.digest is None:
+        return None, None
+    kept = _reopen_kept(layer, desk.config.cache)
+    if kept is not None or not image.is_remote:
+        return kept, None
+    memory = IndexMemory(desk.config.cache.documents, layer.digest, desk.source_name)
+    memory.load()
+    return None, memory
 
 
 async def _is_sound(layer: OpenedLayer) -> bool:
@@ -131,14 +182,16 @@ async def _is_sound(layer: OpenedLayer) -> bool:
     return True
 
 
-async def _open_tar(item: PlacedLayer, blob: Blob, desk: Desk) -> tuple[OpenedLayer | None, bytes]:
+async def _open_tar(
+    item: PlacedLayer, blob: Blob, desk: Desk, memory: IndexMemory | None
+) -> tuple[OpenedLayer | None, bytes]:
     """Open what is labelled as an uncompressed tar, if it is one; return its first bytes anyhow.
 
     They are read by way of the cache: a tar's first chunk is wanted again at once.
     """
     layer = item.descriptor
     if table.label_of(layer) != Tar.name or not blob.size_bytes:
-        return None, await read_head(blob, desk)
+        return None, await read_head(blob, desk, memory)
     index, _ = _send(Tar().open(layer, b""), None)
     opened = OpenedLayer(item, index, blob, desk) if index is not None else None
     head = b""
@@ -164,15 +217,32 @@ async def _as_it_is(item: PlacedLayer, blob: Blob, desk: Desk) -> PlacedLayer:
     return replace(item, kind="layer", place="")
 
 
-async def read_head(blob: Blob, desk: Desk) -> bytes:
+async def read_head(blob: Blob, desk: Desk, memory: IndexMemory | None = None) -> bytes:
     """Return the first bytes of a blob, for `find_index`."""
     wanted = ByteRange(0, min(HEAD_BYTES, blob.size_bytes))
-    (data,) = await read_ranges(blob, [wanted], desk)
+    (data,) = await _read(blob, [wanted], desk, memory)
     return bytes(data)
 
 
+async def _read(
+    blob: Blob, ranges: Sequence[ByteRange], desk: Desk, memory: IndexMemory | None
+) -> list[Data]:
+    """Return ranges that an earlier mount has kept, or else fetch them."""
+    known = memory.recall(ranges) if memory is not None else None
+    if known is not None:
+        return known
+    replies = await read_ranges(blob, ranges, desk)
+    if memory is not None:
+        memory.note(ranges, replies)
+    return replies
+
+
 async def find_index(
-    blob: Blob, layer: LayerDescriptor, head: bytes, desk: Desk
+    blob: Blob,
+    layer: LayerDescriptor,
+    head: bytes,
+    desk: Desk,
+    memory: IndexMemory | None = None,
 ) -> LayerIndex | StreamIndex:
     """Open a layer by its annotations or, which needs its first bytes, by what it is made of.
 
@@ -180,10 +250,12 @@ async def find_index(
         as `open_layer`.
     """
     layer_format = table.choose_by_words(layer) or table.choose(layer, head)
-    return await _drive(blob, layer_format.open(layer, head), desk)
+    return await _drive(blob, layer_format.open(layer, head), desk, memory)
 
 
-async def _drive(blob: Blob, opening: Opening, desk: Desk) -> LayerIndex | StreamIndex:
+async def _drive(
+    blob: Blob, opening: Opening, desk: Desk, memory: IndexMemory | None
+) -> LayerIndex | StreamIndex:
     """Fetch what the opening of a format asks for, to its end; parse in a worker thread."""
     replies: list[Data] | None = None
     while True:
@@ -191,7 +263,7 @@ async def _drive(blob: Blob, opening: Opening, desk: Desk) -> LayerIndex | Strea
         if index is not None:
             await trio.to_thread.run_sync(_check_size, index, desk)
             return index
-        replies = await read_ranges(blob, wanted, desk)
+        replies = await _read(blob, wanted, desk, memory)
 
 
 def _send(
@@ -268,12 +340,30 @@ async def _open_ztoc(
     descriptor = found.descriptor
     if descriptor.digest is None or descriptor.size_bytes > _ZTOC_MOST_BYTES:
         raise MalformedError(f"a zTOC of {descriptor.size_bytes} bytes is not believed")
-    blob = image.open_blob(descriptor)
-    (ztoc,) = await read_ranges(blob, [ByteRange(0, descriptor.size_bytes)], desk)
-    await trio.to_thread.run_sync(descriptor.digest.check, ztoc, f"the zTOC of {layer.digest}")
+    ztoc = await _read_ztoc(image, descriptor, descriptor.digest, desk)
     if len(ztoc) > _LARGE_ZTOC_BYTES:  # it is kept, for the windows in it
         with suppress(OSError):
             ztoc = desk.config.cache.keep(ztoc)
     return await trio.to_thread.run_sync(
         partial(open_soci, layer, ztoc, pinned=found.pinned, head=head)
     )
+
+
+async def _read_ztoc(
+    image: ResolvedImage, descriptor: LayerDescriptor, digest: Digest, desk: Desk
+) -> Data:
+    """Return a zTOC, proven, as an earlier mount has kept it or from its source."""
+    memory = IndexMemory(desk.config.cache.documents, digest, desk.source_name)
+    await trio.to_thread.run_sync(memory.load)
+    wanted, what = [ByteRange(0, descriptor.size_bytes)], f"the zTOC {digest}"
+    (ztoc,) = await _read(image.open_blob(descriptor), wanted, desk, memory)
+    try:
+        await trio.to_thread.run_sync(digest.check, ztoc, what)
+    except IntegrityError:
+        if not memory.used:
+            raise
+        await trio.to_thread.run_sync(memory.forget)
+        (ztoc,) = await _read(image.open_blob(descriptor), wanted, desk, memory)
+        await trio.to_thread.run_sync(digest.check, ztoc, what)
+    await trio.to_thread.run_sync(memory.save)
+    return ztoc

@@ -3,6 +3,7 @@
 What an image says of itself starts no program but the few that `findings.py` names.
 """
 
+import importlib
 from typing import TYPE_CHECKING
 
 import trio
@@ -20,14 +21,13 @@ from lazyfs.checkpoint.findings import (
     task_ids,
 )
 from lazyfs.checkpoint.host import Host, collect_host
-from lazyfs.checkpoint.inspect import inspect
-from lazyfs.checkpoint.report import Report
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.opened import OpenedCheckpoint
+    from lazyfs.checkpoint.report import Report
 
 
-async def check_here(report: Report, criu: str = "criu") -> tuple[Finding, ...]:
+async def check_here(report: "Report", criu: str = "criu") -> tuple[Finding, ...]:
     """Compare a checkpoint with this machine; `criu`: as for `collect_host`."""
     host = await trio.to_thread.run_sync(
         lambda: collect_host(criu=criu, programs=programs_wanted(report), task_ids=task_ids(report))
@@ -52,6 +52,9 @@ async def quick_check(checkpoint: "OpenedCheckpoint", criu: str = "criu") -> lis
     Raises:
         NotACheckpoint, SourceError, IntegrityError: as `inspect`.
     """
+    await trio.to_thread.run_sync(importlib.import_module, "lazyfs.checkpoint.inspect")
+    from lazyfs.checkpoint.inspect import inspect  # imported beside the readers, not before them
+
     report = await inspect(checkpoint, brief=True)
     return [
         finding

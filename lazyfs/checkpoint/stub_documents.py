@@ -82,8 +82,9 @@ def describe(before: dict[str, Any], layer: Written, packed: str) -> dict[str, A
     after.pop("annotations", None)
     if annotations:
         after["annotations"] = annotations
-    if packed and layer.diff_id != layer.digest:
-        after["mediaType"] = packed
+    if packed:
+        plain = str(before["mediaType"]).removesuffix("+gzip").removesuffix("+zstd")
+        after["mediaType"] = plain if layer.diff_id == layer.digest else packed
     return after
 
 

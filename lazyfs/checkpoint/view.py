@@ -13,8 +13,9 @@ take what is not there for empty.
 import logging
 from collections.abc import Mapping
 
-from lazyfs.checkpoint.criu import is_left_out
+from lazyfs.checkpoint.criu import is_left_out, is_pages
 from lazyfs.checkpoint.tree import Node
+from lazyfs.ground.errors import MalformedError
 from lazyfs.layers.model import EntryType
 
 log = logging.getLogger(__name__)
@@ -52,12 +53,17 @@ class View:
 
         Raises:
             LazyfsError: that cannot be told, since the names could not be had.
+            MalformedError: it is a pages file, and not to be shown: CRIU would go on with zeros in
+                the place of shared memory if it were told that there is none.
         """
         parent = self.node(parent_inode)
         while True:
             child = parent.children.get(name)
             if child is not None:
-                return await self._shown(child)
+                number = await self._shown(child)
+                if number is None and is_pages(name):
+                    raise MalformedError(f"{name!r} is a link out of the checkpoint: no memory")
+                return number
             if parent.filling is None:
                 return None
             if parent.filling.ended:
@@ -125,12 +131,18 @@ class View:
         if known is not None:
             node.seen = True
             return known
-        if is_link and not is_left_out(node.name, node.symlink_target) and self._paths.leaves(node):
+        if self._is_astray(node):
             log.warning("not shown: the link %r -> %r leaves it", node.name, node.symlink_target)
             self._hidden.add(node)
             return None
         node.seen = True
         return self._number(node.file)
+
+    def _is_astray(self, node: Node) -> bool:
+        """Whether something is a link that leads out of the view, or may."""
+        if node.type is not EntryType.SYMLINK or node.exact:
+            return False
+        return not is_left_out(node.name, node.symlink_target) and self._paths.leaves(node)
 
     def _number(self, node: Node) -> int:
         node.seen = True

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -26,12 +26,13 @@ from lazyfs.ground.settings import Limit
 if TYPE_CHECKING:
     from lazyfs.content.audit import Audit
     from lazyfs.content.room import Level
-    from lazyfs.content.shelf import Shelved
+    from lazyfs.content.shelf import Document, Shelved
 
 _DAMAGED = 5
 """Exit code, as for any bytes that are not what they should be."""
 _SHORT_DIGITS = 12
 _LEAST_DIGITS = 4
+_Item = TypeVar("_Item", "Shelved", "Document", "Shelved | Document")
 
 
 @click.group("cache")
@@ -105,6 +106,7 @@ def cache_ls_command(as_json: bool, cache_dir: Path | None, cache_limit: Limit) 
     level = room.level_of(directory if directory.exists() else Path("/"), cache_limit)
     passes = {path: bool(shelf.users_of(path, held)) for path in shelf.unfinished(directory)}
     sizes = {path: shelf.disk_bytes_of(path) for path in passes}
+    documents = shelf.documents(directory)
     growing_bytes = sum(size for path, size in sizes.items() if passes[path])
     left_bytes = sum(sizes.values()) - growing_bytes
     if as_json:
@@ -117,6 +119,8 @@ def cache_ls_command(as_json: bool, cache_dir: Path | None, cache_limit: Limit) 
                     "free_bytes": level.free_bytes,
                     "growing_bytes": growing_bytes,
                     "left_bytes": left_bytes,
+                    "documents": len(documents),
+                    "documents_bytes": sum(each.disk_bytes for each in documents),
                     "layers": [row.as_json() for row in rows],
                 },
                 indent=2,
@@ -126,6 +130,10 @@ def cache_ls_command(as_json: bool, cache_dir: Path | None, cache_limit: Limit) 
         _print_table(rows)
         for line in _summary(directory, rows, level, growing_bytes, left_bytes):
             click.echo(line)
+        if documents:
+            taken = human_bytes(sum(each.disk_bytes for each in documents))
+            what = plural(len(documents), "document")
+            click.echo(f"{what} ({taken}) tell how images are to be read without asking")
     else:
         for row in rows:
             click.echo(_plain(row))
@@ -207,8 +215,9 @@ def cache_prune_command(
     """Remove what nobody uses.
 
     By itself it removes what daemons that were killed have left, and what is over --cache-size or
-    too much for the disk. A DIGEST is a layer's, as `lazyfs cache ls` prints it, or its first
-    digits. What a mount is using stays. Exits with 1 if what was asked for could not be had.
+    too much for the disk. A DIGEST is a layer's, as `lazyfs cache ls` prints it, or an image's;
+    its first digits will do. What a mount is using stays. Exits with 1 if what was asked for could
+    not be had.
     """
     from lazyfs.content import janitor, room, shelf
 
@@ -218,12 +227,13 @@ def cache_prune_command(
     directory = _existing(cache_dir)
     if not directory.exists():
         return
-    layers = shelf.shelved(directory)
+    found: list[Shelved | Document] = [*shelf.shelved(directory), *shelf.documents(directory)]
+    found.sort(key=lambda item: item.last_used_s)
     wanted_bytes: int | None = None
     if digests:
-        layers = _named(layers, digests)
+        found = _named(found, digests)
     elif age_s is not None:
-        layers = [layer for layer in layers if time.time() - layer.last_used_s > age_s]
+        found = [item for item in found if time.time() - item.last_used_s > age_s]
     elif not everything:
         level = room.level_of(directory, cache_limit)
         over_bytes = -level.spare_bytes
@@ -233,7 +243,7 @@ def cache_prune_command(
     left_bytes = _left_bytes(directory) if dry_run else janitor.remove_leftovers(directory)
     if left_bytes:
         click.echo(f"{_would(dry_run)} {human_bytes(left_bytes)} that were left unfinished")
-    freed_bytes, kept = _prune(directory, layers, wanted_bytes, left_bytes, dry_run=dry_run)
+    freed_bytes, kept = _prune(directory, found, wanted_bytes, left_bytes, dry_run=dry_run)
     click.echo(f"{'would free' if dry_run else 'freed'} {human_bytes(freed_bytes)}")
     missed = target_bytes is not None and wanted_bytes is not None and freed_bytes < wanted_bytes
     if missed:
@@ -244,19 +254,25 @@ def cache_prune_command(
 
 def _prune(
     directory: Path,
-    layers: Iterable["Shelved"],
+    found: Iterable["Shelved | Document"],
     wanted_bytes: int | None,
     freed_bytes: int,
     *,
     dry_run: bool,
 ) -> tuple[int, int]:
-    """Remove layers until enough is free; return how much is, and how many were in use."""
+    """Remove things until enough is free; return how much is, and how many were in use."""
     from lazyfs.content import janitor
+    from lazyfs.content.shelf import Document
 
     kept = 0
-    for layer in layers:
+    documents = 0
+    for layer in found:
         if wanted_bytes is not None and freed_bytes >= wanted_bytes:
             break
+        if isinstance(layer, Document):
+            documents += 1
+            freed_bytes += layer.disk_bytes if dry_run else janitor.remove_document(layer)
+            continue
         if dry_run:
             with janitor.sole_user(layer.home) as fd:
                 removed_bytes = layer.disk_bytes if fd is not None else None
@@ -272,6 +288,8 @@ def _prune(
         else:
             freed_bytes += removed_bytes
             click.echo(f"{_would(dry_run)} {what}")
+    if documents:
+        click.echo(f"{_would(dry_run)} {plural(documents, 'document')}")
     return freed_bytes, kept
 
 
@@ -301,21 +319,28 @@ def cache_verify_command(digests: tuple[str, ...], as_json: bool, cache_dir: Pat
     all here with its digest. What is damaged is dropped, so that it is fetched anew, unless a
     mount is using the layer. Exits with 5 if anything was damaged.
     """
-    from lazyfs.content import shelf
+    from lazyfs.content import audit, shelf
 
     directory = _existing(cache_dir)
-    layers = shelf.shelved(directory)
+    layers, documents = shelf.shelved(directory), shelf.documents(directory)
     if digests:
-        layers = _named(layers, digests)
+        layers, documents = _named(layers, digests), []
     audits = _audits(directory, layers)
+    torn = [each for each in documents if not audit.verify_document(each.path)]
     if as_json:
         damaged = sum(len(found.damaged) for found in audits)
-        rows = [_audit_json(found) for found in audits]
-        click.echo(json.dumps({"damaged_chunks": damaged, "layers": rows}, indent=2))
+        told = {
+            "damaged_chunks": damaged,
+            "damaged_documents": len(torn),
+            "layers": [_audit_json(found) for found in audits],
+        }
+        click.echo(json.dumps(told, indent=2))
     else:
         for found in audits:
             click.echo(f"{_short(found.layer)} ({found.layer.format_name}): {_verdict(found)}")
-    if any(found.is_damaged for found in audits):
+        if torn:
+            click.echo(f"{plural(len(torn), 'damaged document')}: dropped, and had anew in need")
+    if torn or any(found.is_damaged for found in audits):
         sys.exit(_DAMAGED)
 
 
@@ -377,8 +402,8 @@ def _existing(cache_dir: Path | None) -> Path:
     return directory
 
 
-def _named(layers: Sequence["Shelved"], digests: Iterable[str]) -> list["Shelved"]:
-    """Return the layers of the digests that a person has named, or begun to name.
+def _named(layers: Sequence["_Item"], digests: Iterable[str]) -> list["_Item"]:
+    """Return what has one of the digests that a person has named, or begun to name.
 
     Raises:
         UsageError: there is none, or there are several.
@@ -391,7 +416,7 @@ def _named(layers: Sequence["Shelved"], digests: Iterable[str]) -> list["Shelved
         if len(digits) < _LEAST_DIGITS or not alike:
             raise UsageError(f"{text!r} is no layer in the cache: `lazyfs cache ls` lists them")
         if len({layer.digest for layer in alike}) > 1:
-            raise UsageError(f"{text!r} is the beginning of several layers' digests: write more")
+            raise UsageError(f"{text!r} is the beginning of several digests: write more")
         found += [layer for layer in alike if layer not in found]
     return found
 

@@ -177,23 +177,14 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
     if job.lazy_pages is not None:
         from lazyfs.lazypages.guard import Guard
 
-        guard = Guard.start()
+        guard = Guard.start()  # which forks: before there are threads
+    opening = job.source.opening(job.reference, proof_bar())
     import trio
 
-    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.cli.main import report
     from lazyfs.mount import MountConfig, serve_mount
 
-    source, directory = job.source, job.directory
-    cache = source.cache()
-    opening = OpenConfig(
-        cache,
-        source.transport,
-        source.content,
-        source.referrers,
-        proof_bar(),
-        source.shows_stubs,
-    )
+    directory = job.directory
     config = MountConfig(
         job.reference,
         directory,

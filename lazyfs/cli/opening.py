@@ -26,19 +26,10 @@ def with_checkpoint(
     A command is too short for a proof in the background: it is proven before, if that is asked
     for, or chunk by chunk where the layer has digests for them, or not.
     """
+    config = source.opening(reference, proof_bar())
     import trio
 
-    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.checkpoint.follow import open_followed
-
-    config = OpenConfig(
-        source.cache(),
-        source.transport,
-        source.content,
-        source.referrers,
-        proof_bar(),
-        source.shows_stubs,
-    )
 
     async def main() -> _T:
         async with open_followed(reference, config) as checkpoint:

@@ -23,6 +23,7 @@ from lazyfs.ground.settings import (
 from lazyfs.transport.run_directory import run_directory
 
 if TYPE_CHECKING:
+    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.content.cache import Cache
 
 _P = ParamSpec("_P")
@@ -58,6 +59,30 @@ class SourceOptions:
             return Cache.memory(self.cache_limit)
         make_private(self.cache_dir)
         return Cache(self.cache_dir.absolute(), self.cache_limit)
+
+    def opening(
+        self, reference: str, on_proof: Callable[[int, int], None] | None = None
+    ) -> "OpenConfig":
+        """Return how a checkpoint is to be opened, and begin: to be called once, and soon used.
+
+        Raises:
+            UsageError: as `cache`; or the reference is none.
+        """
+        from lazyfs.checkpoint.ahead import Ahead
+
+        cache = self.cache()
+        ahead = Ahead(reference, self.transport, cache)
+        from lazyfs.checkpoint.desk import OpenConfig  # which imports trio: see `ahead.py`
+
+        return OpenConfig(
+            cache,
+            self.transport,
+            self.content,
+            self.referrers,
+            on_proof,
+            self.shows_stubs,
+            ahead,
+        )
 
 
 def default_cache_dir() -> Path:

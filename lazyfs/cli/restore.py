@@ -6,6 +6,7 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,7 +20,6 @@ from lazyfs.ground.errors import LazyfsError, UsageError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.restore.front import Event
 
 _SIGNALLED = 128
@@ -98,7 +98,8 @@ def restore_command(
     for `criu restore`, or for the runtime's `restore`:
 
     \b
-      lazyfs restore registry.example/checkpoints/web:1 --lazy-pages -- --tcp-established
+      lazyfs restore registry.example/checkpoints/web:1 --lazy-pages
+      lazyfs restore REF -- --tcp-established --shell-job
       lazyfs restore REF --runtime runc --bundle DIR --id web
 
     No task runs before the bytes it was made of were read without an error. Ended before its own
@@ -121,11 +122,6 @@ def restore_command(
     elif bundle is not None or name is not None:
         raise UsageError("--bundle and --id are for a container runtime: --runtime runc")
 
-    def opening() -> "OpenConfig":
-        from lazyfs.checkpoint.desk import OpenConfig
-
-        return OpenConfig(source.cache(), source.transport, source.content, source.referrers)
-
     is_allowed = os.geteuid() == 0 or force or "--unprivileged" in extra
     if container is None and not is_allowed:
         raise UsageError(
@@ -134,7 +130,7 @@ def restore_command(
         )
     plan = Plan(
         reference=reference,
-        opening=opening,
+        opening=partial(source.opening, reference),
         criu=_words(criu),
         container=container,
         lazy_pages=lazy_pages,

@@ -167,14 +167,12 @@ def _source(config: RuntimeConfig, host: str) -> SourceOptions:
 def _open_config(
     source: SourceOptions, kubelet: Kubelet | None, reference: RegistryReference
 ) -> "OpenConfig":
-    from lazyfs.checkpoint.desk import OpenConfig
-
     transport = source.transport
     if kubelet is not None:
         transport = _with_login(transport, kubelet, reference)
     # What a marker names is a whole checkpoint: a stub of a stub might lead to what is not allowed.
-    cache, content = source.cache(), source.content
-    return OpenConfig(cache, transport, content, source.referrers, shows_stubs=True)
+    source = replace(source, transport=transport, shows_stubs=True)
+    return source.opening(str(reference))
 
 
 def _with_login(

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import TYPE_CHECKING
 
 import click
@@ -10,10 +10,12 @@ import click
 from lazyfs.cli.opening import with_checkpoint
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, follow_option, source_options
 from lazyfs.cli.text import human_bytes, printable
+from lazyfs.ground.errors import LazyfsError
 
 if TYPE_CHECKING:
     from types import TracebackType
 
+    from lazyfs.checkpoint.image import ResolvedImage
     from lazyfs.checkpoint.opened import OpenedCheckpoint
     from lazyfs.whole import Progress
 
@@ -27,8 +29,10 @@ _LOOK_EVERY_S = 0.2
 def warm_command(reference: str, source: SourceOptions) -> None:
     """Fetch all of a checkpoint into the cache, proven, so that mounts need no network.
 
-    What is there already is only checked: a second run has nothing to fetch. A checkpoint without
-    digests (an archive by its path or URL) is fetched by every mount anew, if it is a stream.
+    That is, mounts by digest (the line that is printed has it): what a tag names is asked for each
+    time. What is there already is only checked: a second run has nothing to fetch. A checkpoint
+    without digests (an archive by its path or URL) is fetched by every mount anew, if it is a
+    stream.
     """
     with_checkpoint(reference, source, _warm)
 
@@ -45,6 +49,7 @@ async def _warm(checkpoint: "OpenedCheckpoint") -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(bar.run)
             await complete(checkpoint, progress, alone=True)
+            await trio.to_thread.run_sync(_read_words, checkpoint.image)
             nursery.cancel_scope.cancel()
     here_bytes = sum(layer.content.here_bytes() for layer in checkpoint.image_layers)
     is_proven = all(layer.content.proven or layer.blob_proven for layer in checkpoint.image_layers)
@@ -56,6 +61,16 @@ async def _warm(checkpoint: "OpenedCheckpoint") -> None:
     else:
         cost = f"{human_bytes(fetched_bytes)} fetched in {seconds:.1f} s"
         click.echo(printable(f"{checkpoint.reference}: {what}; {cost}"))
+
+
+def _read_words(image: "ResolvedImage") -> None:
+    """Have what the image says of itself kept, too: `lazyfs inspect` may be asked without network.
+
+    No mount needs it.
+    """
+    with suppress(LazyfsError):
+        image.read_config()
+        image.dumps()
 
 
 class _Bar(AbstractContextManager["_Bar"]):

@@ -13,11 +13,13 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lazyfs.content import janitor
 from lazyfs.content.cache_file import MARK_BYTES, is_sealed, little_endian, seal
 from lazyfs.content.chunk_note import Grid, even_grid, grid_of, read_note, zero_chunks_noted
+from lazyfs.content.documents import is_sound
 from lazyfs.content.growing_file import STRETCH_BYTES
 from lazyfs.content.marks import Marker, mark_from, marker_of
 from lazyfs.content.shelf import Shelved
@@ -29,7 +31,6 @@ from lazyfs.layers.restart_index import chunks_in
 
 if TYPE_CHECKING:
     from hashlib import _Hash
-    from pathlib import Path
 
 _PIECE_BYTES = MIB
 _FILE_MOST_BYTES = 1 << 34
@@ -224,3 +225,17 @@ def _punch(fd: int, content: ByteRange) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     offset, length = ctypes.c_longlong(content.start), ctypes.c_longlong(content.size_bytes)
     libc.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, length)
+
+
+def verify_document(path: Path) -> bool:
+    """Compare a document with what was stored, and drop it if it is damaged; whether it is not."""
+    try:
+        sound = is_sound(path)
+    except FileNotFoundError:
+        return True  # removed meanwhile
+    except (OSError, ValueError):
+        sound = False
+    if not sound:
+        with suppress(OSError):
+            path.unlink()
+    return sound

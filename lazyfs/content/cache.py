@@ -2,6 +2,7 @@
 
     DIR/layers/<digest>.<tag>/   the content of one layer (`cache_file.py`, `kept.py`)
        /incoming/                what is not whole yet (`incoming.py`), what is being removed
+       /documents/               what says how layers are to be read (`documents.py`)
        /lock                     held by who makes room (`room.py`)
        /seed                     of the marks of all chunks (`marks.py`)
        /log/                     what daemons log
@@ -18,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Self
 
+from lazyfs.content.documents import Documents
 from lazyfs.content.marks import Marker, marker_of
 from lazyfs.content.room import DiskBounds, MemoryBounds, Room
 from lazyfs.ground.data import Data
@@ -33,6 +35,7 @@ class Cache:
         self.directory = directory
         self.room = Room(MemoryBounds(limit) if directory is None else DiskBounds(directory, limit))
         """Asked before bytes are written to any file of the cache."""
+        self.documents = Documents(directory, self.room)
 
     @classmethod
     def memory(cls, limit: Limit = CACHE_LIMIT) -> Self:

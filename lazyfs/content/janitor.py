@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lazyfs.content import shelf
-from lazyfs.content.shelf import Shelved
+from lazyfs.content.shelf import Document, Shelved
 
 log = logging.getLogger(__name__)
 
@@ -26,19 +26,32 @@ _MAKING_S = 60.0
 
 
 def make_room(directory: Path, wanted_bytes: int) -> int:
-    """Remove what dead daemons left, then unused layers, the least recently used first.
+    """Remove what dead daemons left, then what is unused, the least recently used first.
 
     Stops when `wanted_bytes` have become free; returns how many have.
     """
     freed_bytes = remove_leftovers(directory)
-    for layer in shelf.shelved(directory):
+    found: list[Shelved | Document] = [*shelf.shelved(directory), *shelf.documents(directory)]
+    for item in sorted(found, key=lambda item: item.last_used_s):
         if freed_bytes >= wanted_bytes:
             break
-        removed_bytes = remove(directory, layer)
+        if isinstance(item, Document):
+            freed_bytes += remove_document(item)
+            continue
+        removed_bytes = remove(directory, item)
         if removed_bytes is not None:
-            log.info("made room: %s is not kept any more", layer.digest)
+            log.info("made room: %s is not kept any more", item.digest)
             freed_bytes += removed_bytes
     return freed_bytes
+
+
+def remove_document(document: Document) -> int:
+    """Remove a document; return the bytes that it took up. Who has it open keeps it."""
+    try:
+        document.path.unlink()
+    except OSError:
+        return 0
+    return document.disk_bytes
 
 
 def remove(directory: Path, layer: Shelved) -> int | None:
@@ -92,6 +105,10 @@ def remove_leftovers(directory: Path) -> int:
     """Remove what daemons that have ended did not finish; return the bytes that it took up."""
     from lazyfs.content.incoming import remove_abandoned  # which knows of `Cache`, as we do not
 
+    for path in shelf.half_written(directory):
+        if _is_old(path):
+            with contextlib.suppress(OSError):
+                path.unlink()
     torsos = [home for home in shelf.torsos(directory) if _is_old(home)]
     sizes = {entry: shelf.disk_bytes_of(entry) for entry in (*shelf.unfinished(directory), *torsos)}
     if not sizes:

@@ -30,7 +30,7 @@ def insist_on_private(directory: Path) -> None:
     Raises:
         UsageError: others could change what is put into it.
     """
-    for place in (directory, directory / "layers", directory / "incoming"):
+    for place in (directory, *(directory / name for name in ("layers", "incoming", "documents"))):
         reason = _why_not(place)
         if reason is not None:
             raise UsageError(f"{place} cannot be the cache, which holds secrets: {reason}")

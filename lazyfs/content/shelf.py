@@ -5,6 +5,7 @@ believes nothing for ever: any of it may be gone at the next look.
 
     DIR/layers/<digest>.<tag>/   a layer's files (`cache_file.py`, `kept.py`, `chunk_note.py`)
        /incoming/<name>/         what is not whole yet, or is being removed (`growing_file.py`)
+       /documents/<name>         what says how layers are to be read (`documents.py`)
 """
 
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import MalformedError
 
+NEW = ".new-"
+"""How the names of documents begin that are not whole yet."""
 _BLOCK_BYTES = 512
 """Unit of `st_blocks`: inode(7)."""
 _MEMORY_NAME = "/memfd:lazyfs"
@@ -73,6 +76,37 @@ class Shelved:
     def is_plain_tar(self) -> bool:
         """Whether its content is its blob, byte for byte."""
         return self.format_name == "tar"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A document of which the cache has a copy."""
+
+    path: Path
+    digest: Digest
+    """Of the manifest or the blob, or of the blob that it is a part of."""
+    disk_bytes: int
+    last_used_s: float
+    """Seconds since the epoch."""
+
+
+def documents(directory: Path) -> list[Document]:
+    """List the documents in a cache directory, the least recently used first."""
+    found = []
+    for path in _entries(directory / "documents"):
+        digest = _digest_of(path)
+        with suppress(OSError):
+            seen = path.lstat()
+            if digest is not None and stat.S_ISREG(seen.st_mode):
+                size_bytes = seen.st_blocks * _BLOCK_BYTES
+                found.append(Document(path, digest, size_bytes, seen.st_mtime))
+    return sorted(found, key=lambda each: (each.last_used_s, each.path.name))
+
+
+def half_written(directory: Path) -> list[Path]:
+    """List the documents that are being written, or that nobody will finish."""
+    entries = _entries(directory / "documents")
+    return [entry for entry in entries if entry.name.startswith(NEW)]
 
 
 def shelved(directory: Path) -> list[Shelved]:
@@ -131,6 +165,7 @@ def used_bytes(directory: Path) -> int:
         for place in ("layers", "incoming")
         for entry in _entries(directory / place)
     )
+    named += disk_bytes_of(directory / "documents")
     return named + _nameless_bytes(f"{directory.absolute()}/")
 
 

@@ -55,6 +55,14 @@ class FetchError(SourceError):
         self.retry_after_s = retry_after_s
 
 
+class ClosedEarly(FetchError):
+    """The connection was closed before any answer; on one that was idle, that is nobody's fault."""
+
+
+class NotTls(SourceError):
+    """What answers does not speak TLS: perhaps plain HTTP."""
+
+
 class OddAnswer(SourceError):
     """Not what HTTP has a server answer: if it was mangled on the way, the next may be right."""
 

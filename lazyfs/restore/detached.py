@@ -5,7 +5,7 @@ pins it, nothing propagates, and the kernel unmounts it when the last descriptor
 however its holders end. Other programs are given `/proc/PID/fd/N` for as long as process PID holds
 descriptor N: a link that the kernel follows to the mount's root. Seen to be taken as images
 directory: CRIU 4.1.1 (restore, lazy-pages), runc 1.1.15 (which opens it and hands CRIU its
-descriptor).
+descriptor). crun opens it likewise (`src/libcrun/criu.c`); that was read, and not seen.
 
 Where the kernel or the user's rights do not give that (Linux before 5.5, no root), a directory of
 mode 0700 in the run directory is mounted on instead; its daemon unmounts it when its starter is

@@ -14,8 +14,12 @@ Sources: CRIU, `criu/action-scripts.c`, `criu/config.c` (`init_configuration`),
 `criu/cr-restore.c` (`restore_root_task`).
 """
 
+import fcntl
 import os
+import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +28,9 @@ from lazyfs.ground.errors import LazyfsError
 
 CONFIG_VARIABLE = "CRIU_CONFIG_FILE"
 _ASK_MOST_BYTES = 64
+_PREFIX = "lazyfs-gate-"
+_YOUNG_S = 60.0
+"""A directory that is younger may not be locked yet."""
 _CONFIG_MOST_BYTES = 1 << 20
 _SCRIPT = """#!/bin/sh
 # CRIU asks whether what it has restored may run. See lazyfs, restore/gate.py.
@@ -48,6 +55,8 @@ class Gate:
         """The restored root task, as CRIU sees it, once it has asked."""
         theirs = _theirs()
         self._home = _directory_to_run_in()
+        self._lock = os.open(self._home.name, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(self._lock, fcntl.LOCK_SH)
         self._asked, self._asking = os.pipe()
         self._hearing, self._answering = os.pipe()
         script = Path(self._home.name) / "may-they-run"
@@ -78,7 +87,8 @@ class Gate:
 
     def close(self) -> None:
         """Let nobody pass any more."""
-        for descriptor in (self._asked, self._asking, self._hearing, self._answering):
+        pipes = (self._asked, self._asking, self._hearing, self._answering)
+        for descriptor in (*pipes, self._lock):
             with suppress(OSError):
                 os.close(descriptor)
         with suppress(OSError):
@@ -96,11 +106,28 @@ def _directory_to_run_in() -> tempfile.TemporaryDirectory[str]:
     for base in (tempfile.gettempdir(), "/var/lib", "/run", "/dev/shm"):  # noqa: S108 - fresh, 0700
         with suppress(OSError):
             if not os.statvfs(base).f_flag & os.ST_NOEXEC:
-                return tempfile.TemporaryDirectory(prefix="lazyfs-gate-", dir=base)
+                _clear(Path(base))
+                return tempfile.TemporaryDirectory(prefix=_PREFIX, dir=base)
     raise LazyfsError(
         "CRIU needs a script of lazyfs', and no directory here lets programs be run from it: "
         "name one by TMPDIR"
     )
+
+
+def _clear(base: Path) -> None:
+    """Remove what gates have left behind whose keepers were killed: nobody holds their lock."""
+    for left in base.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            seen = left.lstat()
+            is_old = time.time() - seen.st_mtime > _YOUNG_S
+            if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.geteuid() or not is_old:
+                continue
+            lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
 
 
 def _theirs() -> str:

@@ -9,27 +9,28 @@ a restore that ended well nothing of this is left but the restored tasks.
 The front does the same if the keeper itself is killed (`front.py`).
 """
 
-import json
 import logging
 import os
-import select
 import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn
 
-from lazyfs.asking import complete_of
 from lazyfs.ground.errors import (
     LazyfsError,
     NotACheckpoint,
-    SourceError,
     UsageError,
+)
+from lazyfs.restore.after import (
+    RESTORE_FAILED,
+    believe,
+    wait_for_own_pages,
+    wait_for_pages,
+    wait_for_proof,
 )
 from lazyfs.restore.criulog import Diagnosis, diagnose
 from lazyfs.restore.gate import Gate
@@ -43,21 +44,16 @@ from lazyfs.restore.processes import (
 )
 from lazyfs.restore.served import Abandoned, Job, Served, serve
 from lazyfs.restore.verdict import exit_code_of, judge
+from lazyfs.restore.watch import DAEMON_GONE, Watch, status_of
 
 log = logging.getLogger(__name__)
 
-RESTORE_FAILED = 6
-"""Exit code: CRIU or the runtime could not restore it."""
 _STANDARD_ERROR = 2
-_TICK_S = 0.25
-_OWN_TICK_S = 0.05
 _PATIENCE_S = 5.0
 """For CRIU to fail by itself, once its lazy-pages side has."""
 _UNDO_TIMEOUT_S = 20.0
 _LOG_MOST_BYTES = 4 << 20
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-_T = TypeVar("_T")
 
 
 class RestoreFailed(LazyfsError):
@@ -96,14 +92,11 @@ class _Keeper:
 
     def __init__(self, plan: Plan, telling: int, front: int, woken: int) -> None:
         self._plan = plan
-        self._telling = telling
-        self._stops = (front, woken)
+        self._watch = Watch(telling, (front, woken))
         self._spared: set[int] = set()
         self._work = Path()
         self._denied: str | None = None
-        self._figures: dict[str, Any] = {}
         self._warnings: list[str] = []
-        self._next_tick_s = 0.0
 
     def run(self) -> int:
         """Restore; tell how it ended; return the exit code."""
@@ -134,7 +127,7 @@ class _Keeper:
                 shutil.rmtree(self._work, ignore_errors=True)  # there is nothing to be seen
             else:
                 end["work_dir"] = str(self._work)
-        self._tell(**end, warnings=self._warnings, **self._figures)
+        self._watch.tell(**end, warnings=self._warnings, **self._watch.figures)
         return int(end["exit_code"])
 
     def _restore(self, stack: ExitStack) -> None:
@@ -142,24 +135,24 @@ class _Keeper:
         served = self._mount(stack)
         gate = stack.enter_context(Gate())
         homes = [gate.home, *([str(self._work)] if plan.work_dir is None else [])]
-        self._tell(event="helpers", pids=sorted(self._spared), directories=homes)
+        self._watch.tell(event="helpers", pids=sorted(self._spared), directories=homes)
         lazy = self._start_lazy_pages(stack, served)
         stack.callback(self._undo)
         program = self._start(served, gate)
         self._wait_for(program, served, gate, lazy)
         resumed_s = time.monotonic() - plan.started_s
-        self._figures["pid"] = gate.root_pid or None
-        self._figures["resumed_after_s"] = round(resumed_s, 3)
+        self._watch.figures["pid"] = gate.root_pid or None
+        self._watch.figures["resumed_after_s"] = round(resumed_s, 3)
         if not gate.asked:
-            self._believe(served.status())
-        self._tell(event="resumed", pid=gate.root_pid or None, after_s=resumed_s)
-        if lazy is not None:
-            self._wait_for_pages(served, lazy)
+            believe(status_of(served))
+        self._watch.tell(event="resumed", pid=gate.root_pid or None, after_s=resumed_s)
+        if lazy is not None and not self._pages_are_home:
+            wait_for_pages(self._watch, served, lazy)
         if self._has_own_pages:
-            self._wait_for_own_pages(served)
+            wait_for_own_pages(self._watch, served)
         if self._plan.lazy_pages:
             self._note_home(served)
-        self._wait_for_proof(served)
+        wait_for_proof(self._watch, served)
         self._spare_all(served, lazy)
 
     # -- the parts ---------------------------------------------------------------------------
@@ -184,9 +177,9 @@ class _Keeper:
         plan = self._plan
         served = self._serve(stack, plan.reference)
         if served.stub is not None:
-            self._tell(event="stub", reference=served.stub, real=served.reference)
-        self._figures["reference"] = served.reference
-        self._figures["images_directory"] = served.images_directory
+            self._watch.tell(event="stub", reference=served.stub, real=served.reference)
+        self._watch.figures["reference"] = served.reference
+        self._watch.figures["images_directory"] = served.images_directory
         self._warnings += served.warnings
         blocking = []
         for finding in served.findings:
@@ -195,41 +188,15 @@ class _Keeper:
             if finding["level"] in ("blocks", "warns"):
                 self._warnings.append(finding["message"])
         self._warnings = list(dict.fromkeys(self._warnings))
-        self._tell(event="mounted", reference=served.reference, warnings=self._warnings)
+        self._watch.tell(event="mounted", reference=served.reference, warnings=self._warnings)
         if blocking and not plan.force:
             error = LazyfsError(
                 f"it will not restore here: {'; '.join(blocking)}. With --force it is tried"
             )
             error.exit_code = NotACheckpoint.exit_code
             raise error
-        self._figures["pages_bytes"] = self._look(served, _pages_bytes)
+        self._watch.figures["pages_bytes"] = self._watch.look(served, _pages_bytes)
         return served
-
-    def _look(self, served: Served, question: Callable[[Path], _T]) -> _T:
-        """Return what a look at the mount tells; names that have not come yet are waited for."""
-        answers: list[_T | BaseException] = []
-        done, ending = os.pipe()
-
-        def look() -> None:
-            try:
-                answers.append(question(served.path))
-            except BaseException as error:  # noqa: BLE001 - raised by who asked
-                answers.append(error)
-            os.close(ending)
-
-        asking = threading.Thread(target=look, daemon=True)
-        asking.start()
-        try:
-            while done not in self._poll([done, served.fileno()], served):
-                if served.has_ended:
-                    raise LazyfsError(_DAEMON_GONE)
-        finally:
-            os.close(done)
-        asking.join()
-        (answer,) = answers
-        if isinstance(answer, BaseException):
-            raise answer
-        return answer
 
     def _serve(self, stack: ExitStack, reference: str) -> Served:
         plan = self._plan
@@ -242,7 +209,7 @@ class _Keeper:
             check_with,
             self._work if self._has_own_pages else None,
         )
-        served = serve(job, abandon=self._stops)
+        served = serve(job, abandon=self._watch.stops)
         stack.callback(self._end_mount, served)
         self._spared |= {served.pid, served.guard_pid}
         return served
@@ -252,7 +219,7 @@ class _Keeper:
             served.end()
             return
         with suppress(LazyfsError):
-            self._note_figures(served.status())
+            self._watch.note(status_of(served))
         served.end()
 
     def _start_lazy_pages(self, stack: ExitStack, served: Served) -> LazyPages | None:
@@ -261,7 +228,7 @@ class _Keeper:
         lazy = LazyPages.start(self._work, served.path, self._plan.criu, served.holders)
         stack.callback(lazy.end)
         self._spared.add(lazy.pid)
-        self._tell(event="helpers", pids=sorted(self._spared), directories=[])
+        self._watch.tell(event="helpers", pids=sorted(self._spared), directories=[])
         return lazy
 
     def _start(self, served: Served, gate: Gate) -> "subprocess.Popen[bytes]":
@@ -299,12 +266,12 @@ class _Keeper:
         patient_until_s = float("inf")
         try:
             while time.monotonic() < patient_until_s:
-                ready = self._poll(watched, served)
+                ready = self._watch.wait(watched, served)
                 if gate.fileno() in ready:
                     self._denied = served.judge() or lost
                     gate.answer(may_live=self._denied is None)
                 if served.fileno() in ready:
-                    raise LazyfsError(_DAEMON_GONE)
+                    raise LazyfsError(DAEMON_GONE)
                 if pidfd in ready:
                     break
                 if lazy is not None and lazy.fileno() in ready:
@@ -326,9 +293,9 @@ class _Keeper:
 
     def _fail(self, served: Served, code: int, lost: str | None) -> NoReturn:
         """Raise why it was not restored: the bytes, or what CRIU says."""
-        status = served.status()
+        status = status_of(served)
         why = self._denied or judge(status)
-        self._note_figures(status)
+        self._watch.note(status)
         if why is not None:
             error = LazyfsError(f"{why}; what had been restored is killed")
             error.exit_code = exit_code_of(status)
@@ -343,96 +310,13 @@ class _Keeper:
             message = f"{lost}; nothing of it is left"
         raise RestoreFailed(message, diagnose(text), code)
 
-    def _wait_for_pages(self, served: Served, lazy: LazyPages) -> None:
-        """Wait until the last page is home; what has come up is killed if one is lost."""
-        while not self._pages_are_home:
-            ready = self._poll([lazy.fileno(), served.fileno()], served)
-            if lazy.fileno() in ready:
-                lost = lazy.wait()
-                if lost is not None:
-                    self._lose(served, lost)
-                self._pages_are_home = True
-            elif served.fileno() in ready:
-                raise LazyfsError(_DAEMON_GONE)
-
-    def _wait_for_own_pages(self, served: Served) -> None:
-        """Wait until the mount's daemon has brought the last page."""
-        while True:
-            pages = served.status().get("lazy_pages") or {}
-            if pages.get("failed") is not None:
-                self._lose(served, str(pages["failed"]), of_source=True)
-            if pages.get("state") == "home":
-                return
-            if served.fileno() in self._poll([served.fileno()], served, _OWN_TICK_S):
-                raise LazyfsError(_DAEMON_GONE)
-
     def _note_home(self, served: Served) -> None:
         home_s = time.monotonic() - self._plan.started_s
-        status = served.status()
-        self._believe(status)
-        self._note_figures(status)
-        self._figures["home_after_s"] = round(home_s, 3)
-        self._tell(event="home", after_s=home_s)
-
-    def _lose(self, served: Served, lost: str, *, of_source: bool = False) -> NoReturn:
-        status = served.status()
-        why = judge(status)
-        error = LazyfsError(f"pages are lost: {why or lost}; what had been restored is killed")
-        is_of_bytes = of_source or why is not None
-        error.exit_code = exit_code_of(status) if is_of_bytes else RESTORE_FAILED
-        raise error
-
-    def _wait_for_proof(self, served: Served) -> None:
-        """Wait until all that a digest promises is proven: what was read may have been wrong."""
-        asked = False
-        while True:
-            status = served.status()
-            self._believe(status)
-            self._note_figures(status)
-            if not _is_unproven(status):
-                break
-            completion = status.get("completion") or {}
-            state = completion.get("state")
-            if asked and state == "done":
-                break
-            if asked and state == "failed":
-                error = LazyfsError(
-                    f"what was restored cannot be proven: {completion['error']}; it is killed"
-                )
-                error.exit_code = completion["exit_code"] or SourceError.exit_code
-                raise error
-            if not asked:
-                self._tell(event="proving")
-                asked = complete_of(served.path.stat().st_dev, served.pid)
-            if served.fileno() in self._poll([served.fileno()], served):
-                raise LazyfsError(_DAEMON_GONE)
-
-    def _believe(self, status: Mapping[str, Any]) -> None:
-        why = judge(status)
-        if why is not None:
-            error = LazyfsError(f"{why}; what had been restored is killed")
-            error.exit_code = exit_code_of(status)
-            raise error
-
-    def _poll(self, watched: list[int], served: Served, tick_s: float = _TICK_S) -> set[int]:
-        """Return which can be read, after `tick_s` at most; tell how far it is.
-
-        Raises:
-            Abandoned: the front is gone, or a signal came.
-        """
-        poll = select.poll()
-        for descriptor in (*watched, *self._stops):
-            poll.register(descriptor, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(tick_s * 1000)}
-        if ready & set(self._stops):
-            raise Abandoned("interrupted; nothing of the restore is left")
-        now_s = time.monotonic()
-        if now_s >= self._next_tick_s:
-            self._next_tick_s = now_s + _TICK_S
-            with suppress(LazyfsError):
-                self._note_figures(served.status())
-                self._tell(event="progress", **self._figures)
-        return ready
+        status = status_of(served)
+        believe(status)
+        self._watch.note(status)
+        self._watch.figures["home_after_s"] = round(home_s, 3)
+        self._watch.tell(event="home", after_s=home_s)
 
     # -- the end -----------------------------------------------------------------------------
 
@@ -464,33 +348,11 @@ class _Keeper:
         self._end_mount(served)
         reap()
 
-    def _note_figures(self, status: Mapping[str, Any]) -> None:
-        self._figures["fetched_bytes"] = status.get("bytes_fetched")
-        pages = status.get("lazy_pages") or {}
-        read = [status.get("bytes_read"), pages.get("bytes_faulted"), pages.get("bytes_background")]
-        self._figures["read_bytes"] = sum(count for count in read if isinstance(count, int))
-        self._figures["requests"] = status.get("requests")
-
-    def _tell(self, **words: Any) -> None:
-        with suppress(BrokenPipeError):
-            os.write(self._telling, json.dumps(words).encode() + b"\n")
-
-
-_DAEMON_GONE = "the mount's daemon was killed; what had been restored is killed"
-
 
 def _pages_bytes(images: Path) -> int | None:
     with suppress(OSError):
         return sum(each.stat().st_size for each in images.glob("pages-*.img"))
     return None
-
-
-def _is_unproven(status: Mapping[str, Any]) -> bool:
-    """Whether something is served whose digest has not been compared yet."""
-    layers = status.get("layers")
-    return isinstance(layers, list) and any(
-        layer.get("proof") == "layer" and layer.get("blob_proven") is not True for layer in layers
-    )
 
 
 def _log_text(path: Path) -> str:

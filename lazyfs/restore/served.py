@@ -267,49 +267,49 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
         from lazyfs.lazypages.guard import Guard
 
         guard = Guard.start()
-    import trio
-
-    from lazyfs.ground.errors import raise_sole_error
-    from lazyfs.mount import MountConfig, serve_mount
-
     is_ready = False
-
-    def tell(ready: "Ready") -> None:
-        nonlocal is_ready
-        words = {
-            "reference": ready.reference,
-            "stub": ready.stub,
-            "images_directory": ready.images_directory,
-            "warnings": ready.warnings,
-            "guard_pid": guard.pid if guard is not None else 0,
-            "findings": [asdict(each) for each in ready.findings],
-        }
-        try:
-            _say(telling, words)
-        except BrokenPipeError:
-            raise LazyfsError("whoever asked for the mount is gone; unmounting") from None
-        is_ready = True
-
-    async def end_with_starter(scope: trio.CancelScope) -> None:
-        await trio.lowlevel.wait_readable(watching)
-        if not is_ready or place.directory is not None:
-            log.info("whoever asked for the mount is gone")
-            scope.cancel()
-
-    async def main() -> None:
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(end_with_starter, nursery.cancel_scope)
-                await serve_mount(config, tell)
-                nursery.cancel_scope.cancel()
-        except BaseExceptionGroup as group:
-            raise_sole_error(group)
-
     try:
+        opening = job.opening()  # what that begins goes on while the rest is imported
+        import trio
+
+        from lazyfs.ground.errors import raise_sole_error
+        from lazyfs.mount import MountConfig, serve_mount
+
+        def tell(ready: "Ready") -> None:
+            nonlocal is_ready
+            words = {
+                "reference": ready.reference,
+                "stub": ready.stub,
+                "images_directory": ready.images_directory,
+                "warnings": ready.warnings,
+                "guard_pid": guard.pid if guard is not None else 0,
+                "findings": [asdict(each) for each in ready.findings],
+            }
+            try:
+                _say(telling, words)
+            except BrokenPipeError:
+                raise LazyfsError("whoever asked for the mount is gone; unmounting") from None
+            is_ready = True
+
+        async def end_with_starter(scope: trio.CancelScope) -> None:
+            await trio.lowlevel.wait_readable(watching)
+            if not is_ready or place.directory is not None:
+                log.info("whoever asked for the mount is gone")
+                scope.cancel()
+
+        async def main() -> None:
+            try:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(end_with_starter, nursery.cancel_scope)
+                    await serve_mount(config, tell)
+                    nursery.cancel_scope.cancel()
+            except BaseExceptionGroup as group:
+                raise_sole_error(group)
+
         config = MountConfig(
             job.reference,
             place.mount_point,
-            job.opening(),
+            opening,
             descriptor=place.fuse if place.fuse >= 0 else None,
             restores=job.restores,
             check_with=job.check_with,

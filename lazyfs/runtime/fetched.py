@@ -37,9 +37,9 @@ def fetch_images(
         Abandoned: it could be.
         LazyfsError: they cannot be had or proven, or there is no room.
     """
+    config = opening()
     import trio
 
-    config = opening()
     if config.content.verify == "background":
         config = replace(config, content=replace(config.content, verify="full"))
     try:

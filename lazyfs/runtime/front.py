@@ -136,7 +136,8 @@ def _be_rid_of(task: Task) -> None:
     if call.container:
         words = call.control("delete", "--force", call.container)
         remains.run_quietly(task.program, words, task.directory)
-    remains.kill_cgroup(task.cgroups_path, call.container)
+    began_ticks = remains.started_ticks(os.getpid())
+    remains.kill_cgroup(task.cgroups_path, call.container, began_ticks)
 
 
 def _end_as(status: int) -> int:

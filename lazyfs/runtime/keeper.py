@@ -359,7 +359,7 @@ class _Keeper:
             if said is not None:
                 log.info("%s: %s delete: %s", self._name, Path(task.program).name, said)
         remains.kill_init(self._pid_file, self._began_ticks)
-        remains.kill_cgroup(task.cgroups_path, task.call.container)
+        remains.kill_cgroup(task.cgroups_path, task.call.container, self._began_ticks)
         remains.kill_holders(self._mount, self._spared())
 
     def _spared(self) -> Sequence[int]:

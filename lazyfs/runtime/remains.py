@@ -54,8 +54,12 @@ def kill_holders(mount: int | None, spared: Collection[int]) -> int:
     return killed
 
 
-def kill_cgroup(cgroups_path: str, container: str) -> int:
-    """Kill all in a container's cgroup, if its path names the container; return how many."""
+def kill_cgroup(cgroups_path: str, container: str, not_before_ticks: int) -> int:
+    """Kill what has begun since in a container's cgroup, if its path names it; return how many.
+
+    What was there before is another container's: `ctr` restores each copy of a container into the
+    cgroup that the first one had.
+    """
     killed = 0
     for _ in range(_LOOKS_MOST):
         found = 0
@@ -63,7 +67,7 @@ def kill_cgroup(cgroups_path: str, container: str) -> int:
             for file in [place / "cgroup.procs", *place.glob("**/cgroup.procs")]:
                 with contextlib.suppress(OSError, ValueError):
                     pids = [int(word) for word in file.read_text().split()]
-                    found += sum(_kill(pid, lambda: True) for pid in pids if pid)
+                    found += sum(_kill(pid, _begun(pid, not_before_ticks)) for pid in pids if pid)
         if not found:
             break
         killed += found
@@ -77,6 +81,10 @@ def kill_init(pid_file: Path | None, not_before_ticks: int) -> bool:
     if pid is None:
         return False
     return bool(_kill(pid, lambda: started_ticks(pid) >= not_before_ticks, wait=True))
+
+
+def _begun(pid: int, not_before_ticks: int) -> Callable[[], bool]:
+    return lambda: started_ticks(pid) >= not_before_ticks
 
 
 def read_pid(pid_file: Path | None) -> int | None:

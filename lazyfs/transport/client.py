@@ -14,15 +14,17 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
-from lazyfs.ground.errors import FetchError, SourceError
+from lazyfs.ground.errors import ClosedEarly, FetchError, SourceError
 from lazyfs.ground.settings import TransportSettings
-from lazyfs.transport.http import ClosedEarly, Connection, Upload, context_for
 from lazyfs.transport.local import LocalGuard
 from lazyfs.transport.proxies import proxy_for
 from lazyfs.transport.tls import Endpoints, TlsConfig, plain_endpoint
 from lazyfs.transport.urls import Origin, origin_of, redirect_target, shown
+
+if TYPE_CHECKING:
+    from lazyfs.transport.http import Connection, Upload
 
 _REDIRECTS = {301, 302, 303, 307, 308}
 _REFUSALS = {401, 403}
@@ -53,7 +55,7 @@ class Reply:
     def __init__(
         self,
         client: "HttpClient",
-        connection: Connection,
+        connection: "Connection",
         url: str,
         answer: tuple[int, Mapping[str, str]],
     ) -> None:
@@ -241,7 +243,7 @@ class HttpClient:
         self,
         url: str,
         headers: Mapping[str, str],
-        upload: Upload,
+        upload: "Upload",
         authorizer: Authorizer,
         *,
         led_by: Origin | None = None,
@@ -269,7 +271,7 @@ class HttpClient:
                 reply = self._send(url, headers, upload, renewed, led_by)
         return reply
 
-    def give_back(self, connection: Connection, *, clean: bool) -> None:
+    def give_back(self, connection: "Connection", *, clean: bool) -> None:
         """Take a connection back, to be used again if its last answer was read to the end."""
         if clean:
             connection.used = True
@@ -294,7 +296,7 @@ class HttpClient:
         self,
         url: str,
         headers: Mapping[str, str],
-        upload: Upload,
+        upload: "Upload",
         authorization: str | None,
         led_by: Origin | None,
     ) -> SmallReply:
@@ -311,7 +313,7 @@ class HttpClient:
         headers: Mapping[str, str],
         authorization: str | None,
         led_by: Origin | None,
-        upload: Upload | None = None,
+        upload: "Upload | None" = None,
     ) -> Reply:
         asked = url
         for _ in range(_HOPS_MOST + 1):
@@ -334,7 +336,7 @@ class HttpClient:
         authorization: str | None,
         led_by: Origin | None,
         form: bytes | None = None,
-        upload: Upload | None = None,
+        upload: "Upload | None" = None,
     ) -> Reply:
         origin = origin_of(url)
         body = b"" if upload is None else upload.body
@@ -371,7 +373,7 @@ class HttpClient:
                 raise
             return Reply(self, connection, url, answer)
 
-    def _lease(self, origin: Origin) -> Connection:
+    def _lease(self, origin: Origin) -> "Connection":
         stale: list[Connection] = []
         with self._lock:
             idle = self._idle.get(origin)
@@ -383,12 +385,17 @@ class HttpClient:
                 idle.clear()
         for each in stale:
             each.close()
+        # Only now: a mount that finds all in the cache asks nobody, and imports no HTTP library.
+        from lazyfs.transport import http
+
         endpoint = self._endpoints(origin)
         context = self._context(endpoint.tls) if origin.scheme == "https" else None
-        return Connection(origin, self.settings, context, endpoint.headers)
+        return http.Connection(origin, self.settings, context, endpoint.headers)
 
     def _context(self, tls: TlsConfig) -> ssl.SSLContext:
         """Return a context that is made once, and anew when one of its files is another."""
+        from lazyfs.transport.http import context_for
+
         stamp = tls.stamp()
         with self._lock:
             kept = self._contexts.get(tls)

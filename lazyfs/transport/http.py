@@ -30,7 +30,14 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from lazyfs import __version__
-from lazyfs.ground.errors import FetchError, LazyfsError, SourceError, UnknownHost
+from lazyfs.ground.errors import (
+    ClosedEarly,
+    FetchError,
+    LazyfsError,
+    NotTls,
+    SourceError,
+    UnknownHost,
+)
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.lines import BoundedResponse
 from lazyfs.transport.tls import TlsConfig, machine_bundle
@@ -49,14 +56,6 @@ _FOREIGN_ERRORS = (
 )
 _WANTS_CERTIFICATE = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "BAD_CERTIFICATE", "UNKNOWN_CA")
 _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
-
-
-class NotTls(SourceError):
-    """What answers does not speak TLS: perhaps plain HTTP."""
-
-
-class ClosedEarly(FetchError):
-    """The connection was closed before any answer; on one that was idle, that is nobody's fault."""
 
 
 @dataclass(frozen=True, slots=True)

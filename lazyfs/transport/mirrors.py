@@ -27,12 +27,12 @@ from lazyfs.ground.errors import (
 )
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
+from lazyfs.transport.attempts import attempts
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.httpblob import NoRanges
 from lazyfs.transport.mirror_files import find_addresses
 from lazyfs.transport.place import Health, ManyPlaces, Place, in_order
 from lazyfs.transport.registry import REFERRERS_MOST_S, RegistrySource
-from lazyfs.transport.retry import attempts
 from lazyfs.transport.source import Manifest, ReferrerDescriptor
 
 _log = logging.getLogger(__name__)

@@ -25,12 +25,12 @@ from lazyfs.ground.errors import (
     SourceError,
 )
 from lazyfs.ground.settings import TransportSettings
+from lazyfs.transport.attempts import attempts
 from lazyfs.transport.auth import pull_scope, push_scope
 from lazyfs.transport.client import SmallReply
 from lazyfs.transport.http import Upload
 from lazyfs.transport.mirror_files import find_addresses
 from lazyfs.transport.registry import RegistrySource
-from lazyfs.transport.retry import attempts
 from lazyfs.transport.urls import redirect_target
 
 _T = TypeVar("_T")

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 from lazyfs.ground.counters import Counters
@@ -30,25 +30,28 @@ from lazyfs.ground.errors import (
     IntegrityError,
     LazyfsError,
     MalformedError,
+    NotTls,
     SourceError,
 )
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.address import Address
 from lazyfs.transport.answers import Question, refusal, warnings_in
+from lazyfs.transport.attempts import attempts
 from lazyfs.transport.auth import RegistryAuthorizer, login_advice
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.certs import certs_directories, registry_endpoints
 from lazyfs.transport.client import HttpClient, SmallReply, refuse_encoding
 from lazyfs.transport.credentials import Credentials, find_credentials
-from lazyfs.transport.http import NotTls, Upload
 from lazyfs.transport.httpblob import HttpBlob
 from lazyfs.transport.place import Health
 from lazyfs.transport.referrers import list_referrers
-from lazyfs.transport.retry import attempts
 from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
 from lazyfs.transport.tls import Endpoint, Endpoints
 from lazyfs.transport.urls import Origin, is_loopback, origin_of
+
+if TYPE_CHECKING:
+    from lazyfs.transport.http import Upload
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -218,7 +221,9 @@ class RegistrySource:
             _log.info("%s are taken to be none: %s", what, error)
             return []
 
-    def send(self, what: str, where: str, headers: Mapping[str, str], upload: Upload) -> SmallReply:
+    def send(
+        self, what: str, where: str, headers: Mapping[str, str], upload: "Upload"
+    ) -> SmallReply:
         """Ask once for something else than to be given bytes; return the answer.
 
         `where` is below the repository ("blobs/uploads/"), or the URL that an earlier answer of

@@ -1,4 +1,4 @@
-"""One fetch, however many attempts it takes: the only place where anything is asked for again.
+"""One fetch, however many attempts it takes; small answers are asked for by `attempts.py`.
 
 Decides: that a fetch resumes where the last attempt ended, at which place (`place.Choice`), after
 which pause (`patience.Patience`), and when a reader is told that it cannot be had. What happens
@@ -16,14 +16,12 @@ piece. The sink is never touched once `fetch` has ended (`lease.py`).
 
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
 
 import trio
 
 from lazyfs.ground.counters import Counters
-from lazyfs.ground.errors import FetchError, LazyfsError, UnknownHost
+from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.blob import Blob, Sink
@@ -34,7 +32,6 @@ from lazyfs.transport.slots import Slots
 from lazyfs.transport.waiting import Course, Waiting
 
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
 
 _TOLD_AFTER_S = 0.2
 _TOLD_MOST = 64
@@ -141,30 +138,3 @@ async def _pause(
         _log.info("going on at %s: %s", place.health.name, error)
         return
     await trio.sleep(patience.pause(silent_s, choice.wish_s(place), reason))
-
-
-def attempts(
-    what: str,
-    action: Callable[[], _T],
-    *,
-    settings: TransportSettings,
-    counters: Counters,
-) -> _T:
-    """Return what `action` returns, called again as `Patience` allows. Blocks, in a thread.
-
-    For the few small requests a mount begins with. Raises what `action` raises, and the
-    FetchError that says for how long was tried.
-    """
-    patience = Patience(what, settings)
-    while True:
-        began = time.monotonic()
-        counters.requests += 1
-        try:
-            return action()
-        except UnknownHost:
-            raise  # nothing has worked yet: it is the name that is wrong
-        except FetchError as error:
-            silent_s = time.monotonic() - began
-            pause_s = patience.pause_after(error, silent_s=silent_s, progressed=False)
-        time.sleep(pause_s)
-        counters.retries += 1

@@ -83,3 +83,9 @@ def test_annotations_are_added_to_none() -> None:
     for document in ({}, {"annotations": None}, {"annotations": {"com.amazon.soci.x": "1"}}):
         annotate(document, "a", "b")
         assert document == {"annotations": {"a": "b"}}
+
+
+def test_a_layer_that_has_to_be_plain_says_so() -> None:
+    plain = Written(LAYER.diff_id, 6, LAYER.diff_id)
+    before = {"mediaType": "application/vnd.oci.image.layer.v1.tar+zstd", "digest": "", "size": 0}
+    assert describe(before, plain, "x")["mediaType"] == "application/vnd.oci.image.layer.v1.tar"

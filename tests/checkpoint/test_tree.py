@@ -224,6 +224,15 @@ async def test_the_links_of_a_stub_are_shown_though_they_lead_nowhere() -> None:
     assert await shown(view) == ["pages-1.img"]
 
 
+@pytest.mark.parametrize("target", ["/memory", "../memory", "pages-1.img"])
+async def test_a_pages_file_that_leads_out_is_an_error_not_an_absent_one(target: str) -> None:
+    view = view_of([link("pages-1.img", target), link("other", target)])
+    assert await shown(view) == []
+    assert await view.lookup(1, "other") is None
+    with pytest.raises(MalformedError, match="out of the checkpoint"):
+        await view.lookup(1, "pages-1.img")
+
+
 async def test_following_links_has_an_end() -> None:
     """An image may not keep a mount busy for hours with links on links."""
     long = "./" * 2000

@@ -181,8 +181,10 @@ def test_inspect_tells_of_both(server: FaultServer, say: Said, stub: str) -> Non
 
 
 def test_inspect_tells_of_a_stub_whose_image_is_gone(
-    server: FaultServer, say: Said, stub: str
+    server: FaultServer, stub: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
+    """On another machine: who has made it has its documents in the cache."""
+    say = Said(capsys, tmp_path / "elsewhere")
     path = f"/v2/{server.repository}/manifests/{real_of(server).partition('@')[2]}"
     del server.resources[path]
     code, out, err = say("inspect", stub)

@@ -68,6 +68,11 @@ def seeds() -> dict[str, list[bytes]]:
             b"d" + data for path, data in images.items() if path.endswith((".dump", ".json"))
         ],
         "archive": tars,
+        "stub": [
+            b'{"version":1,"reference":"a.example/b@sha256:' + b"0" * 64 + b'","pages":'
+            b'[{"name":"pages-1.img","size_bytes":1}],"lazy_pages":true}',
+            b'{"rootfs":{"type":"layers","diff_ids":["sha256:0"]},"history":[]}',
+        ],
         "headers": [
             b"bytes 0-9/100",
             b"120",

@@ -16,6 +16,9 @@ from lazyfs.checkpoint.containerd import parse_config
 from lazyfs.checkpoint.overlay import lay_over
 from lazyfs.checkpoint.placed import place_layers
 from lazyfs.checkpoint.reference import RegistryReference, parse_reference
+from lazyfs.checkpoint.stub import read_stub, real_reference
+from lazyfs.checkpoint.stub_documents import edit_config
+from lazyfs.checkpoint.stub_layer import Written
 from lazyfs.checkpoint.tree import Tree, path_of
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, MalformedError
@@ -199,6 +202,13 @@ def dumps(data: bytes) -> None:
         engines.parse_dump(data[1:], "fuzzed")
 
 
+def stub(data: bytes) -> None:
+    """A stub's marker, and a real image's config that is edited for one."""
+    layer = Written(Digest.of(b"1"), 1, Digest.of(b"2"))
+    edit_config(data, [Digest.of(b"3")], {0: layer})
+    assert real_reference(read_stub(data)).digest is not None
+
+
 def archive(data: bytes) -> None:
     """An archive of images."""
     if data:
@@ -297,6 +307,7 @@ TARGETS: dict[str, Target] = {
         criu_images,
         dumps,
         archive,
+        stub,
         headers,
         token,
         auth_file,

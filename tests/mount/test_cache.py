@@ -43,7 +43,7 @@ def home_of(mounts: Mounts) -> Path:
 
 @pytest.mark.parametrize("kind", AT_RANDOM)
 def test_a_later_mount_fetches_nothing(server: FaultServer, mounts: Mounts, kind: str) -> None:
-    """But the index, where that is not kept."""
+    """But the manifest that the tag names, and an index that is not proven yet."""
     layer = AT_RANDOM[kind](FILES)
     reference = publish(server, layer)
     mount = mounts.mount(reference)

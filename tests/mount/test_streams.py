@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import Exchange, Fault, FaultServer
+from tests.faults import Exchange, Fault, FaultServer, stall
 from tests.images import Layer, tar_bytes
 from tests.mount.mounting import Mount, Mounts, Reader, Waiter, error_of, read_at, run, wait_until
 from tests.mount.published import (
@@ -427,6 +427,23 @@ def test_an_index_that_was_put_beside_it(server: FaultServer, mounts: Mounts) ->
     assert not mount.status()["chunks_proven"]
     assert everything_is_right(mount)
     wait_until(lambda: mount.status()["blob_proven"], "it is proven")
+
+
+def test_it_is_looked_for_while_the_first_bytes_are_waited_for(
+    server: FaultServer, mounts: Mounts
+) -> None:
+    layer = soci_layer(FILES)
+    reference = publish_referring(server, layer)
+    asked = threading.Event()
+
+    def note(exchange: Exchange) -> None:
+        asked.set()
+        exchange.answer(*exchange.normal())
+
+    server.script("/referrers/", note)
+    server.script(layer.digest, stall(until=asked))
+    assert mounts.mount(reference).status()["layer_format"] == "soci"
+    assert server.count("/referrers/") == 1
 
 
 @pytest.mark.parametrize("lie", ["cut off", "of another layer", "of other bytes"])

@@ -131,6 +131,11 @@ def test_skopeo_and_podman_take_it_in_each_of_its_forms(
         for where in archive, f"docker://{stub}":
             said = session.run(["skopeo", "inspect", "--tls-verify=false", where])
             assert len(json.loads(said)["Layers"]) == 1
+        with tarfile.open(work / "stub.tar") as opened:
+            largest = max(opened, key=lambda member: member.size)
+            opened.extract(largest, work / "layer", filter="data")
+        said = session.run(["checkpointctl", "inspect", work / "layer" / largest.name])
+        assert "Engine: Podman" in said
         pulled = session.run([*PODMAN, "pull", "--quiet", archive]).strip()
         words = ["image", "inspect", "--format", "{{.Digest}}", pulled]
         assert session.run([*PODMAN, *words]).strip() == _digest_of(report)

@@ -62,3 +62,21 @@ def test_the_users_own_configuration_is_kept(
     monkeypatch.setenv(CONFIG_VARIABLE, str(tmp_path / "none.conf"))
     with pytest.raises(LazyfsError, match=r"none\.conf"):
         Gate()
+
+
+def test_what_a_killed_keeper_has_left_is_cleared_away_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    left, young, other = (tmp_path / f"lazyfs-gate-{name}" for name in ("left", "young", "other"))
+    for each in (left, young):
+        each.mkdir(mode=0o700)
+    other.symlink_to(tmp_path)
+    os.utime(left, (1, 1))
+    with Gate() as living:
+        os.utime(living.home, (1, 1))
+        with Gate():
+            assert not left.exists()
+            assert young.exists()
+            assert other.is_symlink()
+            assert Path(living.home).exists()

@@ -17,10 +17,12 @@ from lazyfs.ground.errors import FetchError, IntegrityError, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.answers import Question
+from lazyfs.transport.attempts import attempts
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.client import HttpClient
 from lazyfs.transport.httpblob import HttpBlob
-from lazyfs.transport.retry import Fetcher, Patience, attempts
+from lazyfs.transport.patience import Patience
+from lazyfs.transport.retry import Fetcher
 from tests import faults
 from tests.blobs import Gate, MemoryBlob
 from tests.faults import FaultServer

@@ -84,9 +84,12 @@ class Task:
         self.containerd.ctr("image", "push", "--plain-http", reference)
 
     def remove(self) -> None:
-        """Kill it, and remove it and its container and its files."""
+        """Kill it, and remove it and its container and its files; also where it is paused."""
         ctr = self.containerd.ctr
-        if self.state():
+        state = self.state()
+        if state == "PAUSED":
+            ctr("task", "resume", self.name)
+        if state:
             ctr("task", "rm", "--force", self.name)
         ctr("container", "rm", self.name)
 

@@ -2,7 +2,7 @@
 
 `contrib/portable/build.sh` makes it. A tree is kept in the testbed's cache directory under a name
 made of all that it is made from, so each state of the sources is built once, and those of two
-clones do not meet. What has not been asked for in a day is removed.
+clones do not meet. What has not been asked for in six hours is removed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .roots import Testbed
 
 _CLONE = Path(__file__).resolve().parents[3]
 _MADE_FROM = ("lazyfs", "contrib/portable", "contrib/runtime", "pyproject.toml", "LICENSE")
-_KEPT_S = 24 * 3600
+_KEPT_S = 6 * 3600
 
 
 def portable_lazyfs(testbed: Testbed) -> Path:

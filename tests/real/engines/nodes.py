@@ -92,10 +92,9 @@ class Node:
             stderr=subprocess.PIPE,
         )
 
-    def shims(self) -> list[int] | None:
-        """Return the pids, as the host knows them, of the shims that run here; None if none."""
-        shims = [pid for pid in children(self.here.session.pid) if b"shim-runc" in _cmdline(pid)]
-        return shims or None
+    def shims(self) -> set[int]:
+        """Return the pids, as the host knows them, of the shims that run here."""
+        return {pid for pid in children(self.here.session.pid) if b"shim-runc" in _cmdline(pid)}
 
     def workloads(self) -> list[int]:
         """Return the pids of all that a container here runs, or is about to."""

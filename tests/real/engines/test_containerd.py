@@ -246,24 +246,39 @@ def test_a_restore_that_fails_midway_takes_no_other_with_it(
             assert other.state() == "RUNNING"
 
 
-@pytest.mark.parametrize("lazy_pages", ["never", "always"])
-def test_a_shim_that_is_killed_takes_the_restore_with_it(
-    store: Store, shelf: Path, work: Path, made: _Made, lazy_pages: str
+@pytest.mark.parametrize(
+    ("lazy_pages", "moment"), [("never", "mounting"), ("never", "reading"), ("always", "reading")]
+)
+def test_a_shim_that_is_killed_takes_its_restore_with_it_and_no_other(
+    store: Store, shelf: Path, work: Path, made: _Made, lazy_pages: str, moment: str
 ) -> None:
-    with store.served_at(work / "own") as own:
-        reference = f"{own.address}/{made.repository}:wrapped"
-        with node(store.testbed, shelf, own.address, name=made.cgroup, forgiven=[""]) as here:
-            here.here.policy(f'lazy-pages = "{lazy_pages}"\ncache = "memory"')
-            here.here.stub(reference, f"{reference}-own")
-            here.fetch(f"{reference}-own")
+    """`ctr` restores all copies of a container into the cgroup that the first one had."""
+    quick = f"{store.address}/{made.repository}:wrapped"
+    with (
+        store.served_at(work / "own") as own,
+        Weather(own.address, seed=1, rate_bytes_s=_SLOW_BYTES_S) as slow,
+        node(store.testbed, shelf, slow.address, name=made.cgroup, forgiven=[""]) as here,
+    ):
+        here.here.policy(f'lazy-pages = "{lazy_pages}"\ncache = "memory"')
+        real = f"{slow.address}/{made.repository}:wrapped"
+        here.here.stub(quick, f"{quick}-slow", "--real", real)
+        here.fetch(f"{quick}-slow")
+        other = here.restore(f"{quick}-stub", "other", members=1 + _CHILDREN)
+        here.here.wait_alone()
+        shims, running = here.shims(), sorted(here.workloads())
+        assert len(running) == 1 + _CHILDREN
+        if moment == "mounting":
             own.freeze()
-            begun = here.begin_restore(f"{reference}-own")
-            wait_until(lambda: here.here.lazyfs_processes(), "the restore's beginning", 30)
-            (shim,) = wait_until(here.shims, "the shim", 30)
-            os.kill(shim, signal.SIGKILL)
-            assert begun.wait(60) != 0
-            own.thaw()
-            here.here.wait_alone()
-            assert not here.workloads()
-            assert begun.stderr is not None
-            begun.stderr.close()
+        begun = here.begin_restore(f"{quick}-slow")
+        awaited = "lazyfs" if moment == "mounting" else "criu swrk"
+        wait_until(lambda: awaited in "".join(here.here.lazyfs_processes()), awaited, 60)
+        (shim,) = wait_until(lambda: here.shims() - shims or None, "the shim", 30)
+        os.kill(shim, signal.SIGKILL)
+        _, said = begun.communicate(timeout=60)
+        assert begun.returncode != 0, said
+        own.thaw()
+        here.here.wait_alone()
+        assert sorted(here.workloads()) == running
+        if other.state() == "PAUSED":  # seen at times: they share a freezer, too
+            here.containerd.ctr("task", "resume", "other")
+        other.status.wait_loop(time.time())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from testbed import Fault, Forecast, Testbed, Weather
-from testbed.process import wait_until
+from testbed.process import children, wait_until
 
 from tests.real.checkpoints import Checkpoint, checkpoint
 from tests.real.conftest import Store
@@ -93,6 +93,23 @@ def test_a_lazy_pages_daemon_that_is_killed_leaves_no_task_with_pages_of_zeros(
         ended = restorer.wait(process)
     assert ended.code == 6, ended
     assert "pages are lost" in ended.err
+    _assert_no_other_memory_was_seen(dumped)
+
+
+def test_a_mounts_daemon_that_is_killed_leaves_no_task_with_pages_of_zeros(
+    store: Store, image: str, dumped: Checkpoint, restorer: Restorer
+) -> None:
+    """It brings the pages itself, and its guard outlives it."""
+    with Weather(store.address, rate_bytes_s=SLOW_BYTES_S) as weather:
+        process = restorer.start(restorer.words(f"{weather.address}/{image}", "--lazy-pages"))
+        weather.wait_sent(12 * MIB)
+        (keeper,) = children(process.pid)
+        commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes() for pid in children(keeper)}
+        daemon = next(pid for pid, words in commands.items() if b"-m\0lazyfs" in words)
+        os.kill(daemon, signal.SIGKILL)
+        ended = restorer.wait(process)
+    assert ended.code == 1, ended
+    assert "what had been restored is killed" in ended.err
     _assert_no_other_memory_was_seen(dumped)
 
 
