@@ -37,6 +37,7 @@ class Front:
         hearing, telling = os.pipe()
         front, self._lifeline = os.pipe()
         adopt_orphans()
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides how children end
         pid = os.fork()
         if pid == 0:
             os.close(hearing)

@@ -45,6 +45,7 @@ def restore(task: Task) -> int:
         LazyfsError: not even a process can be had.
     """
     call = task.call
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides how children end
     engine_log = open_engine_log(call.log, call.log_format)
     link = start_keeper(task)
     told = link.receive() or {"error": _KEEPER_GONE, "exit_code": 1}

@@ -27,9 +27,11 @@ def wrapped(tmp_path: Path) -> Iterator[Wrapped]:
         wrapped.close()
 
 
-def _start(wrapped: Wrapped, mode: str, runtime: str = "../usr/runc") -> "subprocess.Popen[bytes]":
-    words = ["restore", wrapped.reference, "--runtime", runtime, "--bundle", ".", "--id", "web"]
-    words += ["--force", "--cache-dir", str(wrapped.directory / "cache")]
+def _start(
+    wrapped: Wrapped, mode: str, *, ignores_children: bool = False
+) -> "subprocess.Popen[bytes]":
+    words = ["restore", wrapped.reference, "--runtime", "../usr/runc", "--bundle", "."]
+    words += ["--id", "web", "--force", "--cache-dir", str(wrapped.directory / "cache")]
     return subprocess.Popen(
         [sys.executable, "-m", "lazyfs", *words],
         stdin=subprocess.DEVNULL,
@@ -37,7 +39,12 @@ def _start(wrapped: Wrapped, mode: str, runtime: str = "../usr/runc") -> "subpro
         stderr=subprocess.PIPE,
         env=wrapped.environ(mode),
         cwd=wrapped.bundle,
+        preexec_fn=_ignore_children if ignores_children else None,
     )
+
+
+def _ignore_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def test_a_name_in_use_is_refused_and_its_container_lives(wrapped: Wrapped) -> None:
@@ -67,3 +74,14 @@ def test_whoever_is_killed_the_container_is_removed(wrapped: Wrapped, killed: st
     wrapped.wait_alone()
     assert wrapped.calls("delete") == [["delete", "--force", "web"]]
     assert wrapped.container() is None
+
+
+def test_a_runtime_that_fails_has_failed_also_where_the_caller_ignores_its_children(
+    wrapped: Wrapped,
+) -> None:
+    """Then the kernel forgets how children end."""
+    with _start(wrapped, "dying", ignores_children=True) as process:
+        _, said = process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == 6
+    assert b"ended by signal 15" in said
+    wrapped.wait_alone()

@@ -106,6 +106,14 @@ def test_a_failing_runtime_is_as_it_was(wrapped: Wrapped) -> None:
 
 def test_a_signal_that_ends_the_runtime_ends_the_wrapper(wrapped: Wrapped) -> None:
     assert wrapped.run("dying")[0] == -signal.SIGTERM
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel forgets how children end
+    try:
+        process = wrapped.start("dying")
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    with process:
+        process.communicate(timeout=TIMEOUT_S)
+    assert process.returncode == -signal.SIGTERM
     wrapped.wait_alone()
 
 
