@@ -3,7 +3,7 @@
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +75,7 @@ def stub_command(
     from lazyfs.checkpoint.stub_image import write_stub_of
 
     asked, where = parse_reference(reference), _parse_target(new_reference)
+    _insist_on_another_name(where, [reference, *filter(None, [real_reference])])
     real = _real(asked, real_reference, source)
     source = replace(source, shows_stubs=True)
     if source.content.verify == "background":
@@ -102,6 +103,19 @@ def stub_command(
     _try_out(where, asked, source)
     report = with_checkpoint(reference, source, write)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else printable(_said(report)))
+
+
+def _insist_on_another_name(where: "_Where", taken: Sequence[str]) -> None:
+    """See that the real image keeps its tag: a registry clears away what has none.
+
+    Raises:
+        UsageError: the stub would be called as one of `taken` is.
+    """
+    for each in map(parse_reference, taken):
+        if isinstance(each, RegistryReference) and replace(each, digest=None) == where:
+            raise UsageError(
+                f"{where} is the image itself, which has to stay: call the stub by another name"
+            )
 
 
 def _said(report: "StubReport") -> str:
