@@ -184,6 +184,15 @@ class _Adapter(HTTPAdapter):
         return "CERT_NONE" if unchecked else "CERT_REQUIRED"
 
 
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Know of no redirect.
+
+        Who does not follow one has it read to its end all the same, whatever its length, for the
+        sake of `Response.next` (requests, `sessions.py`, `resolve_redirects`).
+        """
+
+
 class Connection:
     """One `requests.Session`, which holds one connection. Not thread-safe: lease it."""
 
@@ -205,7 +214,7 @@ class Connection:
         self._settings = settings
         self._gate = _Gate()
         self._gate.on_connected = self._note_socket
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._session.mount(f"{origin.scheme}://", _Adapter(context, self._gate))
