@@ -47,6 +47,9 @@ from lazyfs.transport.wake import blocks_on
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 PIECE_BYTES = 256 * 1024
+_TAKEN_IN_BYTES_PER_S = 4 << 20
+"""What the slowest of registries do with a blob before they answer, such as a copy in an object
+store; an assumption."""
 _FOREIGN_ERRORS = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -278,7 +281,7 @@ class Connection:
             self._response = self._session.send(
                 request,
                 stream=True,
-                timeout=(self._settings.connect_timeout_s, self._settings.stall_timeout_s),
+                timeout=(self._settings.connect_timeout_s, self._answer_timeout_s(upload)),
                 proxies={} if proxy is None else {self.origin.scheme: proxy},
                 allow_redirects=False,
             )
@@ -302,6 +305,11 @@ class Connection:
         if not piece:
             blocks_on(None)  # others may use it from now on
         return piece
+
+    def _answer_timeout_s(self, upload: Upload | None) -> float:
+        """Return for how long an answer may take: who was given much hashes and moves it first."""
+        size_bytes = 0 if upload is None else upload.size_bytes
+        return self._settings.stall_timeout_s + size_bytes / _TAKEN_IN_BYTES_PER_S
 
     def _met(self, peer: str, on_peer: Callable[[str], None]) -> None:
         on_peer(peer)

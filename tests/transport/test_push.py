@@ -16,6 +16,7 @@ from lazyfs.ground.errors import FetchError, IntegrityError, SourceError
 from lazyfs.transport.push import RegistryTarget
 from tests import faults
 from tests.certificates import Authority
+from tests.exchange import written_to
 from tests.faults import OCI_MANIFEST, FaultServer, Resource, digest_of
 from tests.transport.gather import QUICK
 
@@ -156,6 +157,22 @@ def test_what_passes_is_tried_again_from_the_blobs_start(
     target.put_manifest(MANIFEST, OCI_MANIFEST, "v1")
     assert stored(server)
     assert server.resources[f"/v2/{REPOSITORY}/manifests/v1"].body == MANIFEST
+
+
+def test_a_registry_may_take_its_time_with_a_large_blob(
+    server: FaultServer, target: RegistryTarget
+) -> None:
+    """It hashes and moves what it has taken before it answers."""
+
+    def slow(exchange: faults.Exchange) -> None:
+        exchange.wait(1.5 * QUICK.stall_timeout_s)
+        assert written_to(exchange, server.resources)
+
+    server.script("/uploads/1", slow)
+    large = bytes(16 << 20)
+    put(target, large)
+    assert stored(server, large)
+    assert server.count("/uploads/1") == 1
 
 
 def test_what_does_not_pass_is_given_up(server: FaultServer) -> None:
