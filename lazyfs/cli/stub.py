@@ -22,6 +22,7 @@ from lazyfs.checkpoint.reference import (
 from lazyfs.cli.opening import with_checkpoint
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
 from lazyfs.cli.text import human_bytes, printable
+from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def stub_command(
     from lazyfs.checkpoint.stub_image import write_stub_of
 
     asked, where = parse_reference(reference), _parse_target(new_reference)
-    _insist_on_another_name(where, [reference, *filter(None, [real_reference])])
+    _insist_on_another_name(where, [reference, *filter(None, [real_reference])], source)
     real = _real(asked, real_reference, source)
     source = replace(source, shows_stubs=True)
     if source.content.verify == "background":
@@ -105,17 +106,34 @@ def stub_command(
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else printable(_said(report)))
 
 
-def _insist_on_another_name(where: "_Where", taken: Sequence[str]) -> None:
+def _insist_on_another_name(where: "_Where", taken: Sequence[str], source: SourceOptions) -> None:
     """See that the real image keeps its tag: a registry clears away what has none.
 
     Raises:
         UsageError: the stub would be called as one of `taken` is.
     """
     for each in map(parse_reference, taken):
-        if isinstance(each, RegistryReference) and replace(each, digest=None) == where:
+        if not isinstance(where, RegistryReference) or not isinstance(each, RegistryReference):
+            continue
+        if replace(each, tag=where.tag, digest=None) != where:
+            continue
+        has_digest = each.digest is not None
+        if each.tag == where.tag or (has_digest and _named(where, source) == each.digest):
             raise UsageError(
                 f"{where} is the image itself, which has to stay: call the stub by another name"
             )
+
+
+def _named(where: RegistryReference, source: SourceOptions) -> Digest | None:
+    """Return what a tag names by now, if that can be told."""
+    from lazyfs.checkpoint.image import resolve
+    from lazyfs.ground.counters import Counters
+
+    try:
+        with closing(resolve(where, source.transport, Counters())) as image:
+            return image.digest
+    except LazyfsError:
+        return None  # nothing; or it is said when it is written to
 
 
 def _said(report: "StubReport") -> str:

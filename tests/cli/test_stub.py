@@ -137,6 +137,17 @@ def test_the_name_of_the_image_itself_stays_its_own(
     assert server.seen == [], "it is said before anything is asked"
 
 
+def test_a_tag_that_names_the_image_stays_its_own_though_it_was_asked_for_by_digest(
+    server: FaultServer, say: Said
+) -> None:
+    named, real = publish_files(server, FILES), real_of(server)
+    code, out, err = say("stub", real, named)
+    assert (code, out, "by another name" in err) == (2, "", True)
+    code, out, err = say("stub", real, f"{named}-stub")
+    assert (code, err) == (0, "")
+    assert say("stub", real, f"{named}-stub")[0] == 0, "a stub may take a stub's place"
+
+
 def test_a_registry_that_does_not_take_it(server: FaultServer, say: Said) -> None:
     reference = publish_files(server, FILES)
     server.always("/blobs/uploads/", status(405))
