@@ -92,8 +92,10 @@ def real_reference(stub: Stub) -> RegistryReference:
     text = stub.reference
     try:  # as it says: what lies in the current directory has no say
         reference = parse_reference(text if text.startswith(_SCHEME) else _SCHEME + text)
-    except LazyfsError as error:
-        raise MalformedError(f"{MARKER} names no image: {error}") from None
+    except LazyfsError:
+        raise MalformedError(
+            f"{MARKER} names no image; it has to be one in a registry, HOST/REPOSITORY@DIGEST"
+        ) from None
     if not isinstance(reference, RegistryReference) or reference.digest is None:
         raise MalformedError(
             f"{MARKER} names {stub.reference!r}; it has to be an image in a registry, by digest"

@@ -38,14 +38,17 @@ def test_a_marker_is_read_as_it_was_written() -> None:
         "http://registry.example/checkpoint.tar",
         "dir:/etc",
         "no reference",
+        f"docker://user:secret@registry.example/web@{_DIGEST}",
         f"docker://docker://registry.example/web@{_DIGEST}",
         f"dir:/etc@{_DIGEST}",
         f"https://registry.example/web@{_DIGEST}",
     ],
 )
 def test_it_names_an_image_in_a_registry_by_digest_and_nothing_else(reference: str) -> None:
-    with pytest.raises(MalformedError):
+    with pytest.raises(MalformedError) as raised:
         read_stub(write_stub(Stub(reference=reference)))
+    assert len(str(raised.value).splitlines()) == 1, "engines show one line"
+    assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["{}", "docker.io/{}"])
