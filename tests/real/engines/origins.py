@@ -1,5 +1,6 @@
 """Containers that Podman has checkpointed and pushed, each made once, with the stubs of them."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ def origin(
     store: Store, shelf: Path, runtime: str = "runc", formats: Sequence[str] = FORMATS
 ) -> Origin:
     """Run the workload with Podman, checkpoint it, push it in all formats, and make the stubs."""
-    made = Origin(f"lazyfs-{shelf.name}", runtime, f"{store.address}/{shelf.name}", ())
+    made = Origin(
+        f"lazyfs-{shelf.name}-{os.getpid()}", runtime, f"{store.address}/{shelf.name}", ()
+    )
     with machine(
         store.testbed, [shelf], [store.address], name=made.cgroup, runtime=runtime
     ) as here:

@@ -6,6 +6,7 @@ tests/data/engines/podman.json is that, and test_podman_calls.py sees that it st
 """
 
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -56,7 +57,7 @@ class _Steps:
 def record(testbed: Testbed, work: Path) -> list[dict[str, Any]]:
     """Return Podman's commands, on one machine and on another, with the calls that each made."""
     into: list[dict[str, Any]] = []
-    name = f"lazyfs-calls-{work.name}"
+    name = f"lazyfs-calls-{os.getpid()}"
     with Registry(testbed, work / "registry") as registry:
         base, checkpoint = f"{registry.address}/base:1", f"{registry.address}/checkpoint:1"
         with Session(testbed, [work], name=name) as session:

@@ -1,5 +1,6 @@
 """What contrib/podman tells people to do, done as it is written."""
 
+import os
 import re
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def machines(store: Store, work: Path) -> Iterator[tuple[Podman, Podman]]:
     with ExitStack() as stack:
 
         def machine() -> Podman:
-            session = Session(store.testbed, [work, tree], name=f"lazyfs-guide-{work.name}")
+            session = Session(store.testbed, [work, tree], name=f"lazyfs-guide-{os.getpid()}")
             podman = Podman(stack.enter_context(session), registries=[store.address])
             podman.configure(target[1], configuration)
             session.run(["ln", "-s", tree, _INSTALLED])
