@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -173,6 +174,21 @@ def test_a_registry_may_take_its_time_with_a_large_blob(
     put(target, large)
     assert stored(server, large)
     assert server.count("/uploads/1") == 1
+
+
+class _Slow(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        time.sleep(0.01)
+        return super().read(size)
+
+
+def test_what_is_sent_for_long_is_not_silence(server: FaultServer) -> None:
+    server.script("/uploads/1", faults.status(503))
+    settings = replace(QUICK, deadline_s=0.5, mirrors="none")
+    target = RegistryTarget(server.host, REPOSITORY, settings=settings, counters=Counters())
+    target.put_blob(DIGEST, len(BLOB), lambda: _Slow(BLOB))
+    assert stored(server)
+    target.close()
 
 
 def test_what_does_not_pass_is_given_up(server: FaultServer) -> None:
