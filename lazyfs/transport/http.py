@@ -18,7 +18,7 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, BinaryIO, Literal
 
@@ -261,6 +261,7 @@ class Connection:
         if proxy is None:
             self._gate.on_peer = lambda peer: self._met(peer, on_peer)
         blocks_on(self.abort)
+        answer_timeout_s = self._answer_timeout_s(upload)
         try:
             if self._prepared is None or self._prepared[0] != url:
                 self._prepared = (url, requests.Request("GET", url).prepare())
@@ -281,12 +282,13 @@ class Connection:
             self._response = self._session.send(
                 request,
                 stream=True,
-                timeout=(self._settings.connect_timeout_s, self._answer_timeout_s(upload)),
+                timeout=(self._settings.connect_timeout_s, answer_timeout_s),
                 proxies={} if proxy is None else {self.origin.scheme: proxy},
                 allow_redirects=False,
             )
         except _FOREIGN_ERRORS as error:
-            raise _translated(error, url, self._settings) from None
+            settings = replace(self._settings, stall_timeout_s=answer_timeout_s)
+            raise _translated(error, url, settings) from None
         return self._response.status_code, self._response.headers
 
     def receive(self) -> bytes:

@@ -176,6 +176,15 @@ def test_a_registry_may_take_its_time_with_a_large_blob(
     assert server.count("/uploads/1") == 1
 
 
+def test_for_how_long_it_was_waited_is_told(server: FaultServer) -> None:
+    server.always("/uploads/1", faults.stall())
+    settings = replace(QUICK, stall_timeout_s=0.1, deadline_s=0.2, mirrors="none")
+    target = RegistryTarget(server.host, REPOSITORY, settings=settings, counters=Counters())
+    with pytest.raises(FetchError, match=r"within 0\.35 s"):
+        put(target, bytes(1 << 20))
+    target.close()
+
+
 class _Slow(io.BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         time.sleep(0.01)
