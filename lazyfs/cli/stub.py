@@ -67,8 +67,8 @@ def stub_command(
     """Write the stub of a checkpoint image: all of it but memory.
 
     An engine pulls the stub in no time and restores it through lazyfs-runtime, which takes the
-    memory from REF as it is needed: REF has to stay in its registry. Without lazyfs-runtime the
-    stub cannot be restored: CRIU says that it cannot open its pages files.
+    memory from REF as it is needed: REF has to stay in its registry, and keeps its tag. Without
+    lazyfs-runtime the stub cannot be restored: CRIU says that it cannot open its pages files.
 
     What goes into a stub is proven before. Of a layer whose digest is the only proof that takes
     all of it, once.
