@@ -100,7 +100,7 @@ def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> i
     make_private(source.cache_dir)  # before a log is written there
     opening = partial(_open_config, source, config.kubelet, reference)
     task = Task(
-        reference=stub.reference,
+        reference=str(reference),
         opening=opening,
         call=call,
         program=program,
