@@ -66,8 +66,10 @@ class Content(Protocol):
 class Reader(Protocol):
     """One open file."""
 
-    async def read(self, offset: int, size_bytes: int) -> Data:
+    async def read(self, offset: int, size_bytes: int, lane: Lane = Lane.DEMAND) -> Data:
         """Return the bytes from `offset` on: `size_bytes` of them, or all up to the file's end.
+
+        `lane`: why they are wanted.
 
         Raises:
             IntegrityError, FetchError, SourceError: never a short read instead.

@@ -276,7 +276,7 @@ class FileReader:
         self._file = ByteRange(start, start + size)
         self._family = family or self._file
 
-    async def read(self, offset: int, size_bytes: int) -> Data:
+    async def read(self, offset: int, size_bytes: int, lane: Lane = Lane.DEMAND) -> Data:
         """Return the bytes from `offset` on: `size_bytes` of them, or all up to the file's end.
 
         A checkpoint only if bytes have to be fetched.
@@ -290,10 +290,10 @@ class FileReader:
         view = self._content.peek(wanted)
         if view is not None:
             return view
-        lone = not foreseen and wanted.size_bytes < _GIANT_READ_BYTES
+        lone = not foreseen and wanted.size_bytes < _GIANT_READ_BYTES and lane is Lane.DEMAND
         if lone:
             self._readahead.note_lone_fault(self._file)
         elif self._family is not self._file:
             self._readahead.note_long_read(self._file, self._family)
             await self._readahead.wait_swept(wanted)
-        return await self._content.read(wanted, out_of_the_blue=lone)
+        return await self._content.read(wanted, lane, out_of_the_blue=lone)

@@ -395,7 +395,7 @@ class StreamReader:
         self._start = start
         self._stop = start + size_bytes
 
-    async def read(self, offset: int, size_bytes: int) -> Data:
+    async def read(self, offset: int, size_bytes: int, lane: Lane = Lane.DEMAND) -> Data:
         """Return the bytes from `offset` on: `size_bytes` of them, or all up to the file's end.
 
         A checkpoint only if they are not here.
@@ -406,4 +406,4 @@ class StreamReader:
         begin = min(self._start + offset, self._stop)
         wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
         view = self._content.peek(wanted)
-        return view if view is not None else await self._content.read(wanted)
+        return view if view is not None else await self._content.read(wanted, lane)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lazyfs.lazypages.uffd import Outcome, Userfaultfd
+from lazyfs.lazypages.uffd import Userfaultfd
 
 _PROC = Path("/proc")
 _PAUSE_S = 0.01
@@ -46,22 +46,12 @@ def end_tasks(pidfds: Iterable[int], uffds: Sequence[int], patience_s: float | N
     deadline_s = None if patience_s is None else time.monotonic() + patience_s
     left = [Userfaultfd(each) for each in uffds]
     pause_s = _PAUSE_S
-    while left := [each for each in left if is_alive(each)]:
+    while left := [each for each in left if each.is_alive()]:
         if deadline_s is not None and time.monotonic() >= deadline_s:
             return False
         time.sleep(pause_s)
         pause_s = min(2 * pause_s, _PAUSE_MOST_S)
     return True
-
-
-def is_alive(uffd: Userfaultfd) -> bool:
-    """Whether anybody still runs in the memory that a userfaultfd stands for.
-
-    Asked by an attempt at the lowest page there can be, where hardly anything is mapped.
-    """
-    page_bytes = os.sysconf("SC_PAGE_SIZE")
-    lowest = max(_lowest_address(), page_bytes)
-    return uffd.zero(-(-lowest // page_bytes) * page_bytes, page_bytes).outcome is not Outcome.GONE
 
 
 def pid_of(pidfd: int) -> int:
@@ -79,13 +69,6 @@ def _kill(pidfd: int, *, close: bool = False) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     if close:
         os.close(pidfd)
-
-
-def _lowest_address() -> int:
-    try:
-        return int((_PROC / "sys/vm/mmap_min_addr").read_text())
-    except (OSError, ValueError):
-        return 1 << 16
 
 
 def _descendants(pids: set[int]) -> list[int]:

@@ -27,6 +27,7 @@ from contextlib import suppress
 
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.lazypages.ending import end_tasks
+from lazyfs.lazypages.uffd import userfaultfds
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,6 @@ _CLONE3 = 435
 _CLONE = {"x86_64": 56, "aarch64": 220, "riscv64": 220, "loongarch64": 220}
 """Numbers of clone(2) where its arguments begin with flags and stack; for kernels, and filters of
 system calls, without clone3."""
-_UFFD = "anon_inode:[userfaultfd]"
 _SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT}
 
 
@@ -48,6 +48,8 @@ class Guard:
     def __init__(self, pid: int, slots: mmap.mmap) -> None:
         self._pid = pid
         self._slots = slots
+        self.pidfd = os.pidfd_open(pid)
+        """Can be read when it has ended."""
         self._free = list(range(_SLOTS - 1, -1, -1))
         self._used: dict[int, int] = {}
 
@@ -97,6 +99,7 @@ class Guard:
                 os.kill(pid, signal.SIGKILL)
             with suppress(ChildProcessError):
                 os.waitpid(pid, 0)
+            os.close(self.pidfd)
             self._slots.close()
 
 
@@ -143,12 +146,7 @@ def _live(server: int, slots: mmap.mmap) -> None:
 
 def _held() -> list[int]:
     """Return the userfaultfds of our table: what is there counts, not what somebody noted."""
-    found = []
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - these are no paths
-        with suppress(OSError):
-            if os.readlink(f"/proc/self/fd/{name}") == _UFFD:  # noqa: PTH115 - nor is this one
-                found.append(int(name))
-    return found
+    return userfaultfds(int(name) for name in os.listdir("/proc/self/fd"))  # noqa: PTH208
 
 
 def _close_all_but(kept: Iterable[int]) -> None:

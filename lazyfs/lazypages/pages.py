@@ -15,6 +15,7 @@ from lazyfs.checkpoint.criu_memory import PageFlags, parse_mm, parse_pagemap
 from lazyfs.checkpoint.images import ImagesDirectory
 from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.tree import Node
+from lazyfs.content.lanes import Lane
 from lazyfs.content.model import Content, Reader
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import MalformedError
@@ -35,8 +36,8 @@ class PagesFile(Protocol):
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         """Return bytes if they are here; never waits."""
 
-    async def read(self, offset: int, size_bytes: int) -> Data:
-        """Return bytes, fetched for whoever waits for them; what follows is fetched ahead."""
+    async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
+        """Return bytes, fetched if need be; what follows is fetched ahead."""
 
 
 class _StoredPages:
@@ -51,8 +52,8 @@ class _StoredPages:
         start = self._start + offset
         return self._content.peek(ByteRange(start, start + size_bytes))
 
-    async def read(self, offset: int, size_bytes: int) -> Data:
-        return await self._reader.read(offset, size_bytes)
+    async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
+        return await self._reader.read(offset, size_bytes, lane)
 
 
 class LazyMemory:
@@ -156,5 +157,5 @@ class _NoPages:
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         raise AssertionError("there is nothing in it")
 
-    async def read(self, offset: int, size_bytes: int) -> Data:
+    async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
         raise AssertionError("there is nothing in it")

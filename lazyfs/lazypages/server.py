@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import resource
 import socket
 import stat
 import struct
@@ -78,6 +79,7 @@ class LazyPages:
             "socket": str(self._path) if self._path is not None else None,
             "state": state,
             "failed": self._failed,
+            "guard_pid": self._guard.pid or None,
             "restores": self._restores,
             "tasks": sum(len(session.tasks) for session in self._sessions),
             "missing_bytes": self.missing_bytes,
@@ -109,6 +111,7 @@ class LazyPages:
             UsageError: it cannot be there.
         """
         self._path = work_dir.absolute() / SOCKET_NAME
+        _allow_many_descriptors()
         return _listen(work_dir)
 
     async def run(self, listening: socket.socket) -> None:
@@ -116,6 +119,7 @@ class LazyPages:
         listener = trio.socket.from_stdlib_socket(listening)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._prepare)
+            nursery.start_soon(self._watch_guard)
             while True:
                 try:
                     link, _ = await listener.accept()
@@ -132,9 +136,17 @@ class LazyPages:
         try:
             await self._images.prepare()
         except LazyfsError as error:
-            log.warning("lazy pages will not be served: %s", error)
+            log.info("the tasks' memory could not be looked at ahead: %s", error)
         except Exception:  # a bug must not end the mount
             log.exception("lazy pages cannot be prepared: please report this")
+
+    async def _watch_guard(self) -> None:
+        """Say so if tasks have nobody any more who would see to them in our place."""
+        await trio.lowlevel.wait_readable(self._guard.pidfd)
+        log.error(
+            "the guard of lazy pages was killed: whoever misses memory would go on without if this "
+            "process ended now"
+        )
 
     async def _serve(self, link: trio.socket.SocketType) -> None:
         """Serve a restore; whatever happens to it, the mount goes on."""
@@ -192,6 +204,13 @@ def _is_welcome(link: trio.socket.SocketType) -> bool:
         return True
     log.warning("user %d has no business with %s", user, SOCKET_NAME)
     return False
+
+
+def _allow_many_descriptors() -> None:
+    """Each task has two here, and each child that it forks while its memory comes has one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(work_dir: Path) -> socket.socket:

@@ -26,7 +26,7 @@ from lazyfs.lazypages.protocol import (
     parse_announcement,
 )
 from lazyfs.lazypages.task import Task
-from lazyfs.lazypages.uffd import Userfaultfd
+from lazyfs.lazypages.uffd import Userfaultfd, userfaultfds
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,11 @@ class Session:
                 self.is_restored = True
             elif isinstance(said, Announced):
                 _, sender, descriptors = await _receive(link, 1)
-                self._uffds += map(Userfaultfd, descriptors)
-                if len(descriptors) != 1 or sender != announcer:
+                found = userfaultfds(descriptors)
+                for other in set(descriptors) - set(found):
+                    os.close(other)
+                self._uffds += map(Userfaultfd, found)
+                if len(found) != 1 or sender != announcer:
                     raise MalformedError(f"process {said.pid} comes without its userfaultfd")
                 await self._take_in(said.pid, sender, self._uffds[-1])
         log.info("restored: %d bytes are still to come", self.missing_bytes)

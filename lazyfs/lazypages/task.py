@@ -24,11 +24,11 @@ from enum import Enum
 
 import trio
 
+from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.settings import KIB, MIB
 from lazyfs.lazypages.counts import Counts
-from lazyfs.lazypages.ending import is_alive
 from lazyfs.lazypages.missing import Missing, Range
 from lazyfs.lazypages.pages import LazyMemory
 from lazyfs.lazypages.protocol import (
@@ -52,6 +52,8 @@ _MOST_ZEROS_BYTES = MIB
 _STEP_BYTES = MIB
 """What is sent in the background at a time: a fault waits for the rest of it, 0.3 ms."""
 _SETTLE_S = 0.0003
+_SETTLE_MOST_S = 0.02
+"""A task that is frozen in the middle of mremap(2) or fork(2) keeps it busy for as long."""
 _NOT_YET_S = 0.002
 """Until CRIU may have registered more memory."""
 
@@ -90,6 +92,7 @@ class Task:
         self._near = range(0)
         self._zeros_bytes = _PAGE
         self._zeros_end = 0
+        self._settle_s = _SETTLE_S
         self._cursor = 0
         self._bringing: set[int] = set()
         self._nursery: trio.Nursery | None = None
@@ -130,7 +133,7 @@ class Task:
 
     def note_exit(self) -> None:
         """The process has ended; its memory, if nobody else runs in it."""
-        if not self.is_over and not is_alive(self.uffd):
+        if not self.is_over and not self.uffd.is_alive():
             self._gone = True
             self._end_if_done()
 
@@ -260,7 +263,8 @@ class Task:
     async def _fetch(self, origin: int, size_bytes: int, address: int) -> Outcome:
         """Fetch bytes by their origin, and fill them in where they are wanted by then."""
         place = next(self.lazy.memory.places(origin, origin + size_bytes))
-        data = await self.lazy.files[place.level].read(place.offset, place.size_bytes)
+        file = self.lazy.files[place.level]
+        data = await file.read(place.offset, place.size_bytes, Lane.DEMAND)
         found = None if self._gone else self._missing.at(address)
         if found is None or found.origin + address - found.start != origin:
             return Outcome.DONE
@@ -271,7 +275,8 @@ class Task:
 
     async def _settle(self) -> None:
         """Let the kernel say what it is waiting to say."""
-        await trio.sleep(_SETTLE_S)
+        await trio.sleep(self._settle_s)
+        self._settle_s = min(2 * self._settle_s, _SETTLE_MOST_S)
         if not self.is_over:
             self.hear()
 
@@ -289,7 +294,7 @@ class Task:
         file = self.lazy.files[place.level]
         data = file.peek(place.offset, place.size_bytes)
         if data is None:
-            data = await file.read(place.offset, place.size_bytes)
+            data = await file.read(place.offset, place.size_bytes, Lane.READAHEAD)
             now = None if self.is_over else self._missing.at(found.start)
             if now is None or now.origin + found.start - now.start != found.origin:
                 return
@@ -352,6 +357,7 @@ class Task:
             elif not size_bytes:
                 return result.outcome
             self._missing.drop(start + done, start + done + size_bytes)
+            self._settle_s = _SETTLE_S
             done += size_bytes
         return Outcome.DONE
 

@@ -8,12 +8,15 @@ recoverable: criu/uffd.c (uffd_check_op_error).
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import platform
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from enum import Enum
+from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from lazyfs.ground.data import Data
@@ -21,6 +24,7 @@ from lazyfs.lazypages.protocol import MESSAGE_BYTES
 
 _MESSAGES_AT_ONCE = 64
 _TYPE = 0xAA
+_LINK = "anon_inode:[userfaultfd]"
 _RANGE = struct.Struct("=QQ")
 _COPY = struct.Struct("=QQQQq")
 _ZERO = struct.Struct("=QQQq")
@@ -76,6 +80,16 @@ _OUTCOMES = {
 }
 
 
+def userfaultfds(descriptors: Iterable[int]) -> list[int]:
+    """Return those of our descriptors that are userfaultfds."""
+    found = []
+    for each in descriptors:
+        with suppress(OSError):
+            if os.readlink(f"/proc/self/fd/{each}") == _LINK:  # noqa: PTH115 - this is no path
+                found.append(each)
+    return found
+
+
 class Userfaultfd:
     """One task's; owns the descriptor."""
 
@@ -107,6 +121,16 @@ class Userfaultfd:
         fields = bytearray(_ZERO.pack(start, size_bytes, 0, 0))
         return self._fill(_UFFDIO_ZEROPAGE, fields, _ZERO.size - 8, size_bytes)
 
+    def is_alive(self) -> bool:
+        """Whether anybody still runs in the memory that this stands for; changes nothing there.
+
+        Asked by an attempt to fill a page from one of ours that cannot be read.
+        """
+        with address_of(_UNREADABLE) as source:
+            fields = bytearray(_COPY.pack(_lowest_page(), source, mmap.PAGESIZE, 0, 0))
+            result = self._fill(_UFFDIO_COPY, fields, _COPY.size - 8, mmap.PAGESIZE)
+        return result.outcome is not Outcome.GONE
+
     def wake(self, start: int, size_bytes: int) -> None:
         """Wake who waits for pages that are there, or will not come."""
         fcntl.ioctl(self.descriptor, _WAKE, _RANGE.pack(start, size_bytes))
@@ -135,6 +159,18 @@ class Userfaultfd:
             number = error.errno or 0
             return Copied(0, _OUTCOMES.get(number, Outcome.FAILED), number)
         return Copied(size_bytes, Outcome.DONE)
+
+
+_UNREADABLE = memoryview(mmap.mmap(-1, mmap.PAGESIZE, prot=0))
+
+
+@cache
+def _lowest_page() -> int:
+    """Return the lowest address that memory can have. Source: sysctl vm.mmap_min_addr."""
+    lowest = 1 << 16
+    with suppress(OSError, ValueError):
+        lowest = int(Path("/proc/sys/vm/mmap_min_addr").read_text())
+    return max(-(-lowest // mmap.PAGESIZE), 1) * mmap.PAGESIZE
 
 
 class _Buffer(ctypes.Structure):

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from lazyfs.checkpoint.criu_memory import PageExtent, PageFlags, Pagemap, Vma
+from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import FetchError, LazyfsError
 from lazyfs.lazypages.counts import Counts
@@ -105,7 +106,7 @@ class File:
             return None
         return b"".join(map(content, pages))
 
-    async def read(self, offset: int, size_bytes: int) -> Data:
+    async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
         self.reads.append((offset // PAGE, size_bytes // PAGE))
         await self.gate.wait()
         if self.error is not None:

@@ -13,7 +13,7 @@ import pytest
 from testbed.guard import watch
 from testbed.process import wait_until
 
-from lazyfs.lazypages.ending import end_tasks, is_alive, pid_of
+from lazyfs.lazypages.ending import end_tasks, pid_of
 from lazyfs.lazypages.uffd import Outcome, Userfaultfd
 
 pytestmark = pytest.mark.real
@@ -130,7 +130,7 @@ def own_uffd() -> Userfaultfd:
 
 def test_memory_that_somebody_runs_in_is_alive() -> None:
     uffd = own_uffd()
-    assert is_alive(uffd)
+    assert uffd.is_alive()
     assert len(uffd.read()) == 0
     assert uffd.copy(1 << 20, bytes(4096)).outcome is Outcome.UNMAPPED
     assert uffd.zero(3, 4096).outcome is Outcome.FAILED

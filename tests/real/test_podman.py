@@ -19,12 +19,14 @@ from testbed import (
     Restored,
     Session,
     Status,
+    Weather,
     make_bundle,
     podman_checkpoint,
     runc_restore,
 )
-from testbed.process import run
+from testbed.process import run, wait_until
 
+from lazyfs.lazypages.protocol import SOCKET_NAME
 from tests.real.checkpoints import Before
 from tests.real.conftest import Store
 from tests.real.mounts import Mount, lazyfs, mounted
@@ -108,6 +110,66 @@ def test_runc_restores_it(
     assert state["failed_reads"] == 0
 
 
+def test_containers_restored_at_once_from_one_mount_that_serves_their_memory(
+    podman: PodmanCheckpoint, store: Store, reference: str, work: Path
+) -> None:
+    """Each has its own work directory, with a link to the mount's socket."""
+    served = work / "served"
+    served.mkdir()
+    places = [work / str(number) for number in range(3)]
+    bundles = []
+    for place in places:
+        (place / "runc").mkdir(parents=True)
+        (place / "runc" / SOCKET_NAME).symlink_to(served / SOCKET_NAME)
+        bundles.append(make_bundle(podman.tree, podman.base_tar, place / f"bundle-{place.name}"))
+    befores = [_before(bundle, podman) for bundle in bundles]
+    with mounted(reference, work, "--lazy-pages", str(served)) as mount:
+        with (
+            Session(store.testbed, [work]) as session,
+            ThreadPoolExecutor(len(places)) as pool,
+            ExitStack() as containers,
+        ):
+            restoring = [
+                pool.submit(
+                    _restore, session, mount, bundle, podman, lazy=bundle.parent / SOCKET_NAME
+                )
+                for bundle in bundles
+            ]
+            restored = [containers.enter_context(each.result()) for each in restoring]
+            for before, each in zip(befores, restored, strict=True):
+                before.assert_goes_on(each)
+            wait_until(lambda: mount.status()["lazy_pages"]["state"] == "home", "all is home", 60)
+        told = mount.status()["lazy_pages"]
+        assert (told["restores"], told["failed"], told["missing_bytes"]) == (3, None, 0)
+
+
+def test_a_container_that_misses_memory_dies_with_the_daemon(
+    podman: PodmanCheckpoint, store: Store, reference: str, work: Path
+) -> None:
+    bundle = make_bundle(podman.tree, podman.base_tar, work / "bundle")
+    reference = reference.replace(store.address, "{}")
+    (work / "runc").mkdir()
+    with (
+        Weather(store.address, rate_bytes_s=4 << 20) as slow,
+        mounted(reference.format(slow.address), work, "--lazy-pages", str(work / "runc")) as mount,
+    ):
+        with (
+            Session(store.testbed, [work]) as session,
+            _restore(session, mount, bundle, podman, lazy=work / "runc" / SOCKET_NAME) as restored,
+        ):
+            assert mount.status()["lazy_pages"]["missing_bytes"] > 0
+            before_s = time.time()
+            mount.kill()
+
+            def has_died() -> bool:
+                shown = session.run(["runc", "list", "--format", "json"])
+                return all(each["status"] == "stopped" for each in json.loads(shown) or [])
+
+            wait_until(has_died, "the container has been killed", 30)
+            assert not restored.status.events("hash", before_s)
+        mount.start()
+
+
 @pytest.mark.parametrize("lazy", [(), ("--lazy-pages",)], ids=["eager", "lazy-pages"])
 def test_lazyfs_has_runc_restore_it(
     podman: PodmanCheckpoint, store: Store, reference: str, work: Path, lazy: tuple[str, ...]
@@ -188,7 +250,12 @@ def test_inspect_tells_what_it_is(podman: PodmanCheckpoint, reference: str, work
 
 
 def _restore(
-    session: Session, mount: Mount, bundle: Path, podman: PodmanCheckpoint, *, lazy: bool = False
+    session: Session,
+    mount: Mount,
+    bundle: Path,
+    podman: PodmanCheckpoint,
+    *,
+    lazy: bool | Path = False,
 ) -> Restored:
     return runc_restore(
         session,

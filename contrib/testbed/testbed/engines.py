@@ -215,7 +215,7 @@ def runc_restore(
     work_dir: Path,
     *,
     members: int = 1,
-    lazy_pages: bool | Sequence[str] = False,
+    lazy_pages: bool | Sequence[str] | Path = False,
     program: str | Path = "runc",
     timeout_s: float = 300,
 ) -> Restored:
@@ -228,7 +228,7 @@ def runc_restore(
         work_dir: for CRIU's log and socket.
         members: how many processes report in the status file.
         lazy_pages: True to restore with CRIU's lazy-pages daemon (inside); or the command of
-            another server for `work_dir`/lazy-pages.socket (here).
+            another server for `work_dir`/lazy-pages.socket (here); or that path, where one listens.
         program: what is run for runc.
         timeout_s: for `runc restore` to return.
 
@@ -243,7 +243,9 @@ def runc_restore(
     with ExitStack() as on_failure:
         daemon = None
         words = [str(program), "restore", "--detach", *paths, "--bundle", str(bundle.absolute())]
-        if lazy_pages:
+        if isinstance(lazy_pages, Path):
+            words.append("--lazy-pages")
+        elif lazy_pages:
             if isinstance(lazy_pages, bool):
                 server = ["criu", "lazy-pages", "-D", paths[1], "-W", paths[3]]
                 command = session.command([*server, "-v1", "-o", "lazy-pages.log"])
