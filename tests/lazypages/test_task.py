@@ -422,6 +422,17 @@ async def test_a_page_that_cannot_be_had_is_an_error(world: World) -> None:
         await world.task.send_some()
 
 
+def test_events_that_cannot_be_read_are_an_error() -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    uffd = Userfaultfd(reading)
+    assert not uffd.read()
+    uffd.close()
+    uffd = Userfaultfd(writing)
+    with pytest.raises(LazyfsError):
+        uffd.read()
+    uffd.close()
+
+
 async def test_memory_that_cannot_be_filled_is_an_error(world: World) -> None:
     world.kernel.refusals = [errno.ENOMEM]
     world.kernel.fault(100)
