@@ -48,3 +48,7 @@ fi
 for name in lazyfs-runtime lazyfs-runc lazyfs-crun; do
     ln -sf "../../contrib/runtime/$name" ".venv/bin/$name"
 done
+
+# Each command is a process of its own; where PYTHONDONTWRITEBYTECODE is set it would compile all of
+# lazyfs each time.
+.venv/bin/python -m compileall -q lazyfs tests contrib/testbed || true

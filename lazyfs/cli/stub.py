@@ -3,7 +3,7 @@
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from lazyfs.checkpoint.reference import (
 from lazyfs.cli.opening import with_checkpoint
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
 from lazyfs.cli.text import human_bytes, printable
+from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, UsageError
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def stub_command(
     """Write the stub of a checkpoint image: all of it but memory.
 
     An engine pulls the stub in no time and restores it through lazyfs-runtime, which takes the
-    memory from REF as it is needed: REF has to stay in its registry. Without lazyfs-runtime the
-    stub cannot be restored: CRIU says that it cannot open its pages files.
+    memory from REF as it is needed: REF has to stay in its registry, and keeps its tag. Without
+    lazyfs-runtime the stub cannot be restored: CRIU says that it cannot open its pages files.
 
     What goes into a stub is proven before. Of a layer whose digest is the only proof that takes
     all of it, once.
@@ -75,6 +76,7 @@ def stub_command(
     from lazyfs.checkpoint.stub_image import write_stub_of
 
     asked, where = parse_reference(reference), _parse_target(new_reference)
+    _insist_on_another_name(where, [reference, *filter(None, [real_reference])], source)
     real = _real(asked, real_reference, source)
     source = replace(source, shows_stubs=True)
     if source.content.verify == "background":
@@ -102,6 +104,36 @@ def stub_command(
     _try_out(where, asked, source)
     report = with_checkpoint(reference, source, write)
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else printable(_said(report)))
+
+
+def _insist_on_another_name(where: "_Where", taken: Sequence[str], source: SourceOptions) -> None:
+    """See that the real image keeps its tag: a registry clears away what has none.
+
+    Raises:
+        UsageError: the stub would be called as one of `taken` is.
+    """
+    for each in map(parse_reference, taken):
+        if not isinstance(where, RegistryReference) or not isinstance(each, RegistryReference):
+            continue
+        if replace(each, tag=where.tag, digest=None) != where:
+            continue
+        has_digest = each.digest is not None
+        if each.tag == where.tag or (has_digest and _named(where, source) == each.digest):
+            raise UsageError(
+                f"{where} is the image itself, which has to stay: call the stub by another name"
+            )
+
+
+def _named(where: RegistryReference, source: SourceOptions) -> Digest | None:
+    """Return what a tag names by now, if that can be told."""
+    from lazyfs.checkpoint.image import resolve
+    from lazyfs.ground.counters import Counters
+
+    try:
+        with closing(resolve(where, source.transport, Counters())) as image:
+            return image.digest
+    except LazyfsError:
+        return None  # nothing; or it is said when it is written to
 
 
 def _said(report: "StubReport") -> str:

@@ -123,6 +123,31 @@ def test_what_is_in_no_registry_needs_its_like_in_one(
     assert (code, "has no such thing" in err) == (3, True)
 
 
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("digest", ["", f"@{digest_of(b'')}"])
+def test_the_name_of_the_image_itself_stays_its_own(
+    server: FaultServer, say: Said, tmp_path: Path, real: bool, digest: str
+) -> None:
+    """Else nothing in the registry would name the memory any more, and it would be cleared away."""
+    named = publish_files(server, FILES)
+    asked = ["--real", named + digest, write_layout(tmp_path / "layout", tar_layer(FILES))]
+    code, out, err = say("stub", *(asked if real else [named + digest]), f"docker://{named}")
+    assert (code, out) == (2, "")
+    assert "by another name" in err
+    assert server.seen == [], "it is said before anything is asked"
+
+
+def test_a_tag_that_names_the_image_stays_its_own_though_it_was_asked_for_by_digest(
+    server: FaultServer, say: Said
+) -> None:
+    named, real = publish_files(server, FILES), real_of(server)
+    code, out, err = say("stub", real, named)
+    assert (code, out, "by another name" in err) == (2, "", True)
+    code, out, err = say("stub", real, f"{named}-stub")
+    assert (code, err) == (0, "")
+    assert say("stub", real, f"{named}-stub")[0] == 0, "a stub may take a stub's place"
+
+
 def test_a_registry_that_does_not_take_it(server: FaultServer, say: Said) -> None:
     reference = publish_files(server, FILES)
     server.always("/blobs/uploads/", status(405))
