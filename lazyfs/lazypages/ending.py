@@ -33,13 +33,14 @@ def end_tasks(pidfds: Iterable[int], uffds: Sequence[int], patience_s: float | N
     has exited. It goes on, and waits for the first page that it misses, for as long as the
     descriptor is held.
     """
-    tasks = [(pidfd, pid) for pidfd in pidfds if (pid := pid_of(pidfd)) > 0]
-    for pid in _descendants({pid for _, pid in tasks}):
-        with suppress(OSError):  # it has gone
-            _kill(os.pidfd_open(pid), close=True)
-    for pidfd, _ in tasks:
+    tasks = list(pidfds)
+    with suppress(OSError):  # no descriptor is left to look with
+        for pid in _descendants({pid for pidfd in tasks if (pid := pid_of(pidfd)) > 0}):
+            with suppress(OSError):  # it has gone
+                _kill(os.pidfd_open(pid), close=True)
+    for pidfd in tasks:
         _kill(pidfd)
-    for pidfd, _ in tasks:
+    for pidfd in tasks:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         poll.poll(None if patience_s is None else patience_s * 1000)
@@ -65,7 +66,7 @@ def pid_of(pidfd: int) -> int:
 
 
 def _kill(pidfd: int, *, close: bool = False) -> None:
-    with suppress(ProcessLookupError):
+    with suppress(OSError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     if close:
         os.close(pidfd)

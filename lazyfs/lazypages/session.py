@@ -52,6 +52,7 @@ class Session:
         self._uffds: list[Userfaultfd] = []
         """All that may be open."""
         self._pidfds: list[int] = []
+        """Of all tasks until the end of the restore: a child may miss what its parent has."""
         self._news = trio.Event()
         self._nursery: trio.Nursery | None = None
 
@@ -147,8 +148,6 @@ class Session:
             nursery.cancel_scope.cancel()
         self.tasks.remove(task)
         self._uffds.remove(task.uffd)
-        if pidfd is not None:
-            self._forget(pidfd)
         self._news.set()
 
     async def _send(self) -> None:
@@ -172,6 +171,7 @@ class Session:
         if uffds:
             log.error("the tasks of a restore are killed: %d bytes are missing", self.missing_bytes)
             descriptors = [uffd.descriptor for uffd in uffds]
+            self.is_held = True  # until it is known that they are dead
             self.is_held = not await trio.to_thread.run_sync(
                 end_tasks, self._pidfds[:], descriptors, _PATIENCE_S
             )

@@ -9,16 +9,19 @@ the trio thread, and `_missing` is asked anew after every `await`.
 A thread of the task waits until its message has been read, so messages that are read together are
 of different threads, and their order says little: the kernel lets go of the task's memory before
 it queues them. So what is unmapped is forgotten last: a child that was made at the same time may
-have it still, and what has been moved there is what came after it.
+have it still, and what has been moved there is what came after it. And mremap(2) tells twice: that
+memory has moved, and, once that has been read, that there is none where it was; by then another
+thread may have moved its own there.
 
-Source: Linux, fs/userfaultfd.c (mmap_changing); CRIU, criu/uffd.c (handle_page_fault,
-handle_remove, handle_remap, handle_fork, uffd_check_op_error).
+Source: Linux, fs/userfaultfd.c (mmap_changing), mm/mremap.c (the order of its messages); CRIU,
+criu/uffd.c (handle_page_fault, handle_remove, handle_remap, handle_fork, uffd_check_op_error).
 """
 
 import logging
 import mmap
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from enum import Enum
 
@@ -51,6 +54,8 @@ _BEFORE_BYTES = _LEAST_WINDOW_BYTES
 _MOST_ZEROS_BYTES = MIB
 _STEP_BYTES = MIB
 """What is sent in the background at a time: a fault waits for the rest of it, 0.3 ms."""
+_LEFT_MOST = 64
+"""Moves that are remembered until the rest of them is told; of MREMAP_DONTUNMAP it never is."""
 _SETTLE_S = 0.0003
 _SETTLE_MOST_S = 0.02
 """A task that is frozen in the middle of mremap(2) or fork(2) keeps it busy for as long."""
@@ -94,6 +99,8 @@ class Task:
         self._zeros_end = 0
         self._settle_s = _SETTLE_S
         self._cursor = 0
+        self._left: deque[tuple[Unmapped, list[tuple[int, int]]]] = deque(maxlen=_LEFT_MOST)
+        """What will be told to be unmapped since it has moved, and what has moved there since."""
         self._bringing: set[int] = set()
         self._nursery: trio.Nursery | None = None
 
@@ -153,12 +160,16 @@ class Task:
             elif isinstance(event, Moved):
                 self._missing.move(*event)
                 moved.append((event.to, event.to + event.length))
+                for left, since in self._left:
+                    if event.to < left.stop and left.start < event.to + event.length:
+                        since.append(moved[-1])
+                self._left.append((Unmapped(event.source, event.source + event.length), []))
             elif isinstance(event, Zeroed):
                 self._missing.drop(*event)
             else:
                 unmapped.append(event)
         for each in unmapped:
-            for start, stop in _without(each, moved):
+            for start, stop in _without(each, moved + self._moved_after(each)):
                 self._missing.drop(start, stop)
         for page in faults:
             if self._gone:
@@ -170,6 +181,14 @@ class Task:
                 self._bringing.add(page)
                 self._nursery.start_soon(self._bring, page, began_s)
         self._end_if_done()
+
+    def _moved_after(self, unmapped: Unmapped) -> list[tuple[int, int]]:
+        """Return what has moved since this was unmapped, where a move has already told of that."""
+        for number, (left, since) in enumerate(self._left):
+            if left == unmapped:
+                del self._left[number]
+                return since
+        return []
 
     # -- faults -----------------------------------------------------------------------------
 

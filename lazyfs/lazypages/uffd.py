@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lazyfs.ground.data import Data
+from lazyfs.ground.errors import LazyfsError
 from lazyfs.lazypages.protocol import MESSAGE_BYTES
 
 _MESSAGES_AT_ONCE = 64
@@ -103,11 +104,17 @@ class Userfaultfd:
 
         Faults come before other events, whatever was first; so those of one read have to be
         applied before its faults are served.
+
+        Raises:
+            LazyfsError: as a rule, since there is no descriptor left for a child.
         """
         try:
             count = os.readv(self.descriptor, [self._buffer])
         except BlockingIOError:
             count = 0
+        except OSError as error:
+            why = os.strerror(error.errno or 0)
+            raise LazyfsError(f"what a task does with its memory cannot be told: {why}") from None
         return self._view[:count]
 
     def copy(self, to: int, data: Data) -> Copied:

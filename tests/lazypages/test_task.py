@@ -263,6 +263,37 @@ async def test_what_moved_to_where_others_unmap_at_the_same_time_came_after(worl
     assert world.kernel.filled[195] == world.kernel.filled[255] == ZEROS
 
 
+async def test_what_has_moved_to_where_something_just_moved_away_is_not_forgotten(
+    world: World,
+) -> None:
+    world.kernel.tell(0x14, 100 * PAGE, 1000 * PAGE, 50 * PAGE)
+    world.task.hear()
+    world.kernel.tell(0x14, 300 * PAGE, 100 * PAGE, 20 * PAGE)
+    world.task.hear()
+    world.kernel.tell(0x16, 100 * PAGE, 150 * PAGE)
+    world.kernel.tell(0x16, 300 * PAGE, 320 * PAGE)
+    world.kernel.fault(110)
+    world.kernel.fault(1010)
+    world.task.hear()
+    assert world.kernel.filled[110] == content(310 - 16)
+    assert world.kernel.filled[1010] == content(110 - 16)
+
+
+async def test_what_is_unmapped_after_it_has_moved_there_is_forgotten(world: World) -> None:
+    for event in (
+        (0x14, 100 * PAGE, 1000 * PAGE, 50 * PAGE),
+        (0x16, 100 * PAGE, 150 * PAGE),
+        (0x14, 300 * PAGE, 100 * PAGE, 50 * PAGE),
+        (0x16, 300 * PAGE, 350 * PAGE),
+        (0x16, 100 * PAGE, 150 * PAGE),
+    ):
+        world.kernel.tell(*event)
+        world.task.hear()
+    world.kernel.fault(110)
+    world.task.hear()
+    assert world.kernel.filled[110] == ZEROS
+
+
 async def test_a_child_has_what_others_unmap_at_the_same_time(world: World) -> None:
     world.kernel.tell(0x16, 100 * PAGE, 200 * PAGE)
     world.kernel.tell(0x13, 77)
@@ -389,6 +420,17 @@ async def test_a_page_that_cannot_be_had_is_an_error(world: World) -> None:
     assert not world.task.is_over
     with pytest.raises(FetchError):
         await world.task.send_some()
+
+
+def test_events_that_cannot_be_read_are_an_error() -> None:
+    reading, writing = os.pipe2(os.O_NONBLOCK)
+    uffd = Userfaultfd(reading)
+    assert not uffd.read()
+    uffd.close()
+    uffd = Userfaultfd(writing)
+    with pytest.raises(LazyfsError):
+        uffd.read()
+    uffd.close()
 
 
 async def test_memory_that_cannot_be_filled_is_an_error(world: World) -> None:
