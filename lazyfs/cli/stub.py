@@ -75,7 +75,8 @@ def stub_command(
     from lazyfs.checkpoint.stub_image import write_stub_of
 
     asked, where = parse_reference(reference), _parse_target(new_reference)
-    real = _real(asked, real_reference, source)
+    _refuse_the_same_name(asked, where)
+    real = _real(asked, real_reference, where, source)
     source = replace(source, shows_stubs=True)
     if source.content.verify == "background":
         source = replace(source, content=replace(source.content, verify="full"))
@@ -114,7 +115,7 @@ def _said(report: "StubReport") -> str:
 
 
 def _real(
-    asked: Reference, real_reference: str | None, source: SourceOptions
+    asked: Reference, real_reference: str | None, where: "_Where", source: SourceOptions
 ) -> RegistryReference | None:
     """Return the image that the stub stands for if it is not REF itself, by digest.
 
@@ -135,6 +136,7 @@ def _real(
     parsed = parse_reference(real_reference)
     if not isinstance(parsed, RegistryReference):
         raise UsageError(f"--real {parsed} is no image in a registry")
+    _refuse_the_same_name(parsed, where)
     image = resolve(parsed, source.transport, Counters())
     image.close()
     if image.digest is None:
@@ -166,6 +168,28 @@ def _parse_target(text: str) -> _Where:
     if isinstance(parsed, ImageArchiveReference) and parsed.scheme == "oci-archive":
         return parsed
     raise UsageError(f"a stub cannot be written to {parsed}. NEWREF is one of\n{NEWREF_FORMS}")
+
+
+def _refuse_the_same_name(image: Reference, where: _Where) -> None:
+    """Do not let a stub take the name of the image that it needs: a registry may then collect that.
+
+    Raises:
+        UsageError: it would.
+    """
+    if isinstance(image, RegistryReference) and isinstance(where, RegistryReference):
+        same = (image.host, image.repository) == (where.host, where.repository)
+        same = same and (image.tag or image.wanted) == (where.tag or where.wanted)
+    elif isinstance(image, LayoutReference) and isinstance(where, LayoutReference):
+        same = image.directory.resolve() == where.directory.resolve() and image.tag == where.tag
+    elif isinstance(image, ImageArchiveReference) and isinstance(where, ImageArchiveReference):
+        same = image.path.resolve() == where.path.resolve()
+    else:
+        return
+    if same:
+        raise UsageError(
+            f"the stub would take the place of {image}, which it cannot be restored without: "
+            "give it a name of its own, such as the image's with -stub behind"
+        )
 
 
 def _open_registry(

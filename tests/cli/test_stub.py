@@ -100,6 +100,32 @@ def test_where_none_can_be_written(say: Said, server: FaultServer, where: str, w
     assert server.seen == [], "it is said before anything is fetched"
 
 
+@pytest.mark.parametrize("digest", [False, True])
+def test_a_stub_does_not_take_the_name_of_its_image(
+    say: Said, server: FaultServer, digest: bool
+) -> None:
+    reference = publish_files(server, FILES)
+    name = f"{server.host}/{server.repository}:1"
+    asked = f"{name}@{reference.partition('@')[2] or digest_of(b'')}" if digest else name
+    code, out, err = say("stub", asked, f"docker://{name}")
+    assert (code, out) == (2, "")
+    assert "would take the place of" in err
+    code, out, err = say("stub", "--real", name, "oci:/srv/layout:1", name)
+    assert (code, out) == (2, "")
+    assert "would take the place of" in err
+    assert server.seen == [], "it is said before anything is asked"
+
+
+def test_a_stub_does_not_take_the_place_of_what_it_is_made_of(say: Said, tmp_path: Path) -> None:
+    local = write_layout(tmp_path / "layout", tar_layer(FILES))
+    real = "a.example/b:1"
+    code, _out, err = say("stub", "--real", real, local, local)
+    assert (code, "would take the place of" in err) == (2, True)
+    archive = f"oci-archive:{tmp_path}/a.tar"
+    code, _out, err = say("stub", "--real", real, archive, f"{archive}:2")
+    assert (code, "would take the place of" in err) == (2, True)
+
+
 def test_what_is_in_no_registry_needs_its_like_in_one(
     server: FaultServer, say: Said, tmp_path: Path
 ) -> None:
