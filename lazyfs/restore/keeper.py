@@ -183,13 +183,13 @@ class _Keeper:
         self._warnings += served.warnings
         blocking = []
         for finding in served.findings:
-            if finding["level"] == "blocks":
+            if finding["level"] == "blocks" and not plan.force:
                 blocking.append(finding["message"])
-            if finding["level"] in ("blocks", "warns"):
+            elif finding["level"] in ("blocks", "warns"):
                 self._warnings.append(finding["message"])
         self._warnings = list(dict.fromkeys(self._warnings))
         self._watch.tell(event="mounted", reference=served.reference, warnings=self._warnings)
-        if blocking and not plan.force:
+        if blocking:
             error = LazyfsError(
                 f"it will not restore here: {'; '.join(blocking)}. With --force it is tried"
             )
