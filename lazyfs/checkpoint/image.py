@@ -146,7 +146,7 @@ class ResolvedImage:
         """Say in a short phrase what the image is, for "not a checkpoint: it is …"."""
         if self.source is None:
             directory = self.reference.startswith("dir:")
-            return "a directory" if directory else "an archive"
+            return "a directory of other files" if directory else "an archive of other files"
         config = b""
         if not self.artifact_type:
             try:
