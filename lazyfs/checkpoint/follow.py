@@ -86,7 +86,9 @@ async def _opened_real(
     """Open what the stub `name` stands for; say so where it cannot be had."""
     is_open = False
     try:
-        async with open_checkpoint(str(real), config, counters, unpack=unpack) as checkpoint:
+        async with open_checkpoint(
+            f"docker://{real}", config, counters, unpack=unpack
+        ) as checkpoint:
             await _insist_on_memory(checkpoint)
             checkpoint.stub = name
             is_open = True

@@ -131,6 +131,7 @@ class IndexMemory:
         self._name = name_of(digest, "index", name)
         self._known: dict[ByteRange, Data] = {}
         self._asked: dict[ByteRange, Data] = {}
+        self._believed: dict[ByteRange, Data] = {}
         self.used = False
         """Whether something that was kept has been believed."""
 
@@ -144,6 +145,7 @@ class IndexMemory:
         if not ranges or not all(each in self._known for each in ranges):
             return None
         self.used = True
+        self._believed.update((each, self._known[each]) for each in ranges)
         return [self._known[each] for each in ranges]
 
     def note(self, ranges: Sequence[ByteRange], replies: Sequence[Data]) -> None:
@@ -154,15 +156,16 @@ class IndexMemory:
         """Keep what was asked for, now that it is proven. Blocks; a second time does nothing."""
         asked, self._asked = self._asked, {}
         if asked:
-            listed = msgspec.json.encode([(each.start, each.stop) for each in asked])
-            self._documents.keep(self._name, [listed + b"\n", *asked.values()])
+            kept = {**self._believed, **asked}
+            listed = msgspec.json.encode([(each.start, each.stop) for each in kept])
+            self._documents.keep(self._name, [listed + b"\n", *kept.values()])
         elif self.used:
             self._documents.note_use([self._name])
 
     def forget(self) -> None:
         """Forget what was kept: it led nowhere. Blocks."""
         self._documents.forget(self._name)
-        self._known, self._asked, self.used = {}, {}, False
+        self._known, self._asked, self._believed, self.used = {}, {}, {}, False
 
 
 def _unpack(document: Data) -> dict[ByteRange, Data]:

@@ -24,6 +24,7 @@ ANNOTATION = "lazyfs.stub.reference"
 """Of a stub's manifest: the real image, as in the marker."""
 LARGEST_MARKER_BYTES = 1 << 20
 VERSION = 1
+_SCHEME = "docker://"
 
 _Name = Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
 _Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
@@ -88,10 +89,13 @@ def real_reference(stub: Stub) -> RegistryReference:
     Raises:
         MalformedError: it is no image in a registry, or not named by its digest.
     """
-    try:
-        reference = parse_reference(stub.reference)
-    except LazyfsError as error:
-        raise MalformedError(f"{MARKER} names no image: {error}") from None
+    text = stub.reference
+    try:  # as it says: what lies in the current directory has no say
+        reference = parse_reference(text if text.startswith(_SCHEME) else _SCHEME + text)
+    except LazyfsError:
+        raise MalformedError(
+            f"{MARKER} names no image; it has to be one in a registry, HOST/REPOSITORY@DIGEST"
+        ) from None
     if not isinstance(reference, RegistryReference) or reference.digest is None:
         raise MalformedError(
             f"{MARKER} names {stub.reference!r}; it has to be an image in a registry, by digest"

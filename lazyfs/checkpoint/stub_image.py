@@ -27,7 +27,7 @@ from lazyfs.checkpoint.images import ImagesDirectory
 from lazyfs.checkpoint.manifest import INDEX_TYPES, ImageIndex, parse_manifest
 from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.opened_layer import OpenedLayer
-from lazyfs.checkpoint.stub import ANNOTATION, MARKER, Pages, Stub, write_stub
+from lazyfs.checkpoint.stub import ANNOTATION, MARKER, Pages, Stub, read_stub, write_stub
 from lazyfs.checkpoint.stub_documents import (
     annotate,
     compression,
@@ -121,6 +121,12 @@ async def write_stub_of(
         lazy_pages=lazy_pages,
         made_by=made_by,
     )
+    try:
+        read_stub(write_stub(stub))
+    except MalformedError as error:
+        raise UnsupportedLayer(
+            f"{checkpoint.reference}: no stub can name its {len(pages)} pages files: {error}"
+        ) from error
     with ExitStack() as stack:
         writer = _Writer(checkpoint, target, stack)
         digest, image_bytes = await writer.write(images, stub, tag)

@@ -82,7 +82,7 @@ async def write_layer(
     """Write a layer to `file`. The same plan gives the same bytes. `read` gives a file's bytes.
 
     Raises:
-        UnsupportedLayer: it holds a device, of which only the name is known here.
+        UnsupportedLayer: it holds a device, of which only the name is known here, or an odd name.
         IntegrityError, FetchError, SourceError: it cannot be read.
         LazyfsError: there is no room for it.
     """
@@ -190,7 +190,13 @@ def _link_in_place_of(entry: Entry) -> tarfile.TarInfo:
 
 
 def _header(info: tarfile.TarInfo) -> bytes:
-    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    try:
+        return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise UnsupportedLayer(
+            f"{info.name!r} has an extended attribute whose name is not UTF-8: no stub can be made "
+            "of its layer"
+        ) from None
 
 
 def _padding(size_bytes: int) -> bytes:

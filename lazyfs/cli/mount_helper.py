@@ -8,7 +8,7 @@ unless `ro` is among them (libmount, `src/optlist.c`, `mnt_optlist_strdup_optstr
 nothing.
 
 What mountinfo shows as the mount's source is REF as it was given: mount(8) takes it for mounted by
-that (`mount -a`, `umount REF`).
+that (`mount -a`, `umount REF`). A URL's query, which may be a signature, is not shown.
 
 Source of the calling convention and of the exit codes: mount(8), "External helpers", "Exit status".
 """
@@ -136,7 +136,7 @@ def understand(arguments: Sequence[str]) -> Asked:
         )
     reference, directory = rest
     options = [each for name, text in found if name == "-o" for each in split_options(text)]
-    words = [*words_of(options, is_sloppy="-s" in given), f"--source-name={reference}"]
+    words = [*words_of(options, is_sloppy="-s" in given), f"--source-name={_shown(reference)}"]
     if "-v" in given:
         words.append("--verbose")
     mount_command.make_context("mount.lazyfs", [*words, "--", reference, directory])
@@ -145,6 +145,11 @@ def understand(arguments: Sequence[str]) -> Asked:
     except UsageError as error:
         raise _Usage(str(error)) from None
     return Asked(reference, Path(directory), tuple(words), "-f" in given)
+
+
+def _shown(reference: str) -> str:
+    """Return a reference as it was given, but for a URL's query: all may read mountinfo."""
+    return reference.partition("?")[0] if "://" in reference else reference
 
 
 def split_options(text: str) -> Iterator[str]:

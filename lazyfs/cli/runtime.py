@@ -98,7 +98,7 @@ def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> i
     source = _source(config, reference.host)
     opening = partial(_open_config, source, config.kubelet, reference)
     task = Task(
-        reference=stub.reference,
+        reference=str(reference),
         opening=opening,
         call=call,
         program=program,

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from lazyfs.checkpoint.reference import (
 from lazyfs.cli.opening import with_checkpoint
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
 from lazyfs.cli.text import human_bytes, printable
+from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, UsageError
 
 if TYPE_CHECKING:
@@ -66,8 +67,8 @@ def stub_command(
     """Write the stub of a checkpoint image: all of it but memory.
 
     An engine pulls the stub in no time and restores it through lazyfs-runtime, which takes the
-    memory from REF as it is needed: REF has to stay in its registry. Without lazyfs-runtime the
-    stub cannot be restored: CRIU says that it cannot open its pages files.
+    memory from REF as it is needed: REF has to stay in its registry, and keeps its tag. Without
+    lazyfs-runtime the stub cannot be restored: CRIU says that it cannot open its pages files.
 
     What goes into a stub is proven before. Of a layer whose digest is the only proof that takes
     all of it, once.
@@ -75,8 +76,8 @@ def stub_command(
     from lazyfs.checkpoint.stub_image import write_stub_of
 
     asked, where = parse_reference(reference), _parse_target(new_reference)
-    _refuse_the_same_name(asked, where)
-    real = _real(asked, real_reference, where, source)
+    _insist_on_another_name(where, [reference, *filter(None, [real_reference])], source)
+    real = _real(asked, real_reference, source)
     source = replace(source, shows_stubs=True)
     if source.content.verify == "background":
         source = replace(source, content=replace(source.content, verify="full"))
@@ -105,6 +106,36 @@ def stub_command(
     click.echo(json.dumps(report.as_json(), indent=2) if as_json else printable(_said(report)))
 
 
+def _insist_on_another_name(where: "_Where", taken: Sequence[str], source: SourceOptions) -> None:
+    """See that the real image keeps its tag: a registry clears away what has none.
+
+    Raises:
+        UsageError: the stub would be called as one of `taken` is.
+    """
+    for each in map(parse_reference, taken):
+        if not isinstance(where, RegistryReference) or not isinstance(each, RegistryReference):
+            continue
+        if replace(each, tag=where.tag, digest=None) != where:
+            continue
+        has_digest = each.digest is not None
+        if each.tag == where.tag or (has_digest and _named(where, source) == each.digest):
+            raise UsageError(
+                f"{where} is the image itself, which has to stay: call the stub by another name"
+            )
+
+
+def _named(where: RegistryReference, source: SourceOptions) -> Digest | None:
+    """Return what a tag names by now, if that can be told."""
+    from lazyfs.checkpoint.image import resolve
+    from lazyfs.ground.counters import Counters
+
+    try:
+        with closing(resolve(where, source.transport, Counters())) as image:
+            return image.digest
+    except LazyfsError:
+        return None  # nothing; or it is said when it is written to
+
+
 def _said(report: "StubReport") -> str:
     sizes = f"{human_bytes(report.image_bytes)} in place of {human_bytes(report.real_image_bytes)}"
     said = f"wrote {report.reference} ({sizes}; stands for {report.stands_for})"
@@ -115,7 +146,7 @@ def _said(report: "StubReport") -> str:
 
 
 def _real(
-    asked: Reference, real_reference: str | None, where: "_Where", source: SourceOptions
+    asked: Reference, real_reference: str | None, source: SourceOptions
 ) -> RegistryReference | None:
     """Return the image that the stub stands for if it is not REF itself, by digest.
 
@@ -136,7 +167,6 @@ def _real(
     parsed = parse_reference(real_reference)
     if not isinstance(parsed, RegistryReference):
         raise UsageError(f"--real {parsed} is no image in a registry")
-    _refuse_the_same_name(parsed, where)
     image = resolve(parsed, source.transport, Counters())
     image.close()
     if image.digest is None:
@@ -168,28 +198,6 @@ def _parse_target(text: str) -> _Where:
     if isinstance(parsed, ImageArchiveReference) and parsed.scheme == "oci-archive":
         return parsed
     raise UsageError(f"a stub cannot be written to {parsed}. NEWREF is one of\n{NEWREF_FORMS}")
-
-
-def _refuse_the_same_name(image: Reference, where: _Where) -> None:
-    """Do not let a stub take the name of the image that it needs: a registry may then collect that.
-
-    Raises:
-        UsageError: it would.
-    """
-    if isinstance(image, RegistryReference) and isinstance(where, RegistryReference):
-        same = (image.host, image.repository) == (where.host, where.repository)
-        same = same and (image.tag or image.wanted) == (where.tag or where.wanted)
-    elif isinstance(image, LayoutReference) and isinstance(where, LayoutReference):
-        same = image.directory.resolve() == where.directory.resolve() and image.tag == where.tag
-    elif isinstance(image, ImageArchiveReference) and isinstance(where, ImageArchiveReference):
-        same = image.path.resolve() == where.path.resolve()
-    else:
-        return
-    if same:
-        raise UsageError(
-            f"the stub would take the place of {image}, which it cannot be restored without: "
-            "give it a name of its own, such as the image's with -stub behind"
-        )
 
 
 def _open_registry(

@@ -21,8 +21,11 @@ def attempts(
     *,
     settings: TransportSettings,
     counters: Counters,
+    heard_s: Callable[[], float] = lambda: 0.0,
 ) -> _T:
     """Return what `action` returns, called again as `Patience` allows. Blocks, in a thread.
+
+    `heard_s`: when something last went forward (`time.monotonic`): silence is what comes after.
 
     Raises what `action` raises, and the
     FetchError that says for how long was tried.
@@ -36,7 +39,7 @@ def attempts(
         except UnknownHost:
             raise  # nothing has worked yet: it is the name that is wrong
         except FetchError as error:
-            silent_s = time.monotonic() - began
+            silent_s = time.monotonic() - max(began, heard_s())
             pause_s = patience.pause_after(error, silent_s=silent_s, progressed=False)
         time.sleep(pause_s)
         counters.retries += 1

@@ -18,7 +18,7 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, BinaryIO, Literal
 
@@ -47,6 +47,9 @@ from lazyfs.transport.wake import blocks_on
 logging.getLogger("urllib3").setLevel(logging.CRITICAL)
 
 PIECE_BYTES = 256 * 1024
+_TAKEN_IN_BYTES_PER_S = 4 << 20
+"""What the slowest of registries do with a blob before they answer, such as a copy in an object
+store; an assumption."""
 _FOREIGN_ERRORS = (
     requests.RequestException,
     urllib3.exceptions.HTTPError,
@@ -184,6 +187,15 @@ class _Adapter(HTTPAdapter):
         return "CERT_NONE" if unchecked else "CERT_REQUIRED"
 
 
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        """Know of no redirect.
+
+        Who does not follow one has it read to its end all the same, whatever its length, for the
+        sake of `Response.next` (requests, `sessions.py`, `resolve_redirects`).
+        """
+
+
 class Connection:
     """One `requests.Session`, which holds one connection. Not thread-safe: lease it."""
 
@@ -205,7 +217,7 @@ class Connection:
         self._settings = settings
         self._gate = _Gate()
         self._gate.on_connected = self._note_socket
-        self._session = requests.Session()
+        self._session = _Session()
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._session.mount(f"{origin.scheme}://", _Adapter(context, self._gate))
@@ -249,6 +261,7 @@ class Connection:
         if proxy is None:
             self._gate.on_peer = lambda peer: self._met(peer, on_peer)
         blocks_on(self.abort)
+        answer_timeout_s = self._answer_timeout_s(upload)
         try:
             if self._prepared is None or self._prepared[0] != url:
                 self._prepared = (url, requests.Request("GET", url).prepare())
@@ -269,12 +282,13 @@ class Connection:
             self._response = self._session.send(
                 request,
                 stream=True,
-                timeout=(self._settings.connect_timeout_s, self._settings.stall_timeout_s),
+                timeout=(self._settings.connect_timeout_s, answer_timeout_s),
                 proxies={} if proxy is None else {self.origin.scheme: proxy},
                 allow_redirects=False,
             )
         except _FOREIGN_ERRORS as error:
-            raise _translated(error, url, self._settings) from None
+            settings = replace(self._settings, stall_timeout_s=answer_timeout_s)
+            raise _translated(error, url, settings) from None
         return self._response.status_code, self._response.headers
 
     def receive(self) -> bytes:
@@ -293,6 +307,11 @@ class Connection:
         if not piece:
             blocks_on(None)  # others may use it from now on
         return piece
+
+    def _answer_timeout_s(self, upload: Upload | None) -> float:
+        """Return for how long an answer may take: who was given much hashes and moves it first."""
+        size_bytes = 0 if upload is None else upload.size_bytes
+        return self._settings.stall_timeout_s + size_bytes / _TAKEN_IN_BYTES_PER_S
 
     def _met(self, peer: str, on_peer: Callable[[str], None]) -> None:
         on_peer(peer)

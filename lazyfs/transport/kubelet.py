@@ -39,6 +39,12 @@ _VERSIONS = tuple(
     f"credentialprovider.kubelet.k8s.io/{each}" for each in ("v1", "v1beta1", "v1alpha1")
 )
 
+_UNREADABLE = (
+    msgspec.DecodeError,
+    *(ValueError, LookupError, AttributeError, TypeError, RecursionError),
+)
+"""What PyYAML raises besides its own, for tags on what they do not fit (`!!int ""`)."""
+
 
 class _Variable(msgspec.Struct, frozen=True):
     name: str
@@ -117,23 +123,20 @@ def find_login(
 
 
 def parse_config(data: bytes, path: Path) -> Sequence[Provider]:
-    """Read a CredentialProviderConfig: JSON; YAML where PyYAML is installed.
+    """Read a CredentialProviderConfig: JSON or YAML.
 
     Raises:
-        SourceError: it is none.
+        SourceError: it is none; the message has nothing of what is in it: `env` may be secret.
     """
     try:
         if data.lstrip()[:1] == b"{":
             config = msgspec.json.decode(data, type=_Config)
         else:
             config = msgspec.yaml.decode(data, type=_Config)
-    except ImportError:
-        raise SourceError(
-            f"the kubelet's {path} is YAML, which needs PyYAML: install it beside lazyfs, or write "
-            "the file as JSON, which the kubelet takes as well"
-        ) from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except msgspec.ValidationError as error:
         raise SourceError(f"{path} is no CredentialProviderConfig: {error}") from None
+    except _UNREADABLE:
+        raise SourceError(f"{path} is neither JSON nor YAML that can be read") from None
     if config.kind != "CredentialProviderConfig" or len(data) > _FILE_LIMIT_BYTES:
         raise SourceError(f"{path} is no CredentialProviderConfig")
     return config.providers

@@ -45,9 +45,8 @@ class LayoutTarget:
             directory.mkdir(parents=True, exist_ok=True)
             marker = directory / "oci-layout"
             if not marker.exists():
-                if any(not each.name.startswith(_NEW) for each in directory.iterdir()):
-                    raise LazyfsError(f"{self._name} is a directory with something else in it")
-                _replace(marker, _LAYOUT_FILE)
+                with self._lock():
+                    self._begin(marker)
 
     @property
     def name(self) -> str:
@@ -83,6 +82,14 @@ class LayoutTarget:
 
     def close(self) -> None:
         """Do nothing: all is written."""
+
+    def _begin(self, marker: Path) -> None:
+        """Make a layout of the directory, if nobody has meanwhile."""
+        if marker.exists():
+            return
+        if any(not each.name.startswith(_NEW) for each in self._directory.iterdir()):
+            raise LazyfsError(f"{self._name} is a directory with something else in it")
+        _replace(marker, _LAYOUT_FILE)
 
     def _path(self, digest: Digest) -> Path:
         path = self._directory / "blobs" / digest.algorithm / digest.hex

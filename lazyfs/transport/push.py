@@ -11,8 +11,9 @@ registries": a location in the place of a prefix holds for pushes too.
 """
 
 import os
+import time
 from collections.abc import Callable, Sequence
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TypeVar, cast
 from urllib.parse import quote
 
 from lazyfs.ground.counters import Counters
@@ -100,12 +101,13 @@ class RegistryTarget:
         if self._patiently(what, lambda: self._mount(what, digest)):
             return
         with open_blob() as file:
+            body = _Sent(file)
 
             def send() -> None:
-                file.seek(0)
-                self._send(what, digest, size_bytes, file)
+                body.seek(0)
+                self._send(what, digest, size_bytes, cast(BinaryIO, body))
 
-            self._patiently(what, send)
+            self._patiently(what, send, lambda: body.read_s)
 
     def put_manifest(self, data: bytes, media_type: str, tag: str | None) -> Digest:
         """See `Target.put_manifest`."""
@@ -120,8 +122,12 @@ class RegistryTarget:
         """Close connections."""
         self._source.close()
 
-    def _patiently(self, what: str, action: Callable[[], _T]) -> _T:
-        return attempts(f"writing {what}", action, settings=self._settings, counters=self._counters)
+    def _patiently(
+        self, what: str, action: Callable[[], _T], heard_s: Callable[[], float] = lambda: 0.0
+    ) -> _T:
+        settings, counters = self._settings, self._counters
+        what = f"writing {what}"
+        return attempts(what, action, settings=settings, counters=counters, heard_s=heard_s)
 
     def _has(self, what: str, digest: Digest, size_bytes: int) -> bool:
         reply = self._source.send(what, f"blobs/{digest}", {}, Upload("HEAD"))
@@ -181,6 +187,24 @@ class RegistryTarget:
         error = self._source.refusal(f"writing {what}", reply)
         advice = _ADVICE.get(reply.status)
         return error if advice is None else SourceError(f"{error}; {advice}")
+
+
+class _Sent:
+    """A file that is sent, and when it was last read from: the registry took what came before."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.read_s = 0.0
+
+    def read(self, size: int = -1) -> bytes:
+        self.read_s = time.monotonic()
+        return self._file.read(size)
+
+    def seek(self, offset: int) -> int:
+        return self._file.seek(offset)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 _ADVICE = {

@@ -152,6 +152,21 @@ def test_ranges_are_recalled_as_they_were_asked_for(tmp_path: Path) -> None:
     assert memory_of(tmp_path).recall(ranges) is None
 
 
+def test_what_was_recalled_stays_beside_what_is_new(tmp_path: Path) -> None:
+    """Two images may have the same layer, and say differently how it is to be read."""
+    first, other = ByteRange(0, 3), ByteRange(7, 9)
+    memory = memory_of(tmp_path)
+    memory.note([first], [b"abc"])
+    memory.save()
+    memory = memory_of(tmp_path)
+    assert memory.recall([first]) is not None
+    memory.note([other], [b"hi"])
+    memory.save()
+    found = memory_of(tmp_path).recall([first, other])
+    assert found is not None
+    assert list(map(bytes, found)) == [b"abc", b"hi"]
+
+
 class Unproven(Documents):
     """Documents that hold whatever they are given."""
 

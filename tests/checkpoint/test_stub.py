@@ -1,6 +1,7 @@
 """The marker of a stub: what is written is read, and nothing else is believed."""
 
 import contextlib
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -37,11 +38,30 @@ def test_a_marker_is_read_as_it_was_written() -> None:
         "http://registry.example/checkpoint.tar",
         "dir:/etc",
         "no reference",
+        f"docker://user:secret@registry.example/web@{_DIGEST}",
+        f"docker://docker://registry.example/web@{_DIGEST}",
+        f"dir:/etc@{_DIGEST}",
+        f"https://registry.example/web@{_DIGEST}",
     ],
 )
 def test_it_names_an_image_in_a_registry_by_digest_and_nothing_else(reference: str) -> None:
-    with pytest.raises(MalformedError):
+    with pytest.raises(MalformedError) as raised:
         read_stub(write_stub(Stub(reference=reference)))
+    assert len(str(raised.value).splitlines()) == 1, "engines show one line"
+    assert "secret" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["{}", "docker.io/{}"])
+def test_no_file_of_this_machine_is_in_its_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    image = f"team/web@{_DIGEST}"
+    file = tmp_path / name.format(image)
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"a checkpoint that somebody has put there")
+    monkeypatch.chdir(tmp_path)
+    stub = read_stub(write_stub(Stub(reference=name.format(image))))
+    assert str(real_reference(stub)) == f"docker.io/{image}"
 
 
 @pytest.mark.parametrize(

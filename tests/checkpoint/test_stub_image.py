@@ -45,6 +45,10 @@ def server() -> Iterator[FaultServer]:
         yield server
 
 
+def _members(files: Mapping[str, bytes]) -> list[Member]:
+    return [Member(name, data) for name, data in files.items()]
+
+
 def config(verify: Any = "full", **more: Any) -> OpenConfig:
     return OpenConfig(Cache.memory(), QUICK, ContentSettings(verify=verify), **more)
 
@@ -288,6 +292,16 @@ async def test_a_large_file_that_stays_is_told(server: FaultServer, tmp_path: Pa
     assert made.report.largest_file_bytes == 65 << 20
 
 
+async def test_extended_attributes_stay_as_they_are(server: FaultServer, tmp_path: Path) -> None:
+    attribute = "SCHILY.xattr.user.n"
+    odd = Member("odd", b"o", pax={attribute: "\udcff\n=\u00e9"})
+    made = await make(publish_files(server, [*_members(FILES), odd]), tmp_path)
+    (layer,) = made.manifest()["layers"]
+    with tarfile.open(fileobj=io.BytesIO(made.blob(layer["digest"]))) as archive:
+        found = {each.name: each for each in archive}
+    assert found["odd"].pax_headers[attribute] == "\udcff\n=\u00e9"
+
+
 # -- what there is no stub of -------------------------------------------------------------------
 
 
@@ -305,6 +319,23 @@ async def test_pages_that_were_pushed_as_files(server: FaultServer, tmp_path: Pa
     ]
     with pytest.raises(UnsupportedLayer, match="into one image layer"):
         await make(publish_many(server, layers), tmp_path)
+
+
+async def test_more_pages_files_than_a_marker_can_name(server: FaultServer, tmp_path: Path) -> None:
+    """A stub that nobody would restore is not written."""
+    more = {f"checkpoint/pages-{number}.img": b"" for number in range(2, 10_002)}
+    with pytest.raises(UnsupportedLayer, match="pages"):
+        await make(publish_files(server, {**FILES, **more}), tmp_path)
+    assert not (tmp_path / "layout/index.json").exists()
+
+
+async def test_a_name_that_no_tar_can_hold(server: FaultServer, tmp_path: Path) -> None:
+    blob = tar_bytes([*_members(FILES), Member("odd", b"o", pax={"SCHILY.xattr.user.XX": "1"})])
+    blob = blob.replace(b"user.XX=", b"user.\xff\xff=")
+    layer = Layer(blob, {}, "application/vnd.oci.image.layer.v1.tar")
+    made = make(publish(server, layer), tmp_path)
+    with pytest.raises(UnsupportedLayer, match="odd"):
+        await made
 
 
 async def test_a_stub_has_no_stub(server: FaultServer, tmp_path: Path) -> None:

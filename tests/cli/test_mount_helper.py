@@ -68,6 +68,12 @@ def test_a_reference_may_look_like_an_option_of_the_command() -> None:
     assert asked.words == ("--source-name=-x.tar",)
 
 
+def test_mountinfo_which_all_may_read_is_given_no_signature() -> None:
+    asked = understand(["https://store.example/web.tar?X-Signature=secret", "/mnt"])
+    assert asked.reference.endswith("secret")
+    assert asked.words == ("--source-name=https://store.example/web.tar",)
+
+
 @pytest.mark.parametrize("words", [[], ["x"], ["x", "y", "z"], ["x", "y", "-t", "ext4"], ["-q"]])
 def test_a_call_that_mount_does_not_make_is_refused(
     words: list[str], capsys: pytest.CaptureFixture[str]

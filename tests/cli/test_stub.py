@@ -100,32 +100,6 @@ def test_where_none_can_be_written(say: Said, server: FaultServer, where: str, w
     assert server.seen == [], "it is said before anything is fetched"
 
 
-@pytest.mark.parametrize("digest", [False, True])
-def test_a_stub_does_not_take_the_name_of_its_image(
-    say: Said, server: FaultServer, digest: bool
-) -> None:
-    reference = publish_files(server, FILES)
-    name = f"{server.host}/{server.repository}:1"
-    asked = f"{name}@{reference.partition('@')[2] or digest_of(b'')}" if digest else name
-    code, out, err = say("stub", asked, f"docker://{name}")
-    assert (code, out) == (2, "")
-    assert "would take the place of" in err
-    code, out, err = say("stub", "--real", name, "oci:/srv/layout:1", name)
-    assert (code, out) == (2, "")
-    assert "would take the place of" in err
-    assert server.seen == [], "it is said before anything is asked"
-
-
-def test_a_stub_does_not_take_the_place_of_what_it_is_made_of(say: Said, tmp_path: Path) -> None:
-    local = write_layout(tmp_path / "layout", tar_layer(FILES))
-    real = "a.example/b:1"
-    code, _out, err = say("stub", "--real", real, local, local)
-    assert (code, "would take the place of" in err) == (2, True)
-    archive = f"oci-archive:{tmp_path}/a.tar"
-    code, _out, err = say("stub", "--real", real, archive, f"{archive}:2")
-    assert (code, "would take the place of" in err) == (2, True)
-
-
 def test_what_is_in_no_registry_needs_its_like_in_one(
     server: FaultServer, say: Said, tmp_path: Path
 ) -> None:
@@ -147,6 +121,31 @@ def test_what_is_in_no_registry_needs_its_like_in_one(
     server.always("/manifests/", status(404))
     code, _out, err = say("stub", "--real", real, local, target)
     assert (code, "has no such thing" in err) == (3, True)
+
+
+@pytest.mark.parametrize("real", [False, True])
+@pytest.mark.parametrize("digest", ["", f"@{digest_of(b'')}"])
+def test_the_name_of_the_image_itself_stays_its_own(
+    server: FaultServer, say: Said, tmp_path: Path, real: bool, digest: str
+) -> None:
+    """Else nothing in the registry would name the memory any more, and it would be cleared away."""
+    named = publish_files(server, FILES)
+    asked = ["--real", named + digest, write_layout(tmp_path / "layout", tar_layer(FILES))]
+    code, out, err = say("stub", *(asked if real else [named + digest]), f"docker://{named}")
+    assert (code, out) == (2, "")
+    assert "by another name" in err
+    assert server.seen == [], "it is said before anything is asked"
+
+
+def test_a_tag_that_names_the_image_stays_its_own_though_it_was_asked_for_by_digest(
+    server: FaultServer, say: Said
+) -> None:
+    named, real = publish_files(server, FILES), real_of(server)
+    code, out, err = say("stub", real, named)
+    assert (code, out, "by another name" in err) == (2, "", True)
+    code, out, err = say("stub", real, f"{named}-stub")
+    assert (code, err) == (0, "")
+    assert say("stub", real, f"{named}-stub")[0] == 0, "a stub may take a stub's place"
 
 
 def test_a_registry_that_does_not_take_it(server: FaultServer, say: Said) -> None:

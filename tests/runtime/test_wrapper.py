@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from lazyfs.checkpoint.stub import MARKER, Stub, write_stub
 from tests.faults import FaultServer, status
 from tests.mount.published import FEW
 from tests.runtime.scripts import write_program
@@ -59,6 +60,16 @@ def test_the_runtime_reads_the_real_image(server: FaultServer, tmp_path: Path, k
         assert wrapped.alarms() == []
     finally:
         wrapped.close()
+
+
+def test_what_is_opened_is_what_was_allowed_however_it_is_written(wrapped: Wrapped) -> None:
+    """The marker's own words are read once, before the policy is asked."""
+    stub = Stub(reference=f"docker://{wrapped.reference}")
+    (wrapped.images / MARKER).write_bytes(write_stub(stub))
+    assert wrapped.run() == (0, "")
+    assert wrapped.sums == wrapped.right_sums
+    assert wrapped.server.count("/manifests/") == 1
+    wrapped.wait_alone()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A blob over HTTP: never a wrong byte, never a hang, no secret in a message."""
 
+import contextlib
 import os
 import random
 import ssl
@@ -302,6 +303,25 @@ def test_redirects_that_lead_nowhere(
     with pytest.raises(SourceError) as caught:
         read(blob_at(client, f"{server.url}/f"), 0, 9)
     assert "secret" not in str(caught.value)
+
+
+def test_a_redirect_whose_body_has_no_end(server: FaultServer, client: HttpClient) -> None:
+    """It is let go of after a few KiB, whatever it says that it has."""
+    sent_bytes = 0
+
+    def endless(exchange: faults.Exchange) -> None:
+        nonlocal sent_bytes
+        exchange.head(307, {"Location": "/g", "Content-Length": str(1 << 40)})
+        with contextlib.suppress(OSError):
+            while sent_bytes < 64 << 20:
+                exchange.write(bytes(1 << 20))
+                sent_bytes += 1 << 20
+        exchange.close()
+
+    server.always("/f", endless)
+    server.add_file("/g", DATA)
+    assert read(blob_at(client, f"{server.url}/f"), 0, 9) == DATA[:9]
+    assert sent_bytes < 32 << 20
 
 
 def test_redirects_without_end(server: FaultServer, client: HttpClient) -> None:

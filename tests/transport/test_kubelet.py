@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,57 @@ def test_the_provider_that_knows_the_image_is_asked(tmp_path: Path) -> None:
     assert find_login(path, tmp_path, "other.example", "team/web", {}) is None
 
 
+_YAML = """\
+# as Google Cloud and Azure write it
+---
+apiVersion: kubelet.config.k8s.io/v1
+kind: CredentialProviderConfig
+providers:
+  - name: acr
+    apiVersion: credentialprovider.kubelet.k8s.io/v1
+    defaultCacheDuration: "10m"
+    matchImages: ["*.azurecr.io", '*.example:5000']
+    args:
+      - /etc/kubernetes/azure.json
+    env: [{name: MODE, value: "1"}]
+"""
+
+
+def test_a_configuration_is_yaml_as_a_rule(tmp_path: Path) -> None:
+    (provider,) = parse_config(_YAML.encode(), Path("config.yaml"))
+    assert (provider.name, provider.args) == ("acr", ["/etc/kubernetes/azure.json"])
+    assert provider.match_images == ["*.azurecr.io", "*.example:5000"]
+    _provider(tmp_path, "acr", {**_ANSWER, "auth": {"a.example:5000": {"password": "secret"}}})
+    path = tmp_path / "config.yaml"
+    path.write_text(_YAML)
+    found = find_login(path, tmp_path, "a.example:5000", "web", {"PATH": "/usr/bin:/bin"})
+    assert found is not None
+    assert found.password == "secret"
+    assert (tmp_path / "words").read_text() == "/etc/kubernetes/azure.json 1\n"
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "TOKEN: secret: x",
+        "TOKEN: 'secret",
+        "TOKEN: secret\n\t- secret",
+        "TOKEN: !!python/name:os.secret",
+        "TOKEN: 2026-77-77",
+        "TOKEN: !!timestamp secret",
+        "TOKEN: !!bool secret",
+        "TOKEN: !!int ''",
+        "TOKEN: &a [*a, secret]\nproviders: *a",
+        "providers: secret",
+    ],
+)
+def test_what_is_wrong_with_it_is_told_without_what_is_in_it(line: str) -> None:
+    data = f"kind: CredentialProviderConfig\n{line}\n".encode()
+    with pytest.raises(SourceError, match=r"config\.yaml") as raised:
+        parse_config(data, Path("config.yaml"))
+    assert "secret" not in str(raised.value)
+
+
 @pytest.mark.parametrize("name", ["missing", "failing", "odd", "../evil", "token"])
 def test_a_provider_that_fails_is_passed_over(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
@@ -116,6 +168,12 @@ def test_any_pattern_matches_or_not(pattern: str, image: str) -> None:
 def test_what_is_no_configuration_is_an_error(data: bytes) -> None:
     with pytest.raises(SourceError, match=r"config\.json"):
         parse_config(data, Path("config.json"))
+
+
+@given(some.binary(max_size=100) | some.text(max_size=100).map(str.encode))
+def test_any_bytes_are_a_configuration_or_a_source_error(data: bytes) -> None:
+    with suppress(SourceError):
+        parse_config(data, Path("config.yaml"))
 
 
 @given(some.binary(max_size=100))

@@ -1,11 +1,13 @@
 """Writing OCI layouts: whole files, an index that keeps what others wrote, archives."""
 
+import fcntl
 import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,10 +136,29 @@ def test_of_several_writers_none_loses_an_entry(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", code, directory, name], stdin=subprocess.PIPE)
         for name in "abcd"
     ]
+    for writer in writers:  # all of them wait for this
+        assert writer.stdin is not None
+        writer.stdin.write(b"x")
+        writer.stdin.flush()
     for writer in writers:
-        writer.communicate(b"x", timeout=60)
+        writer.communicate(timeout=60)
     assert [writer.returncode for writer in writers] == [0] * 4
     assert sorted(filter(None, tags(directory))) == [f"{x}{at}" for x in "abcd" for at in range(10)]
+
+
+def test_whoever_is_making_it_is_waited_for(tmp_path: Path) -> None:
+    layout = tmp_path / "layout"
+    layout.mkdir()
+    descriptor = os.open(layout, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    (layout / "blobs").mkdir()
+    with ThreadPoolExecutor(1) as pool:
+        begun = pool.submit(LayoutTarget, layout)
+        with pytest.raises(TimeoutError):
+            begun.result(0.3)
+        (layout / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+        os.close(descriptor)
+        put(begun.result(30))
 
 
 def test_an_archive_comes_whole_or_not_at_all(tmp_path: Path) -> None:

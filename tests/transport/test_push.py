@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lazyfs.ground.errors import FetchError, IntegrityError, SourceError
 from lazyfs.transport.push import RegistryTarget
 from tests import faults
 from tests.certificates import Authority
+from tests.exchange import written_to
 from tests.faults import OCI_MANIFEST, FaultServer, Resource, digest_of
 from tests.transport.gather import QUICK
 
@@ -156,6 +158,46 @@ def test_what_passes_is_tried_again_from_the_blobs_start(
     target.put_manifest(MANIFEST, OCI_MANIFEST, "v1")
     assert stored(server)
     assert server.resources[f"/v2/{REPOSITORY}/manifests/v1"].body == MANIFEST
+
+
+def test_a_registry_may_take_its_time_with_a_large_blob(
+    server: FaultServer, target: RegistryTarget
+) -> None:
+    """It hashes and moves what it has taken before it answers."""
+
+    def slow(exchange: faults.Exchange) -> None:
+        exchange.wait(1.5 * QUICK.stall_timeout_s)
+        assert written_to(exchange, server.resources)
+
+    server.script("/uploads/1", slow)
+    large = bytes(16 << 20)
+    put(target, large)
+    assert stored(server, large)
+    assert server.count("/uploads/1") == 1
+
+
+def test_for_how_long_it_was_waited_is_told(server: FaultServer) -> None:
+    server.always("/uploads/1", faults.stall())
+    settings = replace(QUICK, stall_timeout_s=0.1, deadline_s=0.2, mirrors="none")
+    target = RegistryTarget(server.host, REPOSITORY, settings=settings, counters=Counters())
+    with pytest.raises(FetchError, match=r"within 0\.35 s"):
+        put(target, bytes(1 << 20))
+    target.close()
+
+
+class _Slow(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        time.sleep(0.01)
+        return super().read(size)
+
+
+def test_what_is_sent_for_long_is_not_silence(server: FaultServer) -> None:
+    server.script("/uploads/1", faults.status(503))
+    settings = replace(QUICK, deadline_s=0.5, mirrors="none")
+    target = RegistryTarget(server.host, REPOSITORY, settings=settings, counters=Counters())
+    target.put_blob(DIGEST, len(BLOB), lambda: _Slow(BLOB))
+    assert stored(server)
+    target.close()
 
 
 def test_what_does_not_pass_is_given_up(server: FaultServer) -> None:
