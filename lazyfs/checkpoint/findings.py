@@ -343,17 +343,18 @@ def _process_ids(report: "Report", host: Host) -> Compared:
         yield _ok("process ids", "free here")
         return
     numbers = _list([str(number) for number in taken])
+    they = f"process {numbers} is" if len(taken) == 1 else f"processes {numbers} are"
     if report.own_namespaces is None:
         yield _unknown(
             "process ids",
-            f"{numbers} exist(s) here, and nothing says whether the checkpoint has a PID "
+            f"{they} here already, and nothing says whether the checkpoint has a PID "
             "namespace of its own",
         )
         return
     yield _blocks(
         "process ids",
-        f"{numbers} exist(s) here, and the checkpoint has no PID namespace of its own: end what "
-        "has them, or restore in a new one (criu-ns, unshare -p)",
+        f"{they} here already, and the checkpoint has no PID namespace of its own: end what has "
+        "the number, or restore in a new one (criu-ns, unshare -p)",
     )
 
 

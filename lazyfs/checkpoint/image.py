@@ -6,7 +6,7 @@ outside of any image is an image of one layer without a digest, and so is an unp
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lazyfs.checkpoint import containerd
@@ -37,8 +37,6 @@ from lazyfs.transport.source import ImageSource, Manifest
 __all__ = ["PlacedLayer", "ResolvedImage", "resolve"]
 
 _NESTED_MOST = 4
-_PATIENCE_MOST_S = 20.0
-"""A person waits at the prompt: a name that is wrong should not take a minute to say so."""
 _MAGIC_BYTES = 4
 _MAGICS = (
     (b"\x1f\x8b", "application/vnd.oci.image.layer.v1.tar+gzip"),
@@ -148,7 +146,7 @@ class ResolvedImage:
         """Say in a short phrase what the image is, for "not a checkpoint: it is …"."""
         if self.source is None:
             directory = self.reference.startswith("dir:")
-            return "a directory" if directory else "an archive"
+            return "a directory of other files" if directory else "an archive of other files"
         config = b""
         if not self.artifact_type:
             try:
@@ -188,7 +186,7 @@ def resolve(
         NotACheckpoint: no manifest here can describe a checkpoint for this machine.
         IntegrityError: bytes contradict their digest.
     """
-    patient = replace(settings, deadline_s=min(settings.deadline_s, _PATIENCE_MOST_S))
+    patient = settings.at_the_prompt
     if isinstance(reference, ArchiveReference):
         return _resolve_archive(reference, settings, patient, counters)
     if isinstance(reference, DirectoryReference):

@@ -453,6 +453,8 @@ async def _explained(image: ResolvedImage, error: UnsupportedLayer) -> LazyfsErr
     media_types = [item.media_type for item in image.layers]
     if origin_of(image.annotations, {}, media_types, ()).recognised_by is not None:
         return error
+    if image.source is None:
+        return NotACheckpoint(f"{image.reference} is no checkpoint archive: {error}")
     described = await trio.to_thread.run_sync(image.describe)
     message = f"{image.reference} does not look like a checkpoint: it is {described}"
     if not image.artifact_type:

@@ -147,13 +147,22 @@ def cli() -> None:
     """Use a container checkpoint where it lies, before it has been downloaded.
 
     lazyfs shows a checkpoint image of a registry as a directory, fetches by byte range what is
-    read, and proves it by its digest. The directory is what `criu restore -D` wants:
+    read, and proves it by its digest. It calls CRIU or runc itself:
 
     \b
       lazyfs inspect registry.example/checkpoints/web:1
+      lazyfs restore registry.example/checkpoints/web:1
+
+    or has Podman, containerd or CRI-O restore lazily, by lazyfs-runtime (docs/runtime.md):
+
+    \b
+      lazyfs stub registry.example/web:1 registry.example/web:1-stub
+      podman run registry.example/web:1-stub
+
+    or leaves the rest to you: the directory is what `criu restore -D` wants:
+
+    \b
       lazyfs mount registry.example/checkpoints/web:1 /mnt/web
-      criu restore -D /mnt/web -W /tmp/web -d
-      lazyfs umount /mnt/web
     """  # noqa: D301 - click wants the character itself
 
 

@@ -142,7 +142,7 @@ def restore_command(
         started_s=started_s,
     )
     source.cache()  # what is wrong with its directory is said here
-    shown: _Shown = _Silent() if as_json else _Bar() if sys.stderr.isatty() else _Lines()
+    shown: _Shown = _Silent() if as_json else Bar() if sys.stderr.isatty() else _Lines()
     front = Front(plan)
     end: Event = {}
     try:
@@ -229,13 +229,16 @@ class _Lines(_Silent):
     def tell(self, event: "Event") -> None:
         """Say what happened."""
         for warning in event.get("warnings", ()) if event["event"] == "mounted" else ():
-            click.echo(f"lazyfs: it may not restore here: {printable(warning)}", err=True)
+            self._say(printable(f"lazyfs: it may not restore here: {warning}"))
         text = _sentence(event)
         if text:
-            click.echo(printable(text), err=True)
+            self._say(printable(text))
+
+    def _say(self, line: str) -> None:
+        click.echo(line, err=True)
 
 
-class _Bar(_Lines):
+class Bar(_Lines):
     """A line that changes, below those for what happens."""
 
     def __init__(self) -> None:
@@ -249,8 +252,17 @@ class _Bar(_Lines):
         if self._progress is not None:
             self._progress.stop()
 
+    def _say(self, line: str) -> None:
+        """Write a line above the bar; between what rich draws it would be glued to the bar."""
+        if self._progress is None:
+            super()._say(line)
+        else:
+            self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
     def tell(self, event: "Event") -> None:
         """Say what happened, and how many pages CRIU has been given."""
+        if event["event"] == "end" and self._progress is not None:
+            self._progress.stop()
         super().tell(event)
         if event["event"] != "progress" or not event.get("pages_bytes"):
             return

@@ -54,7 +54,12 @@ def runtime_command(ignored: str, program: str, words: tuple[str, ...]) -> int:
         if not _is_ignored(number, ignored):
             signal.signal(number, signal.SIG_DFL)
     if call is None or found is None:
-        os.execv(program, [program, *words])  # noqa: S606 - that is what a runtime is for
+        try:
+            os.execv(program, [program, *words])  # noqa: S606 - that is what a runtime is for
+        except OSError as error:
+            raise LazyfsError(
+                f"{program} cannot be run: {error.strerror}; RUNTIME is a runtime's full path"
+            ) from None
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         return _restore(call, program, directory, found)

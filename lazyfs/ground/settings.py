@@ -1,6 +1,6 @@
 """What may be tuned, as plain values; the door fills them in, everything below reads them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 KIB = 1024
@@ -50,6 +50,9 @@ class TransportSettings:
     brief_deadline_s: float = 2.5
     """In place of `deadline_s`, once a fetch has given up and until one succeeds: long enough for
     a lost connection, not for a server that is away."""
+    prompt_deadline_s: float = 20.0
+    """At most so much in place of `deadline_s` for what a command asks first, while a person waits
+    at the prompt: a name that is wrong should not take a minute to say so."""
     backoff_first_s: float = 0.1
     backoff_most_s: float = 3.0
     whole_body_limit_bytes: int = 4 * MIB
@@ -69,6 +72,11 @@ class TransportSettings:
     the two that each may always have; see `transport/slots.py`."""
     run_directory: str | None = None
     """Where daemons find each other, to share; None: each for itself."""
+
+    @property
+    def at_the_prompt(self) -> "TransportSettings":
+        """The same, with the patience of a person who waits."""
+        return replace(self, deadline_s=min(self.deadline_s, self.prompt_deadline_s))
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,15 +194,25 @@ _TABLES = tuple(
 )
 
 
-def diagnose(log: str) -> Diagnosis:
-    """Return what a restore.log says last, and what helps; of any text, in linear time."""
+_BARE = (
+    "it is a container's checkpoint, and its runtime gives CRIU what that does not know by itself "
+    "(mounts, cgroups, namespaces): restore it with --runtime runc --bundle DIR --id ID, or by its "
+    "engine, from a stub (lazyfs stub, docs/runtime.md)"
+)
+
+
+def diagnose(log: str, *, bare: bool = False) -> Diagnosis:
+    """Return what a restore.log says last, and what helps; of any text, in linear time.
+
+    `bare`: a container was to be restored by CRIU alone.
+    """
     errors = list(_errors(log[-_MOST_BYTES:]))
     telling = [line for line in errors if not any(word in line for word in _TRAILING)]
     lines = telling or errors
     if not lines:
         lines = [line[:_LINE_MOST] for line in log[-_MOST_BYTES:].splitlines()[-3:] if line.strip()]
     advice = next((found for table in _TABLES if (found := _advice(telling, table))), ())
-    return Diagnosis(_shortened(lines), advice)
+    return Diagnosis(_shortened(lines), (_BARE, *advice) if bare else advice)
 
 
 def _advice(lines: list[str], table: tuple[tuple[re.Pattern[str], str], ...]) -> tuple[str, ...]:

@@ -184,19 +184,20 @@ class _Keeper:
         self._warnings += served.warnings
         blocking = []
         for finding in served.findings:
-            if finding["level"] == "blocks":
+            if finding["level"] == "blocks" and not plan.force:
                 blocking.append(finding["message"])
-            if finding["level"] in ("blocks", "warns"):
+            elif finding["level"] in ("blocks", "warns"):
                 self._warnings.append(finding["message"])
         self._warnings = list(dict.fromkeys(self._warnings))
         self._watch.tell(event="mounted", reference=served.reference, warnings=self._warnings)
-        if blocking and not plan.force:
+        if blocking:
             error = LazyfsError(
                 f"it will not restore here: {'; '.join(blocking)}. With --force it is tried"
             )
             error.exit_code = NotACheckpoint.exit_code
             raise error
         self._watch.figures["pages_bytes"] = self._watch.look(served, _pages_bytes)
+        self._is_containers = self._watch.look(served, _is_containers)
         return served
 
     def _serve(self, stack: ExitStack, reference: str) -> Served:
@@ -307,6 +308,7 @@ class _Keeper:
         self._fail(served, code, lost if code in (0, -signal.SIGKILL) else None)
 
     _pages_are_home = False
+    _is_containers = False
 
     def _fail(self, served: Served, code: int, lost: str | None) -> NoReturn:
         """Raise why it was not restored: the bytes, or what CRIU says."""
@@ -318,6 +320,7 @@ class _Keeper:
             error.exit_code = exit_code_of(status)
             raise error
         program = "criu"
+        bare = self._plan.container is None and self._is_containers
         if self._plan.container is not None:
             program = Path(self._plan.container.runtime[0]).name
         how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
@@ -325,7 +328,7 @@ class _Keeper:
         message = f"{program} {how}; nothing of it is left"
         if lost is not None:
             message = f"{lost}; nothing of it is left"
-        raise RestoreFailed(message, diagnose(text), code)
+        raise RestoreFailed(message, diagnose(text, bare=bare), code)
 
     def _note_home(self, served: Served) -> None:
         home_s = time.monotonic() - self._plan.started_s
@@ -367,6 +370,11 @@ def _pages_bytes(images: Path) -> int | None:
     with suppress(OSError):
         return sum(each.stat().st_size for each in images.glob("pages-*.img"))
     return None
+
+
+def _is_containers(images: Path) -> bool:
+    """Whether runc or crun made the dump: both leave this file in it."""
+    return (images / "descriptors.json").exists()
 
 
 def _log_text(path: Path) -> str:

@@ -124,6 +124,7 @@ def parse_config(data: bytes, path: Path) -> RuntimeConfig:
 
 def _in_words(message: str) -> str:
     """Name the key first; msgspec says "... - at `$.log.level`", and what is unknown unplaced."""
+    message = message.replace("Expected `str` matching regex '^/'", "not a full path (/...)")
     what, at, place = message.rpartition(" - at `$")
     if not at:
         return message.replace("Object contains unknown field", "there is no key")

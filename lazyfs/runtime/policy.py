@@ -59,7 +59,7 @@ def check_allowed(stub: Stub, config: RuntimeConfig) -> None:
     reference = real_reference(stub)
     if not config.allows(reference.host, reference.repository):
         raise NotAllowed(
-            f"the stub names {reference}, which `allowed` in the configuration does not cover"
+            f"the stub names {reference}, which `allowed` in runtime.toml does not cover"
         )
 
 

@@ -86,7 +86,12 @@ class RegistryTarget:
         Raises:
             SourceError: nothing will.
         """
-        self._patiently(self._name, lambda: self._begin(self._name))
+        attempts(
+            f"writing {self._name}",
+            lambda: self._begin(self._name),
+            settings=self._settings.at_the_prompt,
+            counters=self._counters,
+        )
 
     def put_blob(self, digest: Digest, size_bytes: int, open_blob: Callable[[], BinaryIO]) -> None:
         """See `Target.put_blob`."""

@@ -235,7 +235,7 @@ def test_directory_of_an_unpacked_checkpoint(
         tar.extractall(tmp_path, filter="data")
     image = open_image(f"dir:{tmp_path}")
     assert (image.reference, image.digest, image.source) == (f"dir:{tmp_path}", None, None)
-    assert image.describe() == "a directory"
+    assert image.describe() == "a directory of other files"
     (layer,) = image.layers
     assert (layer.media_type, layer.digest) == (OCI_LAYER, None)
     with tarfile.open(fileobj=io.BytesIO(content(image))) as tar:

@@ -402,7 +402,7 @@ def test_archives(
         assert (layer.digest, layer.size_bytes) == (None, len(data))
         assert layer.media_type == OCI_LAYER + suffix
         assert read_layer(image) == data
-        assert image.describe() == "an archive"
+        assert image.describe() == "an archive of other files"
 
 
 def test_archives_that_are_not_there(server: FaultServer, tmp_path: Path) -> None:

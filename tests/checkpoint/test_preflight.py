@@ -205,7 +205,7 @@ async def test_process_ids(report: Report) -> None:
     shared = replace(report, own_namespaces=("mnt",))
     found = finding_of("process ids", shared, taken)
     assert found.level is Level.BLOCKS
-    assert found.message.startswith("1, 7 exist(s) here")
+    assert found.message.startswith("processes 1, 7 are here already")
     assert levels(shared)["process ids"] is Level.OK
     unknown = replace(report, own_namespaces=None)
     assert levels(unknown, taken)["process ids"] is Level.UNKNOWN

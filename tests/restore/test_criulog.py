@@ -60,6 +60,14 @@ def test_what_is_less_telling_is_said_only_where_nothing_else_is_known() -> None
     assert "a pid of the checkpoint's" in diagnose("\n".join(lines)).advice[0]
 
 
+def test_of_a_container_it_is_said_first_that_it_is_one() -> None:
+    line = "(00.1) Error (criu/mount.c:3130): mnt: No mapping for 57:(null) mountpoint\n"
+    alone = diagnose(line).advice
+    first, *others = diagnose(line, bare=True).advice
+    assert "--runtime runc" in first and "lazyfs stub" in first
+    assert tuple(others) == alone
+
+
 def test_an_unknown_error_is_shown_without_advice() -> None:
     found = diagnose(f"{PREFIX}the moon is down")
     assert found == Diagnosis((f"{PREFIX}the moon is down",), ())

@@ -166,6 +166,7 @@ def test_the_example_configuration_is_understood_and_all_as_by_default() -> None
     ("text", "words"),
     [
         ("x = 1", "there is no key `x`"),
+        ('authfile = "a.json"', "authfile: not a full path"),
         ("lazy-pages = 'sometimes'", "lazy-pages"),
         ("[log]\nlevel = 3", "log.level"),
         ("deadline = -1", "deadline"),

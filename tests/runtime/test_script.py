@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lazyfs.cli.main import run
 from tests.runtime.scripts import (
     SCRIPT,
     SHELLS,
@@ -223,6 +224,32 @@ def test_where_there_is_no_runtime_it_says_so(tmp_path: Path) -> None:
     done = subprocess.run([script, "state"], capture_output=True, text=True, check=False)
     assert done.returncode == 127
     assert "no nosuchruntime on PATH" in done.stderr
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_runtime_that_was_named_and_is_not_there_is_told_by_who_names_it(
+    shell: str, tmp_path: Path
+) -> None:
+    config = tmp_path / "runtime.toml"
+    config.write_text('runtime = "/nowhere/runc"\n')
+    for variable, value, namer in (
+        ("LAZYFS_REAL_RUNTIME", "/nowhere/runc", "LAZYFS_REAL_RUNTIME"),
+        ("LAZYFS_RUNTIME_CONFIG", str(config), str(config)),
+    ):
+        words = [*shell_words(shell), SCRIPT, "state"]
+        environ = {**os.environ, variable: value}
+        done = subprocess.run(words, env=environ, capture_output=True, text=True, check=False)
+        assert done.returncode == 127
+        assert f"{namer} names /nowhere/runc, which cannot be run" in done.stderr
+
+
+def test_a_runtime_that_the_command_cannot_run_is_no_bug(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["runtime", "/nowhere/runc", "state"]) == 1
+    assert (
+        "lazyfs: /nowhere/runc cannot be run: No such file or directory" in capfd.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("shell", SHELLS)

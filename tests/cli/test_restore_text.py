@@ -1,0 +1,27 @@
+"""What `lazyfs restore` tells a person at a terminal."""
+
+import pytest
+
+from lazyfs.cli.restore import Bar
+
+_TO_ITS_BEGINNING = "\r\x1b[2K"
+
+
+def test_lines_stand_above_the_bar_and_not_behind_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes what captures for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    bar = Bar()
+    with bar:
+        bar.tell({"event": "progress", "pages_bytes": 1000, "read_bytes": 500})
+        bar.tell({"event": "resumed", "pid": 7, "after_s": 0.5})
+        bar.tell({"event": "progress", "pages_bytes": 1000, "read_bytes": 1000})
+        bar.tell({"event": "home", "after_s": 1.0})
+        bar.tell({"event": "end", "exit_code": 0, "fetched_bytes": 0})
+    said = capsys.readouterr().err
+    assert "pages arriving" in said
+    for line in ("resumed as process 7 after 0.50 s\n", "all pages home after 1.00 s\n"):
+        before, found, _ = said.partition(line)
+        assert found and before.endswith(_TO_ITS_BEGINNING), repr(before[-80:])
+    assert said.endswith("done: fetched 0 B\n")
