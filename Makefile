@@ -13,7 +13,8 @@ ENGINES = tests/real/engines
 
 test: setup testbed check
 	.venv/bin/python -m pytest -n 2 --dist=loadfile --ignore=tests/mount --ignore=tests/real
-	.venv/bin/python -m pytest tests/mount tests/real $(patsubst %,--ignore=%,$(WEATHER) $(ENGINES))
+	.venv/bin/python -m pytest -n 2 --dist=loadfile tests/mount tests/real \
+		$(patsubst %,--ignore=%,$(WEATHER) $(ENGINES))
 
 check: setup
 	.venv/bin/ruff format --check .
