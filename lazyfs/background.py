@@ -11,6 +11,8 @@ from pathlib import Path
 
 from lazyfs.ground.printable import printable
 
+_LARGE_LOG_BYTES = 16 << 20
+
 
 class OneLine(logging.Formatter):
     """A line a record, whatever names are in it; a traceback follows on lines of its own."""
@@ -21,7 +23,10 @@ class OneLine(logging.Formatter):
 
 
 def log_to(path: Path) -> None:
-    """Log to a file, with times, beside standard error (which is /dev/null once ready)."""
+    """Log to a file, with times, beside standard error (which is /dev/null once ready).
+
+    One that has grown large makes way for a new one, and is kept until that is as large.
+    """
     logger = logging.getLogger("lazyfs")
     logging.raiseExceptions = False  # a log whose disk is full is no traceback on the terminal
     for handler in logger.handlers:
@@ -29,6 +34,8 @@ def log_to(path: Path) -> None:
     logger.setLevel(min(logger.level or logging.INFO, logging.INFO))
     with contextlib.suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size > _LARGE_LOG_BYTES:
+            path.replace(path.with_name(path.name + ".old"))
         to_file = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(OneLine("%(asctime)s %(levelname)s %(process)d %(message)s"))
         logger.addHandler(to_file)

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -128,10 +129,17 @@ def restore_command(
             "CRIU needs root to restore; or a criu that has CAP_CHECKPOINT_RESTORE, for what "
             "needs no more, and its option: lazyfs restore REF -- --unprivileged"
         )
+    criu_words = _words(criu)
+    for program in [container.runtime[0]] if container is not None else [criu_words[0]]:
+        if shutil.which(program) is None:
+            raise UsageError(
+                f"there is no program {program}: install it, or name it by "
+                + ("--runtime" if container is not None else "--criu")
+            )
     plan = Plan(
         reference=reference,
         opening=partial(source.opening, reference),
-        criu=_words(criu),
+        criu=criu_words,
         container=container,
         lazy_pages=lazy_pages,
         pages_by_criu=pages_by == "criu",

@@ -161,6 +161,8 @@ def _source(config: RuntimeConfig, host: str) -> SourceOptions:
             limit = size_or_share(config.cache_size)
         except click.BadParameter as error:
             raise UsageError(f"`cache-size` in the configuration: {error.message}") from None
+    if config.authfile is not None and not Path(config.authfile).exists():
+        log.warning("`authfile` in the configuration, %s, is not there", config.authfile)
     given = config.cache_dir or os.environ.get("LAZYFS_CACHE_DIR")
     registry, usual = config.registry(host), TransportSettings()
     return SourceOptions(

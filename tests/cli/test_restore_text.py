@@ -2,6 +2,7 @@
 
 import pytest
 
+from lazyfs.cli.main import run
 from lazyfs.cli.restore import Bar
 
 _TO_ITS_BEGINNING = "\r\x1b[2K"
@@ -25,3 +26,20 @@ def test_lines_stand_above_the_bar_and_not_behind_it(
         before, found, _ = said.partition(line)
         assert found and before.endswith(_TO_ITS_BEGINNING), repr(before[-80:])
     assert said.endswith("done: fetched 0 B\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (
+            ["--criu", "/nowhere/criu"],
+            "there is no program /nowhere/criu: install it, or name it by",
+        ),
+        (["--runtime", "no-such-runc", "--bundle", ".", "--id", "web"], "--runtime"),
+    ],
+)
+def test_a_program_that_is_missing_is_told_before_anything_is_asked(
+    options: list[str], advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["restore", "127.0.0.1:1/nobody/answers:1", "--force", *options]) == 2
+    assert advice in capsys.readouterr().err
