@@ -162,10 +162,13 @@ def test_what_cannot_be_had_has_its_exit_code_and_leaves_no_work_directory(
     assert list((restorer.work / "tmp").iterdir()) == []
 
 
-def test_a_criu_that_is_not_there(store: Store, image: str, restorer: Restorer) -> None:
-    ended = restorer.run(f"{store.address}/{image}", "--criu=/no/criu", "--force")
+def test_a_criu_that_cannot_be_run(store: Store, image: str, restorer: Restorer) -> None:
+    program = restorer.work / "criu"
+    program.write_bytes(b"\x7fELF, and no more")
+    program.chmod(0o755)
+    ended = restorer.run(f"{store.address}/{image}", f"--criu={program}", "--force")
     assert ended.code == 2, ended
-    assert "/no/criu cannot be run" in ended.err
+    assert f"{program} cannot be run" in ended.err
 
 
 def _push_stub(store: Store, dumped: Checkpoint, work: Path, reference: str) -> str:
