@@ -148,7 +148,8 @@ def test_the_runtime_ignores_the_signals_that_the_engine_has_it_ignore(
     words = ["sh", "-c", f'{ignore}exec "$@"', "sh", str(wrapped.script), *wrapped.words]
     subprocess.run(words, env=wrapped.environ(), check=True, cwd=wrapped.directory)
     (mask,) = re.findall(r"SigIgn:\s*(\w+)", notes.read_text())
-    assert int(mask, 16) == (0 if number is None else 1 << number - 1)
+    # glibc's posix_spawn, by which make starts programs, leaves its own signals 32 and 33 ignored.
+    assert int(mask, 16) & 0x7FFF_FFFF == (0 if number is None else 1 << number - 1)
     wrapped.wait_alone()
 
 
@@ -166,8 +167,10 @@ def test_a_killed_wrapper_leaves_nothing(wrapped: Wrapped) -> None:
 
 
 def test_killed_at_any_moment_it_leaves_nothing(wrapped: Wrapped) -> None:
+    """Nothing, or, killed after all was judged and before it could say so, all."""
     draw = random.Random(1)
     for _ in range(8):
+        said_before = len(wrapped.own_words())
         with wrapped.start() as process:
             try:
                 process.communicate(timeout=draw.uniform(0.02, 0.9))
@@ -175,10 +178,13 @@ def test_killed_at_any_moment_it_leaves_nothing(wrapped: Wrapped) -> None:
                 process.kill()
                 process.communicate(timeout=TIMEOUT_S)
         wrapped.wait_alone()
+        container = wrapped.container()
         if process.returncode == 0:
-            os.kill(wrapped.container() or 0, signal.SIGKILL)
-        else:
-            assert wrapped.container() is None, wrapped.own_words()
+            assert container is not None
+        if container is not None:
+            said = wrapped.own_words()[said_before:]
+            assert process.returncode == 0 or f"{ID[:12]}: restored" in said, said
+            os.kill(container, signal.SIGKILL)
 
 
 def test_without_its_keeper_nothing_lives(wrapped: Wrapped) -> None:
