@@ -82,8 +82,10 @@ WAYS: dict[str, Way] = {
     "pull zstd": partial(pull, name="zstd", unpack="tar --zstd -x"),
     "lazyfs tar eager": partial(lazyfs, name="tar", lazy=False),
     "lazyfs tar lazy-pages": partial(lazyfs, name="tar", lazy=True),
+    "lazyfs tar own server": partial(lazyfs, name="tar", lazy="own"),
     "lazyfs zstd:chunked eager": partial(lazyfs, name=CHUNKED, lazy=False),
     "lazyfs zstd:chunked lazy-pages": partial(lazyfs, name=CHUNKED, lazy=True),
+    "lazyfs zstd:chunked own server": partial(lazyfs, name=CHUNKED, lazy="own"),
 }
 
 

@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from harness import mounted, spread
 from rich.console import Console
 from rich.table import Table
 from testbed import Restored, Testbed, Workload, restore
+from testbed.process import wait_until
 
 ONE_WAY_MS = 5
 RATE_MBIT = 1000
@@ -30,8 +31,16 @@ class Bench:
     """URL of each baseline's blob."""
     references: dict[str, str] = field(default_factory=dict)
 
-    def resume(self, images: Path, *, lazy: bool = False) -> Restored:
-        """Restore the process from a directory of images."""
+    @property
+    def socket(self) -> Path:
+        """Where a mount serves lazy pages itself."""
+        return self.work / "w" / "lazy-pages.socket"
+
+    def resume(self, images: Path, *, lazy: bool | Path = False) -> Restored:
+        """Restore the process from a directory of images.
+
+        `lazy`: with `criu lazy-pages`, or with who serves that socket already.
+        """
         return restore(self.testbed, images, self.work / "w", self.workload.status, lazy_pages=lazy)
 
     def finish(self, restored: Restored, began: float, row: dict[str, Any]) -> None:
@@ -95,17 +104,24 @@ def _content_length(url: str) -> int:
     return int(lengths[-1])
 
 
-def lazyfs(bench: Bench, *, name: str, lazy: bool, again: bool = False) -> dict[str, Any]:
+def lazyfs(
+    bench: Bench, *, name: str, lazy: bool | Literal["own"], again: bool = False
+) -> dict[str, Any]:
     """Mount an image that was never here, and restore from the mount.
 
-    Or, `again`, one whose bytes an earlier mount has left in the cache.
+    Or, `again`, one whose bytes an earlier mount has left in the cache. Pages come lazily by
+    `criu lazy-pages`, or by the mount's own server.
     """
     row: dict[str, Any] = {}
+    options = ["--plain-http"]
+    if lazy == "own":
+        bench.socket.parent.mkdir(exist_ok=True)
+        options += ["--lazy-pages", str(bench.socket.parent)]
     began = time.time()
     reference, work = bench.references[name], bench.work / "lazyfs"
     with (
-        mounted(reference, work, "--plain-http", keep_cache=again) as mount,
-        bench.resume(mount.directory, lazy=lazy) as restored,
+        mounted(reference, work, *options, keep_cache=again) as mount,
+        bench.resume(mount.directory, lazy=bench.socket if lazy == "own" else lazy) as restored,
     ):
         bench.finish(restored, began, row)
         state = mount.status()
@@ -113,11 +129,21 @@ def lazyfs(bench: Bench, *, name: str, lazy: bool, again: bool = False) -> dict[
         row["fetched_bytes"] = state["bytes_fetched"]
         row["served_bytes"] = state["bytes_read"]
         row["requests"] = state["requests"]
+        if lazy == "own":
+            wait_until(lambda: _are_home(mount.status()), "all memory is home", 300)
+            row["all_home_s"] = time.time() - began
         bench.compare(restored)
-        if lazy:
+        if lazy is True:
             row["all_home_s"] = restored.wait_lazy_pages() + restored.started_s - began
         row.update(mount.memory())
     return row
+
+
+def _are_home(state: dict[str, Any]) -> bool:
+    told = state["lazy_pages"]
+    if told["failed"]:
+        raise SystemExit(f"the memory has not come: {told['failed']}")
+    return bool(told["state"] == "home")
 
 
 Way = Callable[[Bench], dict[str, Any]]

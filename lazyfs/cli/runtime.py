@@ -7,7 +7,7 @@ import stat
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -50,25 +50,35 @@ def runtime_command(ignored: str, program: str, words: tuple[str, ...]) -> int:
     call = parse_restore(words)
     directory = Path.cwd()
     found = _stub_directory(call, directory, program) if call is not None else None
-    for number in _PYTHONS_OWN:
-        if not _is_ignored(number, ignored):
-            signal.signal(number, signal.SIG_DFL)
+    heard = tuple(number for number in _PYTHONS_OWN if not _is_ignored(number, ignored))
     if call is None or found is None:
-        try:
-            os.execv(program, [program, *words])  # noqa: S606 - that is what a runtime is for
-        except OSError as error:
-            raise LazyfsError(
-                f"{program} cannot be run: {error.strerror}; RUNTIME is a runtime's full path"
-            ) from None
+        _exec(program, words, heard)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        return _restore(call, program, directory, found)
+        return _restore(call, program, directory, found, heard)
     except LazyfsError as error:
         from lazyfs.runtime.front import tell
 
         what = f"{call.container[:12]} cannot be restored: {error}"
         tell(open_engine_log(call.log, call.log_format), what)
         return error.exit_code
+
+
+def _exec(program: str, words: tuple[str, ...], heard: tuple[int, ...]) -> NoReturn:
+    """Become the real runtime.
+
+    Raises:
+        LazyfsError: there is none.
+    """
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
+    try:
+        os.execv(program, [program, *words])  # noqa: S606 - that is what a runtime is for
+    except OSError as error:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        raise LazyfsError(
+            f"{program} cannot be run: {error.strerror}; RUNTIME is a runtime's full path"
+        ) from None
 
 
 def _is_ignored(number: int, mask: str) -> bool:
@@ -91,7 +101,9 @@ def _stub_directory(call: RestoreCall, directory: Path, program: str) -> Path | 
     return None
 
 
-def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> int:
+def _restore(
+    call: RestoreCall, program: str, directory: Path, found: Path, heard: tuple[int, ...]
+) -> int:
     from lazyfs.runtime.front import restore
     from lazyfs.runtime.keeper import Task
 
@@ -116,6 +128,7 @@ def _restore(call: RestoreCall, program: str, directory: Path, found: Path) -> i
         log_file=Path(config.log.file) if config.log.file else _log_file(source.cache_dir),
         log_level=getattr(logging, config.log.level.upper()),
         lazy_pages=is_lazy,
+        heard=heard,
     )
     if config.on_failure == "fetch":
         from lazyfs.runtime.fetched import fetch_images

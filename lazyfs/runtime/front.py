@@ -53,7 +53,7 @@ def restore(task: Task) -> int:
         tell(engine_log, _in_full(task, str(told["error"])))
         return int(told["exit_code"]) or 1
     words = call.with_image_path(str(told["path"]), *map(str, told["more"]))
-    status = _run(task.program, words, dict(told["environment"]), link)
+    status = _run(task, words, dict(told["environment"]), link)
     heard = link.receive() if link.send(ended=status) or not call.detach else None
     link.send(heard=True)
     link.close()
@@ -85,7 +85,7 @@ def _in_full(task: Task, reason: str) -> str:
     return f"{name} cannot be restored{where}: {reason}; more in {task.log_file}"
 
 
-def _run(program: str, words: Sequence[str], more: Mapping[str, str], link: Link) -> int:
+def _run(task: Task, words: Sequence[str], more: Mapping[str, str], link: Link) -> int:
     """Run the runtime to its end; return its exit code, or minus the signal that ended it."""
     child = 0
 
@@ -101,7 +101,7 @@ def _run(program: str, words: Sequence[str], more: Mapping[str, str], link: Link
             signal.signal(number, pass_on)
     child = os.fork()
     if child == 0:
-        _become(program, words, {**os.environ, **more}, link, parent, blocked)
+        _become(task, words, {**os.environ, **more}, link, parent, blocked)
     signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     _, wait_status = os.waitpid(child, 0)
     for number, handler in before.items():
@@ -111,7 +111,7 @@ def _run(program: str, words: Sequence[str], more: Mapping[str, str], link: Link
 
 
 def _become(
-    program: str,
+    task: Task,
     words: Sequence[str],
     environ: Mapping[str, str],
     link: Link,
@@ -126,10 +126,12 @@ def _become(
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         die_with_parent(parent)
         if link.send(runs=os.getpid()):
-            os.execve(program, [program, *words], environ)  # noqa: S606 - that is what a runtime is for
+            for number in task.heard:
+                signal.signal(number, signal.SIG_DFL)
+            os.execve(task.program, [task.program, *words], environ)  # noqa: S606 - a runtime's way
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.write(2, f"lazyfs: {program} cannot be run: {error.strerror}\n".encode())
+            os.write(2, f"lazyfs: {task.program} cannot be run: {error.strerror}\n".encode())
     finally:
         os._exit(_NOT_RUN)
 

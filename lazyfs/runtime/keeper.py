@@ -89,6 +89,8 @@ class Task:
     fetch: Fetch | None = None
     """What to do where no mount can be had; None: fail."""
     lazy_pages: bool = False
+    heard: tuple[int, ...] = ()
+    """Signals that Python ignores and the engine does not: as by default in the runtime."""
 
 
 def start_keeper(task: Task) -> Link:

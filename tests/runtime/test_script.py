@@ -247,6 +247,7 @@ def test_a_runtime_that_the_command_cannot_run_is_no_bug(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert run(["runtime", "/nowhere/runc", "state"]) == 1
+    assert signal.getsignal(signal.SIGPIPE) is signal.SIG_IGN  # as Python has it
     assert (
         "lazyfs: /nowhere/runc cannot be run: No such file or directory" in capfd.readouterr().err
     )
