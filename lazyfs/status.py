@@ -68,6 +68,7 @@ class MountState:
             "proven_bytes": sum(layer["proven_bytes"] for layer in layers),
             "chunks_proven": all(layer["proof"] == "chunk" for layer in layers),
             "blob_proven": all(layer["blob_proven"] for layer in layers),
+            "served_proven": is_served_proven(checkpoint, self.view),
             "safe_offline": is_safe_offline(checkpoint),
             "safe_unmount": activity.is_unused,
             "open_files": activity.open_files,
@@ -91,6 +92,20 @@ class MountState:
     def as_xattr(self) -> bytes:
         """Return it as JSON that an extended attribute can hold."""
         return bounded(self.as_json(), _XATTR_MOST_BYTES)
+
+
+def is_served_proven(checkpoint: OpenedCheckpoint, view: str) -> bool:
+    """Whether nothing that has been served can turn out to be wrong any more.
+
+    What a container changed in its files is a layer of its own in containerd's checkpoints, of
+    which the view of CRIU's images shows nothing.
+    """
+    return all(
+        layer.proof != "layer"
+        or layer.blob_proven
+        or (view == "criu" and layer.placed.kind == "diff")
+        for layer in checkpoint.image_layers
+    )
 
 
 def is_safe_offline(checkpoint: OpenedCheckpoint) -> bool:

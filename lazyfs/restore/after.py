@@ -64,7 +64,7 @@ def wait_for_proof(watch: Watch, served: Served) -> None:
         status = status_of(served)
         believe(status)
         watch.note(status)
-        if not _is_unproven(status):
+        if status.get("served_proven") is True:
             break
         completion = status.get("completion") or {}
         state = completion.get("state")
@@ -90,11 +90,3 @@ def believe(status: Mapping[str, Any]) -> None:
         error = LazyfsError(f"{why}; what had been restored is killed")
         error.exit_code = exit_code_of(status)
         raise error
-
-
-def _is_unproven(status: Mapping[str, Any]) -> bool:
-    """Whether something is served whose digest has not been compared yet."""
-    layers = status.get("layers")
-    return isinstance(layers, list) and any(
-        layer.get("proof") == "layer" and layer.get("blob_proven") is not True for layer in layers
-    )

@@ -109,7 +109,4 @@ def _has_ended(pidfd: int | None) -> bool:
 
 def is_proven(status: Mapping[str, Any]) -> bool:
     """Whether nothing that was served can turn out to be wrong any more."""
-    layers = status.get("layers")
-    return isinstance(layers, list) and all(
-        layer.get("proof") != "layer" or layer.get("blob_proven") is True for layer in layers
-    )
+    return status.get("served_proven") is True

@@ -13,12 +13,12 @@ from lazyfs.runtime.lingering import is_proven, linger
 _UNPROVEN = {
     "failed": None,
     "failed_reads": 0,
-    "layers": [{"proof": "chunk", "blob_proven": False}, {"proof": "layer", "blob_proven": False}],
+    "served_proven": False,
     "completion": None,
 }
 _COMING = {**_UNPROVEN, "lazy_pages": {"state": "transferring", "failed": None}}
 _LOST = {**_UNPROVEN, "lazy_pages": {"state": "failed", "failed": "no more"}}
-_PROVEN = {**_UNPROVEN, "layers": [{"proof": "layer", "blob_proven": True}]}
+_PROVEN = {**_UNPROVEN, "served_proven": True}
 _HOME = {**_PROVEN, "lazy_pages": {"state": "home", "failed": None}}
 
 
