@@ -61,8 +61,9 @@ class Machine:
         return done.stderr
 
     def stub(self, image: str, name: str, *options: str) -> None:
-        """Run `lazyfs stub` here."""
-        self.session.run([self.bin / "lazyfs", "stub", "--plain-http", *options, image, name])
+        """Run `lazyfs stub` here; what it fetches, all of the image, is not kept for restores."""
+        words = ["stub", "--plain-http", "--cache=memory", *options, image, name]
+        self.session.run([self.bin / "lazyfs", *words])
 
     def lazyfs_processes(self) -> list[str]:
         """Return the command lines of what runs here of lazyfs and CRIU."""
