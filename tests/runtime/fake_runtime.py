@@ -60,13 +60,29 @@ def may_run() -> bool:
     return subprocess.run([script], env={**os.environ, **more}, check=False).returncode == 0
 
 
-def start() -> "subprocess.Popen[bytes]":
-    null = subprocess.DEVNULL
-    process = subprocess.Popen(
-        ["sleep", "600"], stdin=null, stdout=null, stderr=null, start_new_session=True
-    )
-    note("container", str(process.pid))
-    return process
+def start() -> int:
+    """Start what sleeps for a container; return its pid.
+
+    As a task that CRIU restores it has the images directory open, as its parent has, until it is
+    let go.
+    """
+    waiting, letting_go = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.setsid()
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.close(letting_go)
+        if not os.read(waiting, 1):
+            signal.pause()  # nobody will ever let it go
+        os.closerange(3, 4096)
+        os.execvp("sleep", ["sleep", "600"])
+    os.close(waiting)
+    note("container", str(pid))
+    os.write(letting_go, b"x")
+    os.close(letting_go)
+    return pid
 
 
 def is_known() -> bool:
@@ -95,7 +111,7 @@ def restore() -> int:
     note("sums", json.dumps(read(images)))
     if not may_run():
         return 1
-    process = start()
+    pid = start()
     if mode == "hanging":
         os.set_inheritable(descriptor, True)
         subprocess.Popen(["sleep", "600"], close_fds=False, start_new_session=True)
@@ -103,10 +119,10 @@ def restore() -> int:
         time.sleep(600)
     os.close(descriptor)
     if "--pid-file" in words:
-        Path(value_of("--pid-file")).write_text(str(process.pid))
+        Path(value_of("--pid-file")).write_text(str(pid))
     if "--detach" in words:
         return 0
-    code = process.wait()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return code if code >= 0 else 128 - code
 
 
