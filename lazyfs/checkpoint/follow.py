@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
+import trio
+
 from lazyfs.checkpoint.desk import OpenConfig
 from lazyfs.checkpoint.image import ResolvedImage
 from lazyfs.checkpoint.opened import OpenedCheckpoint, open_checkpoint
@@ -32,6 +34,7 @@ from lazyfs.transport.local import near
 
 _NAME_MOST = 1024
 _SMALL_BYTES = 4 << 20
+_SMALL_TIMEOUT_S = 1.0
 
 
 @asynccontextmanager
@@ -162,7 +165,8 @@ async def find_stub(checkpoint: OpenedCheckpoint) -> Stub | None:
     """Return what a stub's marker says, proven if anything proves it; None if it is no stub.
 
     Of a layer that is read in order, the marker is looked for in front of the inventory, where
-    `lazyfs stub` puts it; in one of a few MiB anywhere.
+    `lazyfs stub` puts it; in one of a few MiB anywhere, if that comes within a second. (A stub that
+    is taken for a checkpoint fails: what stands for its memory cannot be opened.)
 
     Raises:
         MalformedError: its marker is wrong.
@@ -174,7 +178,8 @@ async def find_stub(checkpoint: OpenedCheckpoint) -> Stub | None:
     if not images.node.is_complete and MARKER not in images.node.children:
         if sum(layer.descriptor.size_bytes for layer in checkpoint.image_layers) > _SMALL_BYTES:
             return None
-        await checkpoint.complete()
+        with trio.move_on_after(_SMALL_TIMEOUT_S):
+            await checkpoint.complete()
     marker = images.node.children.get(MARKER)
     if marker is None:
         return None
