@@ -6,10 +6,11 @@ A machine is a session of the testbed's root, whose configuration is what contri
 import contextlib
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from testbed import Event, Session, Status, Testbed
 from testbed.podman import Container, Podman
@@ -91,6 +92,39 @@ class Machine:
         return [line for line in lines if any(word in line for word in _ALARMING)]
 
 
+class Running(Protocol):
+    """A container of the workload, in whatever engine."""
+
+    @property
+    def status(self) -> Status: ...
+
+    def ask_hash(self) -> None: ...
+
+
+def assert_goes_on(running: Running, began_s: float, hashes: Sequence[str]) -> None:
+    """Check that each process does its next loop, with the memory that it had.
+
+    Args:
+        running: the container.
+        began_s: `time.time()` before its restore.
+        hashes: of its processes' memory before the checkpoint.
+    """
+    status = Status(running.status.path, len(hashes))
+    status.wait_loop(began_s)
+    last: dict[int, Event] = {}
+    first: dict[int, Event] = {}
+    for event in status.events("loop"):
+        if event.at_s < began_s:
+            last[event.member] = event
+        else:
+            first.setdefault(event.member, event)
+    assert len(last) == len(hashes)
+    for member, event in last.items():
+        went_on = first[member]
+        assert (went_on.number, went_on.value) == (event.number + 1, event.value)
+    assert status.wait_hashes(running.ask_hash) == tuple(hashes)
+
+
 @dataclass(frozen=True)
 class Resumed:
     """A container that Podman has restored."""
@@ -105,27 +139,7 @@ class Resumed:
         Args:
             hashes: of their memory before the checkpoint.
         """
-        status = Status(self.container.status.path, len(hashes))
-        self.check(status, self.began_s, self.container.ask_hash, hashes)
-
-    @staticmethod
-    def check(
-        status: Status, began_s: float, ask_hash: Callable[[], object], hashes: tuple[str, ...]
-    ) -> None:
-        """Check the same of any workload that was restored at a moment of `time.time()`."""
-        status.wait_loop(began_s)
-        last: dict[int, Event] = {}
-        first: dict[int, Event] = {}
-        for event in status.events("loop"):
-            if event.at_s < began_s:
-                last[event.member] = event
-            else:
-                first.setdefault(event.member, event)
-        assert len(last) == len(hashes)
-        for member, event in last.items():
-            goes_on = first[member]
-            assert (goes_on.number, goes_on.value) == (event.number + 1, event.value)
-        assert status.wait_hashes(ask_hash) == hashes
+        assert_goes_on(self.container, self.began_s, hashes)
 
 
 @contextmanager

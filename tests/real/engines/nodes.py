@@ -6,48 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-from testbed import Containerd, Event, Status, Task, Testbed, TestbedError
+from testbed import Containerd, Task, Testbed, TestbedError
 from testbed.process import children
 
 from tests.real.engines.machines import Machine, machine
 
 WRAPPER = "/opt/lazyfs/bin/lazyfs-runc"
 """As in contrib/containerd and contrib/cri-o."""
-
-
-class Running(Protocol):
-    """A container of the workload, in whatever engine."""
-
-    @property
-    def status(self) -> Status: ...
-
-    def ask_hash(self) -> None: ...
-
-
-def assert_goes_on(running: Running, began_s: float, hashes: Sequence[str]) -> None:
-    """Check that each process does its next loop, with the memory that it had.
-
-    Args:
-        running: the container.
-        began_s: `time.time()` before its restore.
-        hashes: of its processes' memory before the checkpoint.
-    """
-    status = Status(running.status.path, len(hashes))
-    status.wait_loop(began_s)
-    last: dict[int, Event] = {}
-    first: dict[int, Event] = {}
-    for event in status.events("loop"):
-        if event.at_s < began_s:
-            last[event.member] = event
-        else:
-            first.setdefault(event.member, event)
-    assert len(last) == len(hashes)
-    for member, event in last.items():
-        went_on = first[member]
-        assert (went_on.number, went_on.value) == (event.number + 1, event.value)
-    assert status.wait_hashes(running.ask_hash) == tuple(hashes)
 
 
 def install_wrapper(here: Machine, path: str = WRAPPER) -> None:

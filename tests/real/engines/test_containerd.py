@@ -17,7 +17,8 @@ from testbed.workload import workload_options
 
 from tests.real.conftest import Store
 from tests.real.engines.containerd_calls import record
-from tests.real.engines.nodes import WRAPPER, Node, assert_goes_on, install_wrapper, node
+from tests.real.engines.machines import assert_goes_on
+from tests.real.engines.nodes import WRAPPER, Node, install_wrapper, node
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

@@ -17,8 +17,8 @@ from testbed.process import wait_until
 
 from tests.real.conftest import Store
 from tests.real.engines.crio_calls import push_checkpoint, record
-from tests.real.engines.machines import Machine, machine
-from tests.real.engines.nodes import assert_goes_on, install_wrapper
+from tests.real.engines.machines import Machine, assert_goes_on, machine
+from tests.real.engines.nodes import install_wrapper
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 

@@ -17,6 +17,7 @@ from tests.real.engines.machines import Resumed
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 
+_LOG = "/var/cache/lazyfs/log/runtime.log"
 _GUIDE = Path(__file__).parents[3] / "contrib/podman/README.md"
 _EXAMPLE = "registry.example"
 _INSTALLED = "/opt/lazyfs"
@@ -57,6 +58,7 @@ def test_a_container_goes_on_elsewhere_by_the_guides_four_lines(
     began_s = time.time()
     _type(there, commands[-1], store)
     Resumed(there.container("web"), began_s).assert_goes_on(hashes)
+    assert "bytes come lazily" in there.session.path(_LOG).read_text()
 
 
 def _type(podman: Podman, command: str, store: Store) -> None:

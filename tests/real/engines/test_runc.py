@@ -9,7 +9,7 @@ from testbed import make_bundle, runc_restore
 from testbed.engines import write_base
 
 from tests.real.conftest import Store
-from tests.real.engines.machines import Machine, Resumed, machine
+from tests.real.engines.machines import Machine, assert_goes_on, machine
 from tests.real.engines.origins import CHILDREN, Origin
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
@@ -53,5 +53,5 @@ def test_a_stub_goes_on_where_its_container_was(
         members=1 + CHILDREN,
         program=here.bin / "lazyfs-runc",
     ) as restored:
-        Resumed.check(restored.status, restored.started_s, restored.ask_hash, made.hashes)
+        assert_goes_on(restored, restored.started_s, made.hashes)
     here.wait_alone()
