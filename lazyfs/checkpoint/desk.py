@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import trio
@@ -38,6 +39,10 @@ class OpenConfig:
     """Whether a stub is opened as it is, not what it stands for (`follow.py`)."""
     ahead: "Ahead | None" = None
     """The image, if it is being resolved already."""
+    trace: Literal["off", "auto"] | Path = "off"
+    """Where what to fetch first is had from: nowhere, what is attached to the image, a file."""
+    workload: str = ""
+    """Of several traces that are attached, whose to take."""
 
 
 @dataclass(frozen=True)

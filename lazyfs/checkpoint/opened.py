@@ -20,6 +20,7 @@ from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.opening import Ztocs, open_layer
 from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
 from lazyfs.checkpoint.placed import PlacedLayer
+from lazyfs.checkpoint.plan import Plan
 from lazyfs.checkpoint.reference import Reference, parse_reference
 from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
 from lazyfs.checkpoint.trust import insist_on_digest, insist_on_proof
@@ -69,6 +70,9 @@ class OpenedCheckpoint:
         """Directories to be shown in place of `parent` links."""
         self.images: ImagesDirectory | None = None
         self._pages: dict[Node, ByteRange] = {}
+        self.plan: Plan | None = None
+        """What is fetched before anybody asks, once that is known (`plan_known`)."""
+        self.plan_known = trio.Event()
         self.stub: str | None = None
         """The stub that was asked for, if this is what it stands for."""
         self.poison: LazyfsError | None = None

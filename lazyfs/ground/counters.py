@@ -1,6 +1,8 @@
 """What happened, in numbers. Plain additions under the GIL; readers tolerate being one behind."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
+
+from lazyfs.ground.journal import Journal
 
 
 @dataclass(slots=True)
@@ -35,7 +37,10 @@ class Counters:
     cache_refused: int = 0
     """Chunks of other mounts whose bytes had changed; fetched anew."""
     cache_write_errors: int = 0
+    journal: Journal | None = field(default=None, repr=False, compare=False)
+    """Where what happens is noted, while somebody records; no counter."""
 
     def snapshot(self) -> dict[str, int]:
         """All counters by name."""
-        return asdict(self)
+        names = (each.name for each in fields(self) if each.name != "journal")
+        return {name: getattr(self, name) for name in names}

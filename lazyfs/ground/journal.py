@@ -1,0 +1,88 @@
+"""What happened when, while somebody records: kept in memory, bounded, in plain tuples.
+
+Added to from any thread (a list's append is one step under the GIL), read when recording has
+ended. Times are of `time.monotonic`. Whoever records puts one into `Counters.journal`, which
+reaches all floors; without one nothing is noted, and nothing is spent but the look.
+"""
+
+from typing import NamedTuple
+
+EVENTS_MOST = 500_000
+"""Of each kind; what comes after is counted only."""
+
+
+class ReadNote(NamedTuple):
+    """A read through the mount, or a fault of lazy pages."""
+
+    path: str
+    """In the image's tree."""
+    offset: int
+    size_bytes: int
+    began_s: float
+    ended_s: float
+    is_fault: bool
+    waited: bool
+    """Whether its bytes were not here when it came."""
+
+
+class FetchNote(NamedTuple):
+    """A range of a blob that was fetched, or that could not be."""
+
+    blob: str
+    """The blob's name, as messages have it."""
+    start: int
+    stop: int
+    began_s: float
+    first_s: float
+    """When its first byte came; `ended_s` if none did."""
+    ended_s: float
+    why: str
+    attempts: int
+
+
+class ArrivalNote(NamedTuple):
+    """Content of a layer that could be read from then on."""
+
+    blob: str
+    start: int
+    """In the layer's content address space."""
+    stop: int
+    at_s: float
+
+
+class Journal:
+    """The notes of one recording."""
+
+    def __init__(self) -> None:
+        self.reads: list[ReadNote] = []
+        self.fetches: list[FetchNote] = []
+        self.arrivals: list[ArrivalNote] = []
+        self.marks: list[tuple[str, float]] = []
+        self.dropped = 0
+        """Notes that were too many."""
+
+    def note_read(self, note: ReadNote) -> None:
+        """Note a read or a fault that has been answered."""
+        if len(self.reads) < EVENTS_MOST:
+            self.reads.append(note)
+        else:
+            self.dropped += 1
+
+    def note_fetch(self, note: FetchNote) -> None:
+        """Note a fetch that has ended."""
+        if len(self.fetches) < EVENTS_MOST:
+            self.fetches.append(note)
+        else:
+            self.dropped += 1
+
+    def note_arrival(self, note: ArrivalNote) -> None:
+        """Note content that has come."""
+        if len(self.arrivals) < EVENTS_MOST:
+            self.arrivals.append(note)
+        else:
+            self.dropped += 1
+
+    def mark(self, name: str, at_s: float) -> None:
+        """Note a moment."""
+        if len(self.marks) < EVENTS_MOST:
+            self.marks.append((name, at_s))
