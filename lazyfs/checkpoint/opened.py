@@ -11,6 +11,7 @@ from itertools import groupby
 import trio
 
 from lazyfs.checkpoint import image as images
+from lazyfs.checkpoint.attached import find_trace
 from lazyfs.checkpoint.criu import is_pages
 from lazyfs.checkpoint.desk import Desk, OpenConfig
 from lazyfs.checkpoint.engines import origin_of
@@ -22,6 +23,7 @@ from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.plan import Plan
 from lazyfs.checkpoint.reference import Reference, parse_reference
+from lazyfs.checkpoint.trace import Trace
 from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
 from lazyfs.checkpoint.trust import insist_on_digest, insist_on_proof
 from lazyfs.checkpoint.unpacked import Unpacker
@@ -70,6 +72,12 @@ class OpenedCheckpoint:
         """Directories to be shown in place of `parent` links."""
         self.images: ImagesDirectory | None = None
         self._pages: dict[Node, ByteRange] = {}
+        self.trace: Trace | None = None
+        """What a workload needed of this image, as far as anybody has said (`trace_known`)."""
+        self.trace_source = ""
+        """Where that was had: "file", or the digest of what is attached to the image."""
+        self.trace_known = trio.Event()
+        """Set once it is known whether there is a trace; never waited for by a mount."""
         self.plan: Plan | None = None
         """What is fetched before anybody asks, once that is known (`plan_known`)."""
         self.plan_known = trio.Event()
@@ -308,6 +316,7 @@ async def open_checkpoint(
             insist_on_digest(checkpoint)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checkpoint.run_jobs)
+            checkpoint.do(partial(_find_trace, checkpoint))
             with _named(image.reference):
                 await _open_layers(checkpoint, unpack=unpack)
             if config.content.verify == "strict":
@@ -341,6 +350,16 @@ async def _resolve(
             resolve, parsed, config.transport, counters, abandon_on_cancel=True
         )
     return image, counters
+
+
+async def _find_trace(checkpoint: OpenedCheckpoint) -> None:
+    """Look for a trace beside the opening of layers, which does not wait for it."""
+    try:
+        found = await find_trace(checkpoint.image, checkpoint.desk.config)
+        if found is not None:
+            checkpoint.trace, checkpoint.trace_source = found
+    finally:
+        checkpoint.trace_known.set()
 
 
 async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:
