@@ -5,10 +5,13 @@ ended. Times are of `time.monotonic`. Whoever records puts one into `Counters.jo
 reaches all floors; without one nothing is noted, and nothing is spent but the look.
 """
 
+import time
 from typing import NamedTuple
 
 EVENTS_MOST = 500_000
 """Of each kind; what comes after is counted only."""
+STEP_BYTES = 256 * 1024
+"""What comes as a stream is noted in steps of so much, at least."""
 
 
 class ReadNote(NamedTuple):
@@ -26,7 +29,7 @@ class ReadNote(NamedTuple):
 
 
 class FetchNote(NamedTuple):
-    """A range of a blob that was fetched, or that could not be."""
+    """A range of a blob that was fetched; of one that could not be, what had come of it."""
 
     blob: str
     """The blob's name, as messages have it."""
@@ -48,6 +51,23 @@ class ArrivalNote(NamedTuple):
     """In the layer's content address space."""
     stop: int
     at_s: float
+
+
+class Steps:
+    """Notes how far content has come that comes from its start on, a step at a time."""
+
+    def __init__(self, journal: "Journal", blob: str) -> None:
+        """Nothing has come."""
+        self._journal = journal
+        self._blob = blob
+        self._noted = 0
+
+    def up_to(self, position: int, *, at_least_bytes: int = STEP_BYTES) -> None:
+        """Note what has come since the last note, if it is so much. By one thread at a time."""
+        if position - self._noted >= max(1, at_least_bytes):
+            now_s = time.monotonic()
+            self._journal.note_arrival(ArrivalNote(self._blob, self._noted, position, now_s))
+            self._noted = position
 
 
 class Journal:
