@@ -6,7 +6,9 @@ reaches all floors; without one nothing is noted, and nothing is spent but the l
 """
 
 import time
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
+
+_T = TypeVar("_T")
 
 EVENTS_MOST = 500_000
 """Of each kind; what comes after is counted only."""
@@ -80,29 +82,32 @@ class Journal:
         self.marks: list[tuple[str, float]] = []
         self.dropped = 0
         """Notes that were too many."""
+        self.has_ended = False
+
+    def end(self) -> None:
+        """Pass over whatever is noted from now on."""
+        self.has_ended = True
 
     def note_read(self, note: ReadNote) -> None:
         """Note a read or a fault that has been answered."""
-        if len(self.reads) < EVENTS_MOST:
-            self.reads.append(note)
-        else:
-            self.dropped += 1
+        self._note(self.reads, note)
 
     def note_fetch(self, note: FetchNote) -> None:
         """Note a fetch that has ended."""
-        if len(self.fetches) < EVENTS_MOST:
-            self.fetches.append(note)
-        else:
-            self.dropped += 1
+        self._note(self.fetches, note)
 
     def note_arrival(self, note: ArrivalNote) -> None:
         """Note content that has come."""
-        if len(self.arrivals) < EVENTS_MOST:
-            self.arrivals.append(note)
-        else:
-            self.dropped += 1
+        self._note(self.arrivals, note)
 
     def mark(self, name: str, at_s: float) -> None:
         """Note a moment."""
-        if len(self.marks) < EVENTS_MOST:
-            self.marks.append((name, at_s))
+        self._note(self.marks, (name, at_s))
+
+    def _note(self, notes: list[_T], note: _T) -> None:
+        if self.has_ended:
+            return
+        if len(notes) < EVENTS_MOST:
+            notes.append(note)
+        else:
+            self.dropped += 1
