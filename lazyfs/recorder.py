@@ -38,7 +38,6 @@ class RecordConfig:
     """What is recorded, and where it goes."""
 
     file: Path
-    workload: str = ""
     way: str = ""
     """How memory comes; `trace.Recording.way`."""
     began_s: float = 0.0
@@ -61,6 +60,7 @@ class Recorder:
         self._figures: Callable[[], Mapping[str, Any]] = dict
         self._is_on = True
         self._is_mounted = False
+        self._workload = ""
         self._phases: list[Phase] = []
         self._written: dict[str, Any] = {}
 
@@ -71,6 +71,7 @@ class Recorder:
 
     def opening(self, config: OpenConfig) -> OpenConfig:
         """Return how to open what is recorded: what an earlier trace says is not fetched ahead."""
+        self._workload = config.workload
         return replace(config, trace="off")
 
     def counters(self, config: OpenConfig) -> Counters:
@@ -111,7 +112,7 @@ class Recorder:
         self.journal.end()
         config = self._config
         about = About(
-            workload=config.workload,
+            workload=self._workload,
             until=why,
             reference=checkpoint.reference,
             way=config.way,

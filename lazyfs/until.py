@@ -1,16 +1,10 @@
-"""When a recording is over: what `--until` names, looked at gently, and who is told of it.
+"""When a recording is over: what `--until` names, looked at gently.
 
 Whoever started the work looks: the process that keeps a restore, or for a mount one of the user's
 that is forked beside the daemon. Nothing here blocks for long, and only light things are imported:
 it is used between forks.
-
-The daemon that records is told over a socket pair, a line of JSON a message (`recorder.py` is the
-other end). What it is told: `{"mark": NAME, "at_s": T}`, and last `{"end": WHY, "at_s": T,
-"phases": [[NAME, BEGAN_S, ENDED_S]]}`, which it answers by what it has written. It says
-`{"ready": true}` once its mount answers. Times are of `time.monotonic`, which all processes share.
 """
 
-import json
 import math
 import os
 import select
@@ -19,26 +13,20 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
-from lazyfs.background import close_inherited
-from lazyfs.ground.errors import LazyfsError, UsageError
+from lazyfs.ground.errors import UsageError
 
 FORMS = "port:[HOST:]PORT, http://HOST:PORT/PATH, exec:COMMAND, SECONDS"
-GIVEN_UP_S = 600.0
-"""What has not come by then is waited for no longer: memory would never be home."""
 _TRY_S = 10.0
 """For one try."""
 _PAUSE_FIRST_S = 0.05
 _PAUSE_MOST_S = 0.5
-_TICK_S = 0.02
 _SECONDS_MOST = 24 * 3600.0
-_ANSWER_TIMEOUT_S = 60.0
-_LINE_MOST_BYTES = 1 << 20
 _HEAD_BYTES = 12
 """`HTTP/1.1 200`. Source: RFC 9112, section 4."""
 
@@ -269,128 +257,3 @@ class _Connection:
         if self._link is not None:
             self._link.close()
         self._link = None
-
-
-# -- who is told -----------------------------------------------------------------------------
-
-
-class Link:
-    """Our end of the socket pair; the daemon that records has the other."""
-
-    def __init__(self, link: socket.socket) -> None:
-        self._link = link
-        self._heard = b""
-        self._has_ended = False
-
-    @classmethod
-    def pair(cls) -> "tuple[Link, socket.socket]":
-        """Return our end, and the daemon's."""
-        ours, theirs = socket.socketpair()
-        return cls(ours), theirs
-
-    def fileno(self) -> int:
-        """Return what can be read when the daemon says something, or is gone."""
-        return self._link.fileno()
-
-    def mark(self, name: str, at_s: float | None = None) -> None:
-        """Tell of a moment."""
-        self._say({"mark": name, "at_s": at_s if at_s is not None else time.monotonic()})
-
-    def end(
-        self, why: str, phases: Sequence[tuple[str, float, float]] = (), at_s: float | None = None
-    ) -> Mapping[str, Any]:
-        """Say that it is over; return what has been written, or why nothing was.
-
-        Only what is told first counts; then nothing is returned.
-        """
-        if self._has_ended:
-            return {}
-        self._has_ended = True
-        at_s = at_s if at_s is not None else time.monotonic()
-        self._say({"end": why, "at_s": at_s, "phases": phases})
-        return self.hear(_ANSWER_TIMEOUT_S) or {"error": "whoever records it has gone"}
-
-    def hear(self, timeout_s: float | None) -> dict[str, Any] | None:
-        """Return what the daemon says; None if it is gone."""
-        self._link.settimeout(timeout_s)
-        try:
-            while b"\n" not in self._heard and len(self._heard) < _LINE_MOST_BYTES:
-                piece = self._link.recv(1 << 16)
-                if not piece:
-                    return None
-                self._heard += piece
-            line, _, self._heard = self._heard.partition(b"\n")
-            told = json.loads(line)
-        except (OSError, ValueError):
-            return None
-        return told if isinstance(told, dict) else None
-
-    def close(self) -> None:
-        """Say nothing more."""
-        self._link.close()
-
-    def _say(self, words: Mapping[str, Any]) -> None:
-        with suppress(OSError):
-            self._link.settimeout(_ANSWER_TIMEOUT_S)
-            self._link.sendall(json.dumps(words).encode() + b"\n")
-
-
-def start_watcher(until: Until) -> socket.socket:
-    """Fork a process that looks until it is so, and tells; return the daemon's end of the link.
-
-    It ends with the daemon. This process must have no other threads.
-
-    Raises:
-        LazyfsError: it cannot be started.
-    """
-    link, theirs = Link.pair()
-    try:
-        pid = os.fork()
-    except OSError as error:
-        raise LazyfsError(f"nobody can watch for --until: {error.strerror}") from None
-    if pid == 0:
-        _watch(until, link)
-    os.waitpid(pid, 0)
-    link.close()
-    return theirs
-
-
-def _watch(until: Until, link: Link) -> NoReturn:
-    """Be the watcher."""
-    try:
-        os.setsid()
-        if os.fork():  # whoever started us does not wait for us
-            os._exit(0)
-        null = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(null, descriptor)
-        close_inherited({link.fileno()})
-        told = link.hear(None)
-        if told is not None and told.get("ready"):
-            why = wait_until(until, link)
-            if why is not None:
-                link.end(why)
-    finally:
-        os._exit(0)
-
-
-def wait_until(until: Until, link: Link) -> str | None:
-    """Come back when it is so, or has been given up, and say why; None if the daemon is gone."""
-    given_up_s = time.monotonic() + GIVEN_UP_S
-    check = until.begin()
-    poll = select.poll()
-    poll.register(link, select.POLLIN)
-    try:
-        while (why := check.poll()) is None:
-            if poll.poll(_TICK_S * 1000):
-                return None
-            if time.monotonic() >= given_up_s:
-                return given_up(until)
-        return why
-    finally:
-        check.close()
-
-
-def given_up(until: Until) -> str:
-    """Return what is said of what has not come."""
-    return f"{until.text} has not come within {GIVEN_UP_S:g} s"
