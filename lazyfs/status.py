@@ -78,6 +78,7 @@ class MountState:
             "reading": [_plain(asdict(each)) for each in activity.reading()],
             "fetches": [_plain(asdict(each)) for each in checkpoint.desk.fetcher.waiting()],
             "places": _places(checkpoint),
+            "trace": _trace(checkpoint),
             "completion": self.completion(),
             "lazy_pages": self.lazy_pages(),
             "failed": str(poison) if poison is not None else None,
@@ -160,6 +161,17 @@ def _places(checkpoint: OpenedCheckpoint) -> list[dict[str, Any]]:
     source = checkpoint.image.source
     healths = source.healths() if source is not None else ()
     return [health.snapshot() for health in healths[:_LISTED_PLACES_MOST]]
+
+
+def _trace(checkpoint: OpenedCheckpoint) -> dict[str, Any] | None:
+    trace = checkpoint.trace
+    if trace is None:
+        return None
+    return {
+        "source": checkpoint.trace_source,
+        "workload": trace.workload[:_TEXT_MOST],
+        "needed_bytes": checkpoint.trace_bytes,
+    }
 
 
 def _plain(value: Any) -> Any:

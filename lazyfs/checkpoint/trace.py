@@ -22,8 +22,6 @@ import zstandard
 from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.settings import KIB, MIB
 
-TRACE_TYPE = "application/vnd.lazyfs.trace.v1"
-"""The artifact type of a manifest that attaches one to an image."""
 TRACE_BLOB_TYPE = "application/vnd.lazyfs.trace.v1+zstd"
 """The media type of the document."""
 WORKLOAD_KEY = "lazyfs.trace.workload"
@@ -186,7 +184,9 @@ def dump_trace(trace: Trace) -> bytes:
     return packed
 
 
-def parse_trace(data: bytes, name: str) -> Trace:
+def parse_trace(
+    data: bytes, name: str, *, unpacked_limit_bytes: int = _UNPACKED_LIMIT_BYTES
+) -> Trace:
     """Read a document that may be hostile; `name` is for messages.
 
     Raises:
@@ -196,10 +196,10 @@ def parse_trace(data: bytes, name: str) -> Trace:
         with zstandard.ZstdDecompressor(max_window_size=_UNPACKED_LIMIT_BYTES).stream_reader(
             data
         ) as reader:
-            text = reader.read(_UNPACKED_LIMIT_BYTES + 1)
+            text = reader.read(unpacked_limit_bytes + 1)
     except zstandard.ZstdError as error:
         raise MalformedError(f"{name} is no trace: {error}") from None
-    if len(text) > _UNPACKED_LIMIT_BYTES:
+    if len(text) > unpacked_limit_bytes:
         raise MalformedError(f"{name} is larger than is believed of a trace")
     try:
         trace = msgspec.json.decode(text, type=Trace)
