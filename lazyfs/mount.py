@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from lazyfs.checkpoint.host import Host
     from lazyfs.lazypages.guard import Guard
     from lazyfs.lazypages.server import LazyPages
-    from lazyfs.recorder import RecordConfig, Recorder
+    from lazyfs.recorder import Recorder
+    from lazyfs.trace_file import RecordConfig
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,12 @@ from lazyfs.checkpoint.trace import Phase, Trace, dump_trace
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.journal import Journal
 from lazyfs.recording import About, Layout, layout_of, trace_of
-from lazyfs.trace_file import write_whole
+from lazyfs.trace_file import RecordConfig, write_whole
 
 log = logging.getLogger(__name__)
 
 _LINE_MOST_BYTES = 1 << 20
 _PHASES_MOST = 1000
-
-
-@dataclass(frozen=True)
-class RecordConfig:
-    """What is recorded, and where it goes."""
-
-    file: Path
-    way: str = ""
-    """How memory comes; `trace.Recording.way`."""
-    began_s: float = 0.0
-    """When the command began, by `time.monotonic`."""
-    link: int | None = None
-    """A socket to who says when it is over; None: the end of the mount is."""
 
 
 class Recorder:
@@ -107,6 +94,10 @@ class Recorder:
         if not self._is_on or not self._is_mounted or checkpoint is None:
             return self._written
         self._is_on = False
+        if not self.journal.reads:
+            self._written = {"error": f"nothing was read: {self._config.file} is not written"}
+            log.info("%s", self._written["error"])
+            return self._written
         at_s = at_s if at_s is not None else time.monotonic()
         self.journal.mark("until", at_s)
         self.journal.end()
