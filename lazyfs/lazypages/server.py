@@ -20,6 +20,7 @@ from lazyfs.lazypages.guard import Guard
 from lazyfs.lazypages.pages import Images
 from lazyfs.lazypages.protocol import SOCKET_NAME
 from lazyfs.lazypages.session import Session
+from lazyfs.lazypages.task import Desk
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ class LazyPages:
         self._checkpoint = checkpoint
         self._guard = guard
         self._images = Images(checkpoint)
-        self._counts = Counts()
+        self._desk = Desk(Counts(), checkpoint.counters.journal)
         self._sessions: list[Session] = []
         self._restores = 0
         self._failed: str | None = None
@@ -83,7 +84,7 @@ class LazyPages:
             "restores": self._restores,
             "tasks": sum(len(session.tasks) for session in self._sessions),
             "missing_bytes": self.missing_bytes,
-            **self._counts.as_json(),
+            **self._desk.counts.as_json(),
         }
 
     async def wait_home(self) -> None:
@@ -150,7 +151,7 @@ class LazyPages:
 
     async def _serve(self, link: trio.socket.SocketType) -> None:
         """Serve a restore; whatever happens to it, the mount goes on."""
-        session = Session(self._images, self._guard, self._counts)
+        session = Session(self._images, self._guard, self._desk)
         with link:
             if not _is_welcome(link):
                 return
