@@ -1,4 +1,4 @@
-"""`lazyfs restore --record` with real CRIU: what a workload touched, no more than a little beside."""
+"""`lazyfs restore --record` with real CRIU: what a workload touched, and little beside."""
 
 import stat
 import time
@@ -49,7 +49,7 @@ def assert_is_working_set(trace: Trace) -> None:
     assert PERCENT * SIZE_MIB * MIB // 100 <= needed <= 3 * PERCENT * SIZE_MIB * MIB // 100
 
 
-def loops_after(dumped: Checkpoint, count: int, after_s: float) -> str:
+def loops_more(dumped: Checkpoint, count: int) -> str:
     """Return a command that succeeds once the workload has done so many loops."""
     before = len(dumped.status.events("loop"))
     return f"exec:sh -c 'test $(grep -c ^loop {dumped.status.path}) -ge {before + count}'"
@@ -60,7 +60,7 @@ def test_a_restore_tells_what_was_needed_until_a_command_succeeds(
 ) -> None:
     file = restorer.work / "a.trace"
     started_s = time.time()
-    until = loops_after(dumped, 2, started_s)
+    until = loops_more(dumped, 2)
     ended = restorer.run(
         str(dumped.layer), "--json", "--record", file, "--until", until, "--work-dir", "criu"
     )
@@ -70,11 +70,10 @@ def test_a_restore_tells_what_was_needed_until_a_command_succeeds(
     trace = read_trace(file)
     assert ended.told["trace"] == {
         "file": str(file),
-        "until": until,
+        "until": "sh succeeded",
         "needed_bytes": trace.needed_bytes,
         "error": None,
     }
-    assert trace.until == until
     assert_is_working_set(trace)
     recording = trace.recording
     assert recording is not None
@@ -93,7 +92,6 @@ def test_a_restore_tells_what_was_needed_until_a_command_succeeds(
     assert {"checkpoint/inventory.img", "checkpoint/pstree.img"} <= {
         trace.files[read.file].path for read in recording.reads if read.kind == "read"
     }
-    assert dumped.before.hashes is not None
 
 
 def test_a_restore_that_is_interrupted_leaves_what_was_recorded(
@@ -120,14 +118,16 @@ def test_a_mount_records_a_restore_and_brings_the_rest_when_that_is_over(
 ) -> None:
     file, flag = work / "a.trace", work / "flag"
     options = ("--record", str(file), "--until", f"exec:test -e {flag}")
-    with served(str(dumped.layer), work, *options) as (mount, criu):
-        with restored(dumped, mount, criu) as process:
-            process.wait_first_loop()
-            told = lazily(mount)
-            assert told["bytes_background"] == 0
-            assert told["missing_bytes"] > SIZE_MIB * MIB // 2
-            flag.touch()
-            wait_home(mount)
-            assert process.memory_hash() == dumped.before.hashes
+    with (
+        served(str(dumped.layer), work, *options) as (mount, criu),
+        restored(dumped, mount, criu) as process,
+    ):
+        process.wait_first_loop()
+        told = lazily(mount)
+        assert told["bytes_background"] == 0
+        assert told["missing_bytes"] > SIZE_MIB * MIB // 2
+        flag.touch()
+        wait_home(mount)
+        assert process.memory_hash() == dumped.before.hashes
     trace = read_trace(file)
     assert_is_working_set(trace)
