@@ -78,7 +78,7 @@ class _StoredPages:
         if not isinstance(self._content, LayerContent):
             return ()  # all of it is on its way
         content, wanted = self._content, self._range(offset, size_bytes)
-        most_bytes = content.settings.demand_most_bytes
+        most_bytes = content.settings.readahead_request_bytes
         jobs: list[Job] = []
         while content.poison is None and (run := content.next_run(wanted, most_bytes)) is not None:
             jobs.append(partial(content.conduct, content.take_off(run, Lane.DEMAND)))

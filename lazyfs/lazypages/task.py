@@ -267,7 +267,7 @@ class Task:
                 if datas is not None:
                     return start, datas
             if size_bytes > PAGE:
-                size_bytes = max(size_bytes // 2, PAGE)
+                size_bytes = max(size_bytes // 2 & -PAGE, PAGE)
             elif start < page:
                 start, size_bytes = page, LEAST_BYTES
             else:

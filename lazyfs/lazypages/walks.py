@@ -20,16 +20,16 @@ FIRST_BYTES = 512 * KIB
 MOST_FIRST_BYTES = 2 * MIB
 MOST_UNKNOWN_BYTES = 4 * MIB
 """Before it is known what the link gives: what one of 1 Gbit/s and 30 ms holds."""
-MOST_BYTES = 32 * MIB
+MOST_BYTES = 16 * MIB
 MOST_FILL_BYTES = MIB
 """At a time: a fault of another thread waits for the rest of it, 0.3 ms."""
 PRECISE_BYTES = 16 * KIB
 _WALKS_MOST = 32
 _REACH_BYTES = MIB
-_LATEST = 0.3
-"""The share of the latest measurement in a mean."""
+_TELLING_BYTES = MIB
+"""A walk that has gone on for so long tells how fast the link is."""
 _ROUND_TRIPS = 2
-"""What is under way for so many of them keeps the link busy."""
+"""What comes in so many of them is under way at most: enough for a link that gets faster yet."""
 
 
 class Link:
@@ -44,9 +44,9 @@ class Link:
         self._latency_s = min(self._latency_s, seconds)
 
     def note_rate(self, size_bytes: int, seconds: float) -> None:
-        """Take note of how much has come between the ends of two waits of one walk."""
-        rate = size_bytes / max(seconds, 1e-6)
-        self._rate += (rate - self._rate) * (_LATEST if self._rate else 1)
+        """Take note of how much has come since a walk had its first bytes."""
+        if size_bytes >= _TELLING_BYTES:
+            self._rate = max(self._rate, size_bytes / max(seconds, 1e-3))
 
     @property
     def window_bytes(self) -> int:
@@ -54,7 +54,7 @@ class Link:
         if not self._rate or self._latency_s == float("inf"):
             return MOST_UNKNOWN_BYTES
         held_bytes = int(_ROUND_TRIPS * self._rate * self._latency_s)
-        return max(FIRST_BYTES, min(held_bytes + FIRST_BYTES, MOST_BYTES))
+        return max(MOST_FIRST_BYTES, min(held_bytes, MOST_BYTES))
 
 
 class Walk:
@@ -72,13 +72,13 @@ class Walk:
         self.is_first = True
         """Whether it has had one fault only."""
         self._link = link
-        self._came = offset
         self._came_s: float | None = None
 
     @property
     def fill_bytes(self) -> int:
-        """How much to fill at a time."""
-        return max(LEAST_BYTES, min(self.window_bytes // 2, MOST_FILL_BYTES))
+        """How much to fill at a time: whole pages."""
+        size_bytes = min(self.window_bytes // 2, MOST_FILL_BYTES)
+        return max(LEAST_BYTES, size_bytes // LEAST_BYTES * LEAST_BYTES)
 
     def wants(self, offset: int) -> tuple[int, int] | None:
         """Return what is to be fetched at a fault at `offset`, as (start, stop); then note it.
@@ -104,9 +104,9 @@ class Walk:
         """Take note of how long a fault at `offset` has waited."""
         if self._came_s is None:
             self._link.note_latency(waited_s)
-        elif offset > self._came:
-            self._link.note_rate(offset - self._came, now_s - self._came_s)
-        self._came, self._came_s = offset, now_s
+            self._came_s = now_s
+        else:
+            self._link.note_rate(offset - self.began, now_s - self._came_s)
 
 
 class Walks:
@@ -141,5 +141,4 @@ class Walks:
         if walk.is_first:
             self._first_bytes = max(self._first_bytes // 2, LEAST_BYTES)
         elif walk.position - walk.began >= self._first_bytes:
-            most_bytes = min(MOST_FIRST_BYTES, self._link.window_bytes)
-            self._first_bytes = min(2 * self._first_bytes, most_bytes)
+            self._first_bytes = min(2 * self._first_bytes, MOST_FIRST_BYTES)
