@@ -129,6 +129,11 @@ class LayerContent(Content):
         first, last = self._span(content)
         return all(state >= READY for state in self._state[first:last])
 
+    def is_coming(self, content: ByteRange) -> bool:
+        """Whether whatever of the bytes is not held is being fetched already."""
+        first, last = self._span(content)
+        return all(state == FLYING or state >= READY for state in self._state[first:last])
+
     async def wait_change(self, content: ByteRange) -> None:
         """Come back when it may be that more of `content` is here, or that it will not be."""
         first, last = self._span(content)
