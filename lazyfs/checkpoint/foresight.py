@@ -5,8 +5,9 @@ what is attached to the image), and in which order CRIU reads all the rest. Each
 layers as soon as it is known. Neither is an error of the mount, and nothing waits for them but who
 wants the whole `Plan`.
 
-Where somebody only looks at a checkpoint nothing is fetched of memory. A trace is replayed once a
-restore begins (`restore_sign.py`); all the rest is fetched only where the mount is for a restore.
+Where somebody only looks at a checkpoint nothing is fetched of memory. Where a mount is not for a
+restore alone, a trace is replayed once a restore begins (`restore_sign.py`), and all the rest is
+fetched once that reads memory at length; not while it only faults.
 """
 
 import logging
@@ -25,6 +26,7 @@ from lazyfs.layers.model import EntryType
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.opened import OpenedCheckpoint
+    from lazyfs.checkpoint.opened_layer import OpenedLayer
     from lazyfs.checkpoint.tree import Node
 
 _TOLD_FIRST = (PrefetchState.DROPPED, PrefetchState.REPLAYING, PrefetchState.DONE)
@@ -93,6 +95,12 @@ class Foresight:
             checkpoint.plan_known.set()
         await self._begun.wait()
         self._replay()
+        if not self._everything:
+            await self._wait_long_read()
+            self._everything = True
+            log.info("memory is read at length: all of it is fetched")
+            self._start()
+            await self._guarded("the order of a restore", self._follow)
 
     async def _guarded(self, what: str, job: Callable[[], Awaitable[None]]) -> None:
         try:
@@ -109,6 +117,17 @@ class Foresight:
             self._traced = traced_stretches(trace, self._checkpoint)
             if self._begun.is_set():
                 self._replay()
+
+    async def _wait_long_read(self) -> None:
+        """Come back when memory is read at length: the restore is not lazy, or not any more."""
+        async with trio.open_nursery() as nursery:
+
+            async def watch(layer: "OpenedLayer") -> None:
+                await layer.wait_long_read()
+                nursery.cancel_scope.cancel()
+
+            for layer in self._checkpoint.image_layers:
+                nursery.start_soon(watch, layer)
 
     def _replay(self) -> None:
         if not self._is_replayed:

@@ -228,6 +228,13 @@ class OpenedLayer:
         if self._readahead is not None:
             self._readahead.follow(rest)
 
+    async def wait_long_read(self) -> None:
+        """Come back when somebody reads a file of it on and on, from now on; of a stream never."""
+        if self._readahead is None:
+            await trio.sleep_forever()
+        else:
+            await self._readahead.wait_long_read()
+
     @property
     def prefetched(self) -> Prefetch | None:
         """What is fetched of it ahead of all readers; None for a stream."""

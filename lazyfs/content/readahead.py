@@ -49,6 +49,8 @@ _GIANT_READ_BYTES = 256 << 10
 """CRIU faults 4 KiB at a time, for which the kernel begins with 16 KiB; what begins larger is
 the head of a long read."""
 _FIRST_WINDOW_BYTES = 16 << 20
+_LONG_READ_BYTES = 2 << 20
+"""Who has read so much, or has begun as if, will read the file to its end."""
 _SCATTER_FAULTS = 32
 _SCATTER_S = 2.0
 """So many lone faults within so long: the file is read all over."""
@@ -90,6 +92,7 @@ class Readahead:
         self._long_reads: deque[tuple[float, ByteRange]] = deque(maxlen=_STREAMS_MOST)
         self._lone_faults_at_s: deque[float] = deque(maxlen=_SCATTER_FAULTS)
         self._fill_error: LazyfsError | None = None
+        self._long_read = trio.Event()
         self._wanted = trio.Event()
 
     def observe(self, content: ByteRange, limit: int) -> bool:
@@ -111,7 +114,14 @@ class Readahead:
                 )
         if stream.window_bytes:
             self._wanted.set()
+            if stream.window_bytes >= _LONG_READ_BYTES:
+                self._long_read.set()
         return foreseen
+
+    async def wait_long_read(self) -> None:
+        """Come back when somebody reads on and on, from now on."""
+        self._long_read = trio.Event()
+        await self._long_read.wait()
 
     def note_lone_fault(self, file: ByteRange) -> None:
         """Take note that a small read, which nothing foretold, has to wait."""
