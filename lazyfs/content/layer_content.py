@@ -37,6 +37,7 @@ from lazyfs.layers.model import ChunkMap
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.place import PlaceLied
 from lazyfs.transport.retry import Fetcher
+from lazyfs.transport.window import NARROW_BYTES, allow_on_the_way
 
 log = logging.getLogger(__name__)
 
@@ -306,9 +307,13 @@ class LayerContent(Content):
     async def _fetch(self, flight: Flight) -> None:
         """Land a flight; anew, from other places, where one of them gave wrong bytes."""
 
+        is_background = flight.lane is not Lane.DEMAND
+
         def check() -> None:
             if self._poison is not None:
                 raise _Stopped  # no error of the place that is being asked
+            gently = is_background and (flight.is_gentle or self.lanes.is_gentle)
+            allow_on_the_way(NARROW_BYTES if gently else None)
 
         while True:
             landing = Landing(self.chunks, flight, check)

@@ -217,11 +217,13 @@ class Readahead:
         run = self._next_traced(keeps_all=keeps_all)
         if run is not None:
             self._width.idle()
-            return self._content.take_off(run, Lane.READAHEAD)
+            flight = self._content.take_off(run, Lane.READAHEAD)
+            flight.is_gentle = True  # there are many of them
+            return flight
         sweeping = keeps_all and self._sweep.start < self._sweep.stop
-        if self._content.lanes.yielding and not sweeping:
+        if self._content.lanes.yielding:  # the windows are narrow then
             self._width.idle()
-            connections = 1
+            connections = settings.readahead_connections_least
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
             connections = self._width.connections
