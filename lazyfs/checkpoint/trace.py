@@ -22,8 +22,6 @@ import zstandard
 from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.settings import KIB, MIB
 
-TRACE_TYPE = "application/vnd.lazyfs.trace.v1"
-"""The artifact type of a manifest that attaches one to an image."""
 TRACE_BLOB_TYPE = "application/vnd.lazyfs.trace.v1+zstd"
 """The media type of the document."""
 WORKLOAD_KEY = "lazyfs.trace.workload"
@@ -39,8 +37,8 @@ RECORDING_LIMIT_BYTES = 64 * MIB
 """Of a file that somebody names on the command line."""
 _UNPACKED_LIMIT_BYTES = 256 * MIB
 _VERSION = 1
-_LAYERS_MOST = 512
-_FILES_MOST = 64 * 1024
+LAYERS_MOST = 512
+FILES_MOST = 64 * 1024
 _NEEDS_MOST = 500_000
 _EVENTS_MOST = 2_000_000
 _ZSTD_LEVEL = 6
@@ -172,8 +170,12 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return sum(need.size_bytes for need in self.needs)
 
     def hint(self) -> "Trace":
-        """Return what others may have of it."""
-        return msgspec.structs.replace(self, recording=None)
+        """Return what others may have of it: files that nothing was needed of are left out."""
+        needed = sorted({need.file for need in self.needs})
+        numbers = {number: index for index, number in enumerate(needed)}
+        files = [self.files[number] for number in needed]
+        needs = [msgspec.structs.replace(need, file=numbers[need.file]) for need in self.needs]
+        return msgspec.structs.replace(self, files=files, needs=needs, recording=None)
 
 
 def dump_trace(trace: Trace) -> bytes:
@@ -182,7 +184,9 @@ def dump_trace(trace: Trace) -> bytes:
     return packed
 
 
-def parse_trace(data: bytes, name: str) -> Trace:
+def parse_trace(
+    data: bytes, name: str, *, unpacked_limit_bytes: int = _UNPACKED_LIMIT_BYTES
+) -> Trace:
     """Read a document that may be hostile; `name` is for messages.
 
     Raises:
@@ -192,10 +196,10 @@ def parse_trace(data: bytes, name: str) -> Trace:
         with zstandard.ZstdDecompressor(max_window_size=_UNPACKED_LIMIT_BYTES).stream_reader(
             data
         ) as reader:
-            text = reader.read(_UNPACKED_LIMIT_BYTES + 1)
+            text = reader.read(unpacked_limit_bytes + 1)
     except zstandard.ZstdError as error:
         raise MalformedError(f"{name} is no trace: {error}") from None
-    if len(text) > _UNPACKED_LIMIT_BYTES:
+    if len(text) > unpacked_limit_bytes:
         raise MalformedError(f"{name} is larger than is believed of a trace")
     try:
         trace = msgspec.json.decode(text, type=Trace)
@@ -219,8 +223,8 @@ def _check(trace: Trace, name: str) -> None:
         recording.marks,
     )
     limits = (
-        (len(trace.layers), _LAYERS_MOST, "layers"),
-        (len(trace.files), _FILES_MOST, "files"),
+        (len(trace.layers), LAYERS_MOST, "layers"),
+        (len(trace.files), FILES_MOST, "files"),
         (len(trace.needs), _NEEDS_MOST, "needs"),
         (sum(map(len, events)), _EVENTS_MOST, "events"),
     )

@@ -20,10 +20,12 @@ from lazyfs.cli.options import (
     REFERENCE_HELP,
     SourceOptions,
     follow_option,
+    record_options,
     source_options,
     verbose_option,
 )
 from lazyfs.cli.text import printable
+from lazyfs.cli.trace_options import trace_options
 from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
 from lazyfs.systemd import Notifier
@@ -79,8 +81,10 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
     "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
 )
+@record_options
 @source_options
 @follow_option
+@trace_options
 def mount_command(
     reference: str,
     directory: Path,
@@ -92,6 +96,8 @@ def mount_command(
     source_name: str | None,
     noexec: bool,
     lazy_pages: Path | None,
+    record: Path | None,
+    until: str | None,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -117,6 +123,7 @@ def mount_command(
         directory = mountpoint.real(directory)
     if lazy_pages is not None:
         lazy_pages = lazy_pages.absolute()
+    recorded = _recorded(record, until)
     job = _Job(
         reference=reference,
         directory=directory,
@@ -127,6 +134,7 @@ def mount_command(
         source_name=source_name,
         noexec=noexec,
         lazy_pages=lazy_pages,
+        recorded=recorded,
         source=source,
     )
     if foreground:
@@ -136,7 +144,8 @@ def mount_command(
         return _serve(job, click.echo, notifier)
     Notifier(os.environ)  # which is the caller's, not its daemon's
     log_file = log_file or _default_log(source.cache_dir, directory)
-    kept = [descriptor] if descriptor is not None else []
+    watcher = recorded.watcher if recorded is not None else None
+    kept = [each for each in (descriptor, watcher) if each is not None]
     code, message = run_detached(partial(_serve, job), log_file.absolute(), kept)
     if code == 0:
         click.echo(message)
@@ -156,6 +165,16 @@ def umount_command(directory: Path, lazy: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Recorded:
+    """What is recorded, for how long, and since when."""
+
+    file: Path
+    watcher: int | None
+    """A socket to who says when it is over."""
+    began_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     """What was asked for."""
 
@@ -168,6 +187,7 @@ class _Job:
     source_name: str | None
     noexec: bool
     lazy_pages: Path | None
+    recorded: "_Recorded | None"
     source: SourceOptions
 
 
@@ -184,6 +204,13 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
     from lazyfs.cli.main import report
     from lazyfs.mount import MountConfig, serve_mount
 
+    recording = None
+    if job.recorded is not None:
+        from lazyfs.recorder import RecordConfig
+
+        way = "lazy pages" if job.lazy_pages is not None else ""
+        began_s, watcher = job.recorded.began_s, job.recorded.watcher
+        recording = RecordConfig(job.recorded.file, way, began_s, watcher)
     directory = job.directory
     config = MountConfig(
         job.reference,
@@ -197,6 +224,7 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         guard,
         source_name=job.source_name,
         noexec=job.noexec,
+        recording=recording,
     )
 
     is_ready = False
@@ -228,6 +256,26 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
 def _default_log(cache_dir: Path, directory: Path) -> Path:
     name = os.fsencode(directory).strip(b"/").replace(b"/", b"-")
     return cache_dir / "log" / os.fsdecode(name[:_LOG_NAME_MOST_BYTES] + b".log")
+
+
+def _recorded(record: Path | None, until: str | None) -> _Recorded | None:
+    """Return what is to be recorded, and have somebody watch for its end; to be called last.
+
+    Raises:
+        UsageError: the file cannot be written, or `until` is nothing that is known.
+    """
+    if record is None:
+        if until is not None:
+            raise UsageError("--until is for --record FILE")
+        return None
+    from lazyfs.trace_file import check_recordable
+    from lazyfs.until import parse_until
+    from lazyfs.watcher import process_began_s, start_watcher
+
+    lasting = parse_until(until) if until is not None else None
+    file = check_recordable(record)
+    watcher = start_watcher(lasting).detach() if lasting is not None else None
+    return _Recorded(file, watcher, process_began_s())
 
 
 def _check_writable(log_file: Path) -> None:
