@@ -310,9 +310,6 @@ class Task:
                 await self._fetch(page, place, walk)
         finally:
             self._bringing.discard(page)
-        if first is not None and walk is not None:
-            now_s = time.monotonic()
-            walk.note_came(first.offset, now_s - began_s, now_s)
         self._note_served(first, walk, began_s, waited=True)
         self._end_if_done()
 

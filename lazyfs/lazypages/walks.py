@@ -18,49 +18,18 @@ from lazyfs.ground.settings import KIB, MIB
 LEAST_BYTES = 64 * KIB
 FIRST_BYTES = 512 * KIB
 MOST_FIRST_BYTES = 2 * MIB
-MOST_UNKNOWN_BYTES = 4 * MIB
-"""Before it is known what the link gives: what one of 1 Gbit/s and 30 ms holds."""
 MOST_BYTES = 16 * MIB
 MOST_FILL_BYTES = MIB
 """At a time: a fault of another thread waits for the rest of it, 0.3 ms."""
 PRECISE_BYTES = 16 * KIB
 _WALKS_MOST = 32
 _REACH_BYTES = MIB
-_TELLING_BYTES = MIB
-"""A walk that has gone on for so long tells how fast the link is."""
-_ROUND_TRIPS = 2
-"""What comes in so many of them is under way at most: enough for a link that gets faster yet."""
-
-
-class Link:
-    """What has been seen of the link: how soon an answer begins, and how fast it goes on."""
-
-    def __init__(self) -> None:
-        self._latency_s = float("inf")
-        self._rate = 0.0
-
-    def note_latency(self, seconds: float) -> None:
-        """Take note of how long the first fault of a walk has waited."""
-        self._latency_s = min(self._latency_s, seconds)
-
-    def note_rate(self, size_bytes: int, seconds: float) -> None:
-        """Take note of how much has come since a walk had its first bytes."""
-        if size_bytes >= _TELLING_BYTES:
-            self._rate = max(self._rate, size_bytes / max(seconds, 1e-3))
-
-    @property
-    def window_bytes(self) -> int:
-        """How much may be under way at most, for what is more only delays what comes next."""
-        if not self._rate or self._latency_s == float("inf"):
-            return MOST_UNKNOWN_BYTES
-        held_bytes = int(_ROUND_TRIPS * self._rate * self._latency_s)
-        return max(MOST_FIRST_BYTES, min(held_bytes, MOST_BYTES))
 
 
 class Walk:
     """One of them."""
 
-    def __init__(self, file: int, offset: int, window_bytes: int, link: Link) -> None:
+    def __init__(self, file: int, offset: int, window_bytes: int) -> None:
         self.file = file
         self.began = offset
         self.position = offset
@@ -71,8 +40,6 @@ class Walk:
         """How much from a fault on should be here or on its way."""
         self.is_first = True
         """Whether it has had one fault only."""
-        self._link = link
-        self._came_s: float | None = None
 
     @property
     def fill_bytes(self) -> int:
@@ -96,17 +63,14 @@ class Walk:
         self.position = max(self.position, stop)
 
     def note_wait(self) -> None:
-        """Take note that a fault has to wait: too little was fetched ahead, or too late."""
-        if not self.is_first:
-            self.window_bytes = min(2 * self.window_bytes, self._link.window_bytes)
+        """Take note that a fault has to wait: too little was fetched ahead, or too late.
 
-    def note_came(self, offset: int, waited_s: float, now_s: float) -> None:
-        """Take note of how long a fault at `offset` has waited."""
-        if self._came_s is None:
-            self._link.note_latency(waited_s)
-            self._came_s = now_s
-        else:
-            self._link.note_rate(offset - self.began, now_s - self._came_s)
+        No more than half of what has been walked is asked for in vain, but for a little.
+        """
+        walked_bytes = self.position - self.began
+        most_bytes = max(MOST_FIRST_BYTES, min(walked_bytes // 2, MOST_BYTES))
+        if not self.is_first:
+            self.window_bytes = max(self.window_bytes, min(2 * self.window_bytes, most_bytes))
 
 
 class Walks:
@@ -116,7 +80,6 @@ class Walks:
         """Nobody has been anywhere."""
         self._walks: deque[Walk] = deque(maxlen=_WALKS_MOST)
         self._first_bytes = FIRST_BYTES
-        self._link = Link()
 
     def note(self, file: int, offset: int) -> Walk:
         """Take note of a fault; return the walk that it belongs to."""
@@ -132,7 +95,7 @@ class Walks:
                 return walk
         if self._walks:
             self._learn(self._walks[-1])
-        walk = Walk(file, offset, self._first_bytes, self._link)
+        walk = Walk(file, offset, self._first_bytes)
         self._walks.append(walk)
         return walk
 
