@@ -44,6 +44,15 @@ class LazyPages:
         self._news = trio.Event()
         self._path: Path | None = None
 
+    def be_precise(self) -> None:
+        """Bring just what is wanted, until `be_whole`: somebody records that."""
+        self._desk.precise = True
+
+    def be_whole(self) -> None:
+        """Bring all the rest too, behind what is wanted."""
+        self._desk.precise = False
+        self._desk.whole.set()
+
     # -- what is told -----------------------------------------------------------------------
 
     @property

@@ -152,6 +152,8 @@ class Session:
     async def _send(self) -> None:
         """Send what nobody has asked for: of one task after the other, until all is sent."""
         while True:
+            if self._desk.precise:
+                await self._desk.whole.wait()
             waiting = [task for task in self.tasks if task.missing_bytes]
             if not waiting:
                 if self.is_restored and not self.tasks:

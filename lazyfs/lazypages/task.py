@@ -77,6 +77,8 @@ class Desk:
         self.journal = journal
         self.precise = False
         """Whether just what is wanted is brought, for as long as somebody records that."""
+        self.whole = trio.Event()
+        """Set when that is over, and all the rest may be brought."""
 
 
 class Task:
