@@ -22,8 +22,6 @@ import zstandard
 from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.settings import KIB, MIB
 
-TRACE_TYPE = "application/vnd.lazyfs.trace.v1"
-"""The artifact type of a manifest that attaches one to an image."""
 TRACE_BLOB_TYPE = "application/vnd.lazyfs.trace.v1+zstd"
 """The media type of the document."""
 WORKLOAD_KEY = "lazyfs.trace.workload"

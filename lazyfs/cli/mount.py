@@ -25,6 +25,7 @@ from lazyfs.cli.options import (
     verbose_option,
 )
 from lazyfs.cli.text import printable
+from lazyfs.cli.trace_options import trace_options
 from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
 from lazyfs.systemd import Notifier
@@ -84,6 +85,7 @@ _LOG_NAME_MOST_BYTES = 200
 @record_options
 @source_options
 @follow_option
+@trace_options
 def mount_command(
     reference: str,
     directory: Path,

@@ -24,6 +24,7 @@ from lazyfs.transport.run_directory import run_directory
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.desk import OpenConfig
+    from lazyfs.checkpoint.trace import Trace
     from lazyfs.content.cache import Cache
 
 _P = ParamSpec("_P")
@@ -45,6 +46,12 @@ class SourceOptions:
     cache_limit: Limit = CACHE_LIMIT
     shows_stubs: bool = False
     """Whether a stub is taken for what it is."""
+    trace: Literal["off", "auto"] | Path = "off"
+    """Where what to fetch first is had from; see `OpenConfig.trace`."""
+    given_trace: "Trace | None" = None
+    """What the file says that `trace` names."""
+    workload: str = ""
+    """Whose trace to take, of several."""
 
     def cache(self) -> "Cache":
         """Return where fetched bytes are to be kept; on disk there is a directory then.
@@ -71,7 +78,7 @@ class SourceOptions:
         from lazyfs.checkpoint.ahead import Ahead
 
         cache = self.cache()
-        ahead = Ahead(reference, self.transport, cache)
+        ahead = Ahead(reference, self.transport, cache, traced=self.trace == "auto")
         from lazyfs.checkpoint.desk import OpenConfig  # which imports trio: see `ahead.py`
 
         return OpenConfig(
@@ -82,6 +89,9 @@ class SourceOptions:
             on_proof,
             self.shows_stubs,
             ahead,
+            self.trace,
+            self.given_trace,
+            self.workload,
         )
 
 

@@ -16,6 +16,7 @@ import click
 from lazyfs.checkpoint.reference import parse_reference
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, record_options, source_options
 from lazyfs.cli.text import human_bytes, printable
+from lazyfs.cli.trace_options import trace_options
 from lazyfs.ground.errors import LazyfsError, UsageError
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ _COUNTED = ("pages_bytes", "read_bytes", "fetched_bytes", "requests")
 @click.option("--json", "as_json", is_flag=True, help="Print one object at the end (docs/json.md).")
 @record_options
 @source_options
+@trace_options
 def restore_command(
     reference: str,
     extra: tuple[str, ...],

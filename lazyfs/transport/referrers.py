@@ -9,7 +9,7 @@ Tag Schema"; RFC 8288 (`Link`).
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import quote, urljoin
 
@@ -60,8 +60,8 @@ class _Referrer(msgspec.Struct, frozen=True, rename="camel"):
     config: _Config | None = None
 
 
-def parse_referrers(data: bytes, artifact_type: str) -> list[ReferrerDescriptor]:
-    """Return those of a list of referrers that are of the type; a server need not filter.
+def parse_referrers(data: bytes, *artifact_types: str) -> list[ReferrerDescriptor]:
+    """Return those of a list of referrers that are of the types; a server need not filter.
 
     What has a digest that cannot be computed here, or is larger than a manifest, is left out.
 
@@ -76,37 +76,39 @@ def parse_referrers(data: bytes, artifact_type: str) -> list[ReferrerDescriptor]
         raise MalformedError("a list of referrers that is not an index")
     found = []
     for each in listed:
-        if each.artifact_type != artifact_type or each.size > MANIFEST_LIMIT_BYTES:
+        kind = each.artifact_type
+        if kind is None or kind not in artifact_types or each.size > MANIFEST_LIMIT_BYTES:
             continue
         try:
             digest = Digest.parse(each.digest)
         except MalformedError:
             continue
         found.append(
-            ReferrerDescriptor(
-                digest, each.media_type, each.size, artifact_type, each.annotations or {}
-            )
+            ReferrerDescriptor(digest, each.media_type, each.size, kind, each.annotations or {})
         )
     return found[:REFERRERS_MOST]
 
 
-def refers(data: bytes, subject: Digest, artifact_type: str) -> bool:
-    """Whether a manifest says that it refers to `subject`, and is of the type."""
+def referring_as(data: bytes, subject: Digest) -> str:
+    """Return the artifact type of a manifest that says that it refers to `subject`; else ""."""
     try:
         manifest = msgspec.json.decode(data, type=_Referrer)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    kind = manifest.artifact_type or (manifest.config.media_type if manifest.config else "")
-    return (
-        manifest.subject is not None
-        and manifest.subject.digest == str(subject)
-        and kind == artifact_type
-    )
+        return ""
+    if manifest.subject is None or manifest.subject.digest != str(subject):
+        return ""
+    return manifest.artifact_type or (manifest.config.media_type if manifest.config else "")
 
 
-def referrers_path(digest: Digest, artifact_type: str) -> str:
-    """Return where a repository lists referrers, below `/v2/NAME/`."""
-    return f"referrers/{digest}?artifactType={quote(artifact_type, safe='')}"
+def referrers_path(digest: Digest, *artifact_types: str) -> str:
+    """Return where a repository lists referrers, below `/v2/NAME/`.
+
+    Those of one type, or else of any: a server can be asked for one type at a time.
+    """
+    path = f"referrers/{digest}"
+    if len(artifact_types) == 1:
+        path += f"?artifactType={quote(artifact_types[0], safe='')}"
+    return path
 
 
 def fallback_tag(digest: Digest) -> str:
@@ -139,10 +141,13 @@ def list_referrers(
     ask: "Callable[[str], SmallReply]",
     url_of: Callable[[str], str],
     digest: Digest,
-    artifact_type: str,
+    artifact_types: Sequence[str],
     question: Question,
 ) -> list[ReferrerDescriptor]:
     """List what refers to the manifest, by the API or, where there is none, by the tag.
+
+    Several types are one question, unfiltered; where so much refers to an image that the answer
+    has more than one page, each type is asked for by itself.
 
     `ask`: gives the answer to a GET, whatever its status. `url_of`: gives the URL of a path below
     `/v2/NAME/`.
@@ -153,7 +158,7 @@ def list_referrers(
         MalformedError: what it gave is not one.
     """
     found: list[ReferrerDescriptor] = []
-    url: str | None = url_of(referrers_path(digest, artifact_type))
+    url: str | None = url_of(referrers_path(digest, *artifact_types))
     for page in range(PAGES_MOST):
         if url is None or len(found) >= REFERRERS_MOST:
             break
@@ -161,9 +166,15 @@ def list_referrers(
         if reply.status != 200:
             if page or reply.status in _ANSWER_LATER:
                 raise refusal(question, reply.status, reply.headers, reply.body)
-            return _by_tag(ask, url_of, digest, artifact_type, question)
-        found += parse_referrers(reply.body, artifact_type)
+            return _by_tag(ask, url_of, digest, artifact_types, question)
         url = next_page(url, reply.headers.get("Link"))
+        if url is not None and len(artifact_types) > 1:
+            return [
+                each
+                for kind in artifact_types
+                for each in list_referrers(ask, url_of, digest, (kind,), question)
+            ]
+        found += parse_referrers(reply.body, *artifact_types)
     return found[:REFERRERS_MOST]
 
 
@@ -171,7 +182,7 @@ def _by_tag(
     ask: "Callable[[str], SmallReply]",
     url_of: Callable[[str], str],
     digest: Digest,
-    artifact_type: str,
+    artifact_types: Sequence[str],
     question: Question,
 ) -> list[ReferrerDescriptor]:
     reply = ask(url_of(f"manifests/{fallback_tag(digest)}"))
@@ -179,4 +190,4 @@ def _by_tag(
         return []
     if reply.status != 200:
         raise refusal(question, reply.status, reply.headers, reply.body)
-    return parse_referrers(reply.body, artifact_type)
+    return parse_referrers(reply.body, *artifact_types)
