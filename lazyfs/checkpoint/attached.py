@@ -57,7 +57,7 @@ _BEHIND_S = 5.0
 _MANIFESTS_READ_MOST = 4
 _DOCUMENTS_READ_MOST = 3
 _REMEMBERED_MOST = 64
-_WORKLOAD_MOST = 1024
+WORKLOAD_MOST = 1024
 _CREATED_MOST = 64
 
 
@@ -67,7 +67,7 @@ class Offer(msgspec.Struct, frozen=True):
     digest: str
     """Of the document."""
     size_bytes: Annotated[int, msgspec.Meta(gt=0, le=HINT_LIMIT_BYTES)]
-    workload: Annotated[str, msgspec.Meta(max_length=_WORKLOAD_MOST)] = ""
+    workload: Annotated[str, msgspec.Meta(max_length=WORKLOAD_MOST)] = ""
     created: Annotated[str, msgspec.Meta(max_length=_CREATED_MOST)] = ""
     """When, as RFC 3339 has it in UTC; so the newest is the greatest. Empty if it is not said."""
 
@@ -360,7 +360,7 @@ def _offer(annotations: Mapping[str, str], digest: str | None, size_bytes: int) 
         return None
     workload = annotations.get(WORKLOAD_KEY, "")
     created = _in_utc(annotations.get(CREATED_KEY, "")[:_CREATED_MOST])
-    if len(workload) > _WORKLOAD_MOST:
+    if len(workload) > WORKLOAD_MOST:
         return None
     try:
         return Offer(str(Digest.parse(digest)), size_bytes, workload, created)
