@@ -19,7 +19,6 @@ import msgspec
 
 from lazyfs.checkpoint.attached import (
     CREATED_KEY,
-    HINT_UNPACKED_LIMIT_BYTES,
     WORKLOAD_MOST,
     is_of,
     layers_of,
@@ -34,7 +33,7 @@ from lazyfs.checkpoint.trace import (
     WORKLOAD_KEY,
     Trace,
     dump_trace,
-    parse_trace,
+    parse_hint,
 )
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import MalformedError, UsageError
@@ -92,7 +91,7 @@ def attach_trace(
             f"the trace has {len(document)} bytes without its recording; mounts take at most "
             f"{HINT_LIMIT_BYTES}: record a shorter time"
         )
-    parse_trace(document, "the trace", unpacked_limit_bytes=HINT_UNPACKED_LIMIT_BYTES)
+    parse_hint(document, "the trace")
     blob = Digest.of(document)
     annotations = {
         BLOB_KEY: str(blob),
