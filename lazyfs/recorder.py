@@ -61,7 +61,7 @@ class Recorder:
     def opening(self, config: OpenConfig) -> OpenConfig:
         """Return how to open what is recorded: what an earlier trace says is not fetched ahead."""
         self._workload = config.workload
-        return replace(config, trace="off")
+        return replace(config, trace="off", given_trace=None)
 
     def counters(self, config: OpenConfig) -> Counters:
         """Return the mount's counters, with the journal in them."""
