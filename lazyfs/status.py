@@ -42,6 +42,8 @@ class MountState:
     """What it is mounted for, if only for that."""
     lazy_pages: Callable[[], Mapping[str, Any] | None] = lambda: None
     """How it is with the tasks whose memory is served as it is wanted; None if that is not done."""
+    prefetch: Callable[[], Mapping[str, Any] | None] = lambda: None
+    """How it is with what is fetched before anybody asks."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `docs/json.md` describes."""
@@ -81,6 +83,7 @@ class MountState:
             "trace": _trace(checkpoint),
             "completion": self.completion(),
             "lazy_pages": self.lazy_pages(),
+            "prefetch": self.prefetch(),
             "failed": str(poison) if poison is not None else None,
             "last_error": activity.last_error and activity.last_error[:_TEXT_MOST],
             "last_error_at": _iso(activity.last_error_at_s) if activity.last_error else None,

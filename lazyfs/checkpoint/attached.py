@@ -38,14 +38,13 @@ from lazyfs.checkpoint.trace import (
     TRACE_BLOB_TYPE,
     WORKLOAD_KEY,
     Trace,
-    parse_trace,
+    parse_hint,
 )
 from lazyfs.content.documents import Documents, name_of
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, MalformedError
 from lazyfs.ground.printable import printable
-from lazyfs.ground.settings import MIB
 from lazyfs.transport.source import ReferrerDescriptor
 
 log = logging.getLogger(__name__)
@@ -53,8 +52,6 @@ log = logging.getLogger(__name__)
 CREATED_KEY = "org.opencontainers.image.created"
 FRESH_S = 600.0
 """For so long what was attached to an image is taken to be attached still, and nothing else."""
-HINT_UNPACKED_LIMIT_BYTES = 32 * MIB
-"""Of the document of a stranger: parsing it holds the interpreter. 54 MB needed make it 0.5 MB."""
 _WAIT_MOST_S = 5.0
 _BEHIND_S = 5.0
 _MANIFESTS_READ_MOST = 4
@@ -336,7 +333,7 @@ def _given(trace: Trace, image: ResolvedImage) -> FoundTrace | None:
 
 
 def _parse(data: bytes, what: str) -> Trace:
-    return parse_trace(data, what, unpacked_limit_bytes=HINT_UNPACKED_LIMIT_BYTES).hint()
+    return parse_hint(data, what).hint()
 
 
 def _offered_by(referrer: ReferrerDescriptor, origin: Origin) -> Iterator[Offer]:

@@ -19,7 +19,6 @@ import msgspec
 
 from lazyfs.checkpoint.attached import (
     CREATED_KEY,
-    HINT_UNPACKED_LIMIT_BYTES,
     WORKLOAD_MOST,
     is_of,
     layers_of,
@@ -34,7 +33,7 @@ from lazyfs.checkpoint.trace import (
     WORKLOAD_KEY,
     Trace,
     dump_trace,
-    parse_trace,
+    parse_hint,
 )
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import MalformedError, UsageError
@@ -77,10 +76,15 @@ def attach_trace(
     `workload`: whose it is to be; None: whose the trace says that it is.
 
     Raises:
-        UsageError: the trace is of other layers, or of none that has a digest.
+        UsageError: the trace is of other layers, or of none that has a digest; or a partial one.
         MalformedError: it is larger than anybody would take.
         SourceError: the image's manifest is not to be had, or nothing is taken.
     """
+    if trace.is_partial:
+        raise UsageError(
+            "the trace was recorded --as-usual, and tells only in part what is needed: record one "
+            "without that"
+        )
     _insist_on_layers(trace, image)
     name = trace.workload if workload is None else workload
     if len(name) > WORKLOAD_MOST or not (name.isprintable() or not name):
@@ -92,7 +96,7 @@ def attach_trace(
             f"the trace has {len(document)} bytes without its recording; mounts take at most "
             f"{HINT_LIMIT_BYTES}: record a shorter time"
         )
-    parse_trace(document, "the trace", unpacked_limit_bytes=HINT_UNPACKED_LIMIT_BYTES)
+    parse_hint(document, "the trace")
     blob = Digest.of(document)
     annotations = {
         BLOB_KEY: str(blob),

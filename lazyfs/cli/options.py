@@ -269,7 +269,14 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
 
 
 def record_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Give a command `--record` and `--until`; both None if they are not given."""
+    """Give a command `--record`, `--until` (None if they are not given) and `--as-usual`."""
+    command = click.option(
+        "--as-usual",
+        is_flag=True,
+        help="With --record: let all go as it would otherwise, with traces followed and memory "
+        "brought ahead. This shows where the seconds go (lazyfs report); what is needed is known "
+        "in part only, so such a trace cannot be pushed.",
+    )(command)
     command = click.option(
         "--until",
         metavar="WHAT",
