@@ -120,14 +120,13 @@ class RegistrySource:
         endpoints = endpoints_of(address, settings)
         self._client = HttpClient(settings, endpoints=endpoints)
         # Timeouts belong to a client: what may not wait has its own.
-        self._hurried = HttpClient(
+        self._hurried = self._client.with_settings(
             replace(
                 settings,
                 connect_timeout_s=min(settings.connect_timeout_s, _HURRY_STALL_S),
                 stall_timeout_s=min(settings.stall_timeout_s, _HURRY_STALL_S),
                 deadline_s=min(settings.deadline_s, _HURRY_AGAIN_S),
-            ),
-            endpoints=endpoints,
+            )
         )
         self._schemes = address.schemes or _schemes_of(address, settings)
         self._settling = threading.Lock()
