@@ -2,9 +2,10 @@
 
 A command that reads a checkpoint spends longer on importing libraries than on the round trips to
 the registry. So these are made in a thread, begun as soon as the few modules are there that it
-needs; the rest, trio first of all, is imported meanwhile. What the thread needs is imported
-before it starts, not in it: two that import vie for the one interpreter, and the round trips would
-begin later.
+needs; the rest, trio first of all, is imported meanwhile. What the first request needs is imported
+before the thread starts, not in it: two that import vie for the one interpreter, and the round
+trips would begin later. When the image is known, the ranges of its layers that will be asked for
+first are begun there, too (`first_ranges.py`).
 
 Imports no trio, and nothing that does.
 """
@@ -60,6 +61,9 @@ class Ahead:
             future.set_exception(error)
         else:
             future.set_result(image)
+            from lazyfs.checkpoint.first_ranges import begin_layers
+
+            begin_layers(image, cache)
 
 
 def _is_kept(reference: RegistryReference, cache: Cache) -> bool:
