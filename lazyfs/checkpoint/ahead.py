@@ -39,7 +39,8 @@ class Ahead:
         self._text = text
         self._future: Future[ResolvedImage] | None = Future()
         arguments = reference, settings, cache, self._future
-        threading.Thread(target=self._run, args=arguments, name="ahead", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=arguments, name="ahead", daemon=True)
+        self._thread.start()
 
     def take(self, text: str) -> "Future[ResolvedImage] | None":
         """Return the image to be; None if another was asked for, or somebody has it already."""
@@ -47,6 +48,10 @@ class Ahead:
             return None
         future, self._future = self._future, None
         return future
+
+    def wait(self) -> None:
+        """Come back when all has been asked for that could be. Blocks."""
+        self._thread.join()
 
     def _run(
         self,
