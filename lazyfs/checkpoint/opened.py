@@ -250,6 +250,12 @@ class OpenedCheckpoint:
         for layer in self.image_layers:
             await layer.save()
 
+    async def leave(self) -> None:
+        """Keep what there is to keep, now that nobody reads any more."""
+        await trio.to_thread.run_sync(self.image.save)
+        for layer in self.layers:
+            await layer.leave()
+
     def close(self) -> None:
         """Let go of what the layers hold."""
         for layer in self.layers:
@@ -316,7 +322,7 @@ async def open_checkpoint(
                 await checkpoint.prove(config.on_proof)
             checkpoint.do(checkpoint.save)
             yield checkpoint
-            await checkpoint.save()
+            await checkpoint.leave()
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise_sole_error(group)

@@ -69,7 +69,9 @@ class SourceOptions:
             UsageError: as `cache`; or the reference is none.
         """
         from lazyfs.checkpoint.ahead import Ahead
+        from lazyfs.cli.waiting import tell_of_waiting
 
+        tell_of_waiting()
         cache = self.cache()
         ahead = Ahead(reference, self.transport, cache)
         from lazyfs.checkpoint.desk import OpenConfig  # which imports trio: see `ahead.py`
