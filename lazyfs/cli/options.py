@@ -76,9 +76,12 @@ class SourceOptions:
             UsageError: as `cache`; or the reference is none.
         """
         from lazyfs.checkpoint.ahead import Ahead
+        from lazyfs.cli.waiting import tell_of_waiting
 
+        tell_of_waiting()
         cache = self.cache()
-        ahead = Ahead(reference, self.transport, cache, traced=self.trace == "auto")
+        traced = self.trace == "auto"
+        ahead = Ahead(reference, self.transport, cache, traced=traced, referrers=self.referrers)
         from lazyfs.checkpoint.desk import OpenConfig  # which imports trio: see `ahead.py`
 
         return OpenConfig(

@@ -115,6 +115,8 @@ class RegistrySource:
         self._settings = settings
         self._counters = counters
         self._told: set[str] = set()
+        self._blobs: dict[tuple[Digest, int], HttpBlob] = {}
+        """What was given, for who asks again: it knows where the registry redirects to."""
         named = settings.authfile
         self._authfile = authfile or (None if named is None else Path(named))
         endpoints = endpoints_of(address, settings)
@@ -188,7 +190,10 @@ class RegistrySource:
         what = f"{self.name}@{digest}"
         if not self._settled:
             return _Unsettled(self, digest, size_bytes)
-        return HttpBlob(
+        known = self._blobs.get((digest, size_bytes))
+        if known is not None:
+            return known
+        blob = HttpBlob(
             self._client,
             self._url(f"blobs/{digest}"),
             question=self._question(what),
@@ -196,6 +201,7 @@ class RegistrySource:
             authorizer=self._authorizer,
             health=self.health,
         )
+        return self._blobs.setdefault((digest, size_bytes), blob)
 
     def read_blob(self, digest: Digest, size_bytes: int) -> bytes:
         """Return a small blob whole. See `ImageSource.read_blob`."""
