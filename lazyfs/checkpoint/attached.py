@@ -262,9 +262,9 @@ def read_offer(offer: Offer, origin: Origin, memory: TraceMemory | None) -> Trac
     if kept is not None and len(kept) <= HINT_LIMIT_BYTES:
         with suppress(LazyfsError):
             digest.check(kept, what)
-            return _parse(bytes(kept), what)
+            return parse_hint(bytes(kept), what)
     data = origin.read_offer(digest, offer.size_bytes)
-    trace = _parse(data, what)
+    trace = parse_hint(data, what)
     if memory is not None:
         memory.keep_document(digest, data)
     return trace
@@ -330,10 +330,6 @@ def _given(trace: Trace, image: ResolvedImage) -> FoundTrace | None:
         return FoundTrace(trace.hint(), "file", trace.needed_bytes)
     log.warning("the trace that was named is of other layers than %s: not used", image.reference)
     return None
-
-
-def _parse(data: bytes, what: str) -> Trace:
-    return parse_hint(data, what).hint()
 
 
 def _offered_by(referrer: ReferrerDescriptor, origin: Origin) -> Iterator[Offer]:
