@@ -211,9 +211,12 @@ class CheckpointOperations(pyfuse3.Operations):
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> Data:  # type: ignore[override]
         """Exactly the bytes that the file's size promises, or an error; a view, not a copy."""
+        reader = self._readers[fh]
         number = self._activity.read_begins(fh, off, size)
+        if self._counters.journal is not None and not reader.is_here(off, size):
+            self._activity.read_waits(number)
         try:
-            data = await self._readers[fh].read(off, size)
+            data = await reader.read(off, size)
         finally:
             self._activity.read_ends(number)
         self._counters.reads += 1

@@ -89,6 +89,17 @@ class MountState:
             "warnings": list(self.warnings),
         }
 
+    def figures(self) -> dict[str, Any]:
+        """Return the numbers of it, for a recording."""
+        layers = self.checkpoint.image_layers
+        return {
+            "layer_bytes": sum(layer.descriptor.size_bytes for layer in layers),
+            "content_bytes": _sum(layer.content_bytes for layer in layers),
+            "here_bytes": sum(layer.content.here_bytes() for layer in layers),
+            "lazy_pages": self.lazy_pages(),
+            **self.checkpoint.counters.snapshot(),
+        }
+
     def as_xattr(self) -> bytes:
         """Return it as JSON that an extended attribute can hold."""
         return bounded(self.as_json(), _XATTR_MOST_BYTES)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -294,6 +295,8 @@ async def open_checkpoint(
     """
     parsed = parse_reference(reference)
     image, counters = await _resolve(parsed, reference, config, counters)
+    if counters.journal is not None:
+        counters.journal.mark("resolved", time.monotonic())
     name = image.reference.partition("@")[0]
     by_digest = getattr(parsed, "digest", None) is not None
     trusts_referrers = config.referrers == "always" or (

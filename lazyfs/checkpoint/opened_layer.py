@@ -51,6 +51,7 @@ class OpenedLayer:
         """Begin with an index; nothing is fetched before somebody asks, or `run` runs."""
         descriptor = placed.descriptor
         self.descriptor = descriptor
+        self.blob_name = blob.name
         self.placed = placed
         self.format_name = index.format_name
         self.completion: Completion | DecodedCompletion | None = None

@@ -39,8 +39,8 @@ RECORDING_LIMIT_BYTES = 64 * MIB
 """Of a file that somebody names on the command line."""
 _UNPACKED_LIMIT_BYTES = 256 * MIB
 _VERSION = 1
-_LAYERS_MOST = 512
-_FILES_MOST = 64 * 1024
+LAYERS_MOST = 512
+FILES_MOST = 64 * 1024
 _NEEDS_MOST = 500_000
 _EVENTS_MOST = 2_000_000
 _ZSTD_LEVEL = 6
@@ -172,8 +172,12 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return sum(need.size_bytes for need in self.needs)
 
     def hint(self) -> "Trace":
-        """Return what others may have of it."""
-        return msgspec.structs.replace(self, recording=None)
+        """Return what others may have of it: files that nothing was needed of are left out."""
+        needed = sorted({need.file for need in self.needs})
+        numbers = {number: index for index, number in enumerate(needed)}
+        files = [self.files[number] for number in needed]
+        needs = [msgspec.structs.replace(need, file=numbers[need.file]) for need in self.needs]
+        return msgspec.structs.replace(self, files=files, needs=needs, recording=None)
 
 
 def dump_trace(trace: Trace) -> bytes:
@@ -219,8 +223,8 @@ def _check(trace: Trace, name: str) -> None:
         recording.marks,
     )
     limits = (
-        (len(trace.layers), _LAYERS_MOST, "layers"),
-        (len(trace.files), _FILES_MOST, "files"),
+        (len(trace.layers), LAYERS_MOST, "layers"),
+        (len(trace.files), FILES_MOST, "files"),
         (len(trace.needs), _NEEDS_MOST, "needs"),
         (sum(map(len, events)), _EVENTS_MOST, "events"),
     )

@@ -258,6 +258,25 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
     return with_source
 
 
+def record_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Give a command `--record` and `--until`; both None if they are not given."""
+    command = click.option(
+        "--until",
+        metavar="WHAT",
+        help="Record until WHAT: port:[HOST:]PORT takes a connection, http://HOST:PORT/PATH "
+        "answers well, exec:COMMAND exits with 0 (it is tried again and again, without a shell), "
+        "or so many SECONDS have passed.  [default: 10 seconds after the tasks run; of a mount, "
+        "its end]",
+    )(command)
+    return click.option(
+        "--record",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Write to FILE which ranges were needed, and when: a trace, by which later restores "
+        "fetch these first (lazyfs trace push), and of which lazyfs report makes a picture.",
+    )(command)
+
+
 def follow_option(command: Callable[..., _R]) -> Callable[..., _R]:
     """Give a command `--no-follow`, below `source_options`, as a part of its `source`."""
 

@@ -31,6 +31,7 @@ from lazyfs.content.others import Others
 from lazyfs.content.runs import Runs
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import CONDEMNED, IntegrityError, LazyfsError, raise_sole_error
+from lazyfs.ground.journal import ArrivalNote
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import ContentSettings
 from lazyfs.layers.model import ChunkMap
@@ -344,12 +345,20 @@ class LayerContent(Content):
                 self.holdings.refuse(index, mark)
             elif self._state[index] == FLYING:
                 self.holdings.accept(index, mark)
+                self._note_arrival(index, index + 1)
 
     def _arrived(self, first: int, last: int) -> None:
         """Wake those who wait for chunks that another daemon has brought."""
         self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
+        self._note_arrival(first, last)
         for flight in self._flights:
             flight.let_go(first, last)
+
+    def _note_arrival(self, first: int, last: int) -> None:
+        journal = self.counters.journal
+        if journal is not None:
+            span = self.chunks.content_start(first), self.chunks.content_start(last)
+            journal.note_arrival(ArrivalNote(self.blob.name, *span, time.monotonic()))
 
     def _touch_down(self, flight: Flight) -> None:
         self._flights.remove(flight)
@@ -394,6 +403,7 @@ class LayerContent(Content):
     def _landed(self, first: int, marks: Sequence[int], memory: Memory) -> None:
         last = first + len(marks)
         self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
+        self._note_arrival(first, last)
         self.adopt(first, marks, memory)
 
     async def _gather(self, content: ByteRange, lane: Lane) -> bytes:

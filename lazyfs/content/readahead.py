@@ -297,3 +297,9 @@ class FileReader:
             self._readahead.note_long_read(self._file, self._family)
             await self._readahead.wait_swept(wanted)
         return await self._content.read(wanted, lane, out_of_the_blue=lone)
+
+    def is_here(self, offset: int, size_bytes: int) -> bool:
+        """Whether `read` would have them at once."""
+        begin = min(self._start + offset, self._stop)
+        wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
+        return wanted.start == wanted.stop or self._content.is_here(wanted)
