@@ -272,7 +272,11 @@ class _Mount:
             return None
         from lazyfs.lazypages.server import LazyPages
 
-        return LazyPages(self._checkpoint, self._config.guard)
+        pages = LazyPages(self._checkpoint, self._config.guard)
+        if self._recorder is not None:
+            pages.be_precise()
+            self._recorder.on_end = pages.be_whole
+        return pages
 
     async def live(self, on_ready: Callable[[Ready], None]) -> None:
         """Mount; come back when that has ended, and nobody waits for memory any more."""

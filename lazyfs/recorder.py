@@ -44,6 +44,8 @@ class Recorder:
         self._config = config
         self._link = socket.socket(fileno=config.link) if config.link is not None else None
         self._checkpoint: OpenedCheckpoint | None = None
+        self.on_end: Callable[[], None] = _nobody
+        """Called when it ends, however that comes."""
         self._figures: Callable[[], Mapping[str, Any]] = dict
         self._is_on = True
         self._is_mounted = False
@@ -94,6 +96,7 @@ class Recorder:
         if not self._is_on or not self._is_mounted or checkpoint is None:
             return self._written
         self._is_on = False
+        self.on_end()
         if not self.journal.reads:
             self._written = {"error": f"nothing was read: {self._config.file} is not written"}
             log.info("%s", self._written["error"])
@@ -155,6 +158,10 @@ class Recorder:
             max(0.0, round((at_s - self._config.began_s) * 1000, 3)) for at_s in (began_s, ended_s)
         )
         return Phase(name, began_ms, max(began_ms, ended_ms))
+
+
+def _nobody() -> None:
+    pass
 
 
 def _write(journal: Journal, layout: Layout, about: About, file: Path) -> Trace:

@@ -57,6 +57,8 @@ def phases_of(log_text: str, at_ms: float = 0.0) -> list[Phase]:
                 position = number + 1
                 found.append((name, latest_ms))
                 break
+    if not found:
+        return []
     ends = [began_ms for _, began_ms in found[1:]] + [latest_ms]
     return [
         Phase(name, round(at_ms + began_ms, 3), round(at_ms + ended_ms, 3))

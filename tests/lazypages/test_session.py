@@ -4,6 +4,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import cast
 
 import pytest
@@ -15,8 +16,9 @@ from lazyfs.ground.errors import FetchError
 from lazyfs.lazypages.counts import Counts
 from lazyfs.lazypages.guard import Guard
 from lazyfs.lazypages.memory import Level, TaskMemory
-from lazyfs.lazypages.pages import Images, LazyMemory
+from lazyfs.lazypages.pages import Images, Job, LazyMemory
 from lazyfs.lazypages.session import Session
+from lazyfs.lazypages.task import Desk
 from tests.lazypages.test_task import PAGE
 
 TASK = """
@@ -46,8 +48,16 @@ class Lost:
     def __init__(self) -> None:
         self.is_lost = trio.Event()
 
+    path = "pages-1.img"
+
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         return None
+
+    def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
+        return ()
+
+    async def wait(self, offset: int, size_bytes: int) -> None:
+        await self.is_lost.wait()
 
     async def read(self, *_: object) -> Data:
         await self.is_lost.wait()
@@ -77,7 +87,7 @@ async def test_a_task_that_has_its_memory_dies_with_one_that_does_not_get_it() -
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     tasks: list[subprocess.Popen[bytes]] = []
     file = Lost()
-    session = Session(cast(Images, TwoTasks(file)), cast(Guard, Released()), Counts())
+    session = Session(cast(Images, TwoTasks(file)), cast(Guard, Released()), Desk(Counts()))
 
     async def announce() -> None:
         with theirs:
