@@ -1,21 +1,13 @@
 """`lazyfs report`: a recording as a page, and in words on the terminal."""
 
-import contextlib
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 import lazyfs
 from lazyfs.cli.text import human_bytes, printable
 from lazyfs.ground.errors import LazyfsError, UsageError
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from lazyfs.checkpoint.trace import Phase
 
 _LOG_LIMIT_BYTES = 64 << 20
 
@@ -43,12 +35,16 @@ def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> N
     can be said in words is said here as well. Wants plotly: pip install 'lazyfs[report]'.
     """
     from lazyfs.checkpoint.trace import RECORDING_LIMIT_BYTES, parse_trace
-    from lazyfs.report.analysis import analyse
+    from lazyfs.report.analysis import analyse, phases_by
     from lazyfs.report.page import page
     from lazyfs.report.words import told
+    from lazyfs.trace_file import write_whole
 
-    data = _read(trace, RECORDING_LIMIT_BYTES)
-    analysis = analyse(parse_trace(data, str(trace)), _phases(criu_log))
+    read = parse_trace(_read(trace, RECORDING_LIMIT_BYTES), str(trace))
+    phases = phases_by(_read(criu_log, _LOG_LIMIT_BYTES), read) if criu_log is not None else ()
+    if criu_log is not None and not phases:
+        raise UsageError(f"{criu_log} is no log of a restore by CRIU")
+    analysis = analyse(read, phases)
     text = page(analysis, version=lazyfs.__version__).encode("utf-8", "surrogateescape")
     to_stdout = str(output) == "-"
     for line in told(analysis):
@@ -57,7 +53,10 @@ def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> N
         sys.stdout.buffer.write(text)
         return
     where = output or trace.with_suffix(".html")
-    write_whole(where, text)
+    try:
+        write_whole(where, text)
+    except OSError as error:
+        raise LazyfsError(f"the report {where} cannot be written: {error.strerror}") from None
     click.echo(f"\n{printable(str(where))}: {human_bytes(len(text))}")
 
 
@@ -70,29 +69,3 @@ def _read(path: Path, limit_bytes: int) -> bytes:
     if len(data) > limit_bytes:
         raise UsageError(f"{path} is larger than {human_bytes(limit_bytes)}")
     return data
-
-
-def _phases(log: "Path | None") -> "Sequence[Phase]":
-    return ()
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Put `data` into a file that nobody sees half written; what was there is replaced.
-
-    Raises:
-        LazyfsError: it cannot be written.
-    """
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    except OSError as error:
-        raise LazyfsError(f"cannot write {path}: {error.strerror}") from None
-    try:
-        with open(descriptor, "wb") as file:
-            file.write(data)
-        Path(name).replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            Path(name).unlink()
-        if isinstance(error, OSError):
-            raise LazyfsError(f"cannot write {path}: {error.strerror}") from None
-        raise

@@ -8,7 +8,8 @@ files are as unpacked, bytes of fetches as they lie in the blob: the two are nev
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from lazyfs.checkpoint.trace import Fetch, Mark, Phase, Read, Recording, Trace
+from lazyfs.checkpoint.criu_phases import phases_of
+from lazyfs.checkpoint.trace import Fetch, Mark, Need, Phase, Read, Recording, Trace
 from lazyfs.report.spans import (
     Fate,
     Flow,
@@ -25,10 +26,11 @@ from lazyfs.report.waits import Causes, Wait, waits_of
 
 FAULT = "fault"
 CRIU = "criu"
-"""How the names of CRIU's phases begin."""
-_MOUNTED = ("mounted", "answering", "ready")
-_CRIU_STARTED = ("criu started", "criu")
-_RESTORED = ("restored", "resumed")
+START = "lazyfs"
+"""How the names of phases begin: CRIU's, and those until the mount answers."""
+_MOUNTED = ("mounted",)
+_CRIU_STARTED = ("restore started",)
+_RESTORED = ("restored",)
 _UNTIL = "until"
 
 
@@ -134,7 +136,8 @@ class Analysis:
 def analyse(trace: Trace, phases: Iterable[Phase] = ()) -> Analysis:
     """Add up a trace; `phases` are CRIU's, from its log, if the recording has none of these."""
     recording = trace.recording or Recording()
-    every_phase = [*recording.phases, *phases]
+    has_criu = any(phase.name.startswith(CRIU) for phase in recording.phases)
+    every_phase = [*recording.phases, *(() if has_criu else phases)]
     marks = sorted(recording.marks, key=lambda mark: mark.at_ms)
     length_ms = _length_ms(trace, recording, every_phase)
     until = _moment(marks, (_UNTIL,))
@@ -189,6 +192,25 @@ def analyse(trace: Trace, phases: Iterable[Phase] = ()) -> Analysis:
     )
 
 
+def phases_by(log: bytes, trace: Trace) -> list[Phase]:
+    """Return CRIU's phases by its log, for a trace that has none of them.
+
+    CRIU is taken to have begun when the mount was first asked for inventory.img, the first of the
+    images that it reads (`criu/image.c`, `check_img_inventory`); or else, where the recording
+    says that the restore began. There are none if the log is no such log.
+    """
+    recording = trace.recording or Recording()
+    asked = (
+        read.began_ms
+        for read in recording.reads
+        if trace.files[read.file].path.rpartition("/")[2] == "inventory.img"
+    )
+    began_ms = _moment(recording.marks, _CRIU_STARTED)
+    if began_ms is None:
+        began_ms = min(asked, default=0.0)
+    return phases_of(log.decode(errors="replace"), began_ms)
+
+
 def _lot(fetch: Fetch) -> tuple[float, float, int]:
     first_ms = max(fetch.first_ms, fetch.began_ms)
     return first_ms, max(fetch.ended_ms, first_ms), fetch.stop - fetch.start
@@ -214,9 +236,20 @@ def _length_ms(trace: Trace, recording: Recording, phases: Iterable[Phase]) -> f
     return max(moments)
 
 
+def _needed(trace: Trace) -> Iterable[Need]:
+    """Return what was needed when: by the reads themselves, where there are any.
+
+    Needs are made of these, but those that touch and are near in time are one.
+    """
+    reads = trace.recording.reads if trace.recording else []
+    if not reads:
+        return trace.needs
+    return (Need(read.file, read.offset, read.size_bytes, read.began_ms) for read in reads)
+
+
 def _files(trace: Trace, arrivals: dict[int, list[Piece]], end_ms: float) -> list[FileFates]:
     needs: dict[int, list[Piece]] = {}
-    for need in trace.needs:
+    for need in _needed(trace):
         piece = Piece(need.offset, need.offset + need.size_bytes, need.at_ms)
         needs.setdefault(need.file, []).append(piece)
     found = []
@@ -249,10 +282,10 @@ def _budget(
 ) -> Budget:
     """Give each moment until the end mark to one thing: the start, waiting, CRIU, the rest."""
     criu = [phase for phase in phases if phase.name.startswith(CRIU)]
-    others = [phase for phase in phases if not phase.name.startswith(CRIU)]
     mounted_ms = _moment(marks, _MOUNTED)
     if mounted_ms is None:
-        mounted_ms = max((phase.ended_ms for phase in others), default=0.0)
+        starting = (phase.ended_ms for phase in phases if phase.name.startswith(START))
+        mounted_ms = max(starting, default=0.0)
     mounted_ms = min(max(0.0, mounted_ms), end_ms)
     began_ms = _moment(marks, _CRIU_STARTED)
     if began_ms is None:

@@ -64,7 +64,7 @@ def packed(items: Iterable[Item], view_ms: float, lanes_most: int) -> Packed:
         ]
         if len(bars) <= BARS_MOST:
             return Packed(bars, len(lanes))
-        grain_ms *= 2
+        grain_ms *= max(2.0, 2 * len(bars) / BARS_MOST)
 
 
 def _in_lanes(items: Iterable[Item], lanes_most: int) -> list[list[Item]]:

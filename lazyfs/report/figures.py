@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lazyfs.ground.words import human_bytes
+from lazyfs.ground.words import human_bytes, plural
 from lazyfs.report import style
-from lazyfs.report.analysis import Analysis
+from lazyfs.report.analysis import Analysis, FileFates
 from lazyfs.report.bins import cumulative, edges
 from lazyfs.report.drawing import axis, figure, go, in_seconds, moment_line, safe
 from lazyfs.report.timeline import viewed_ms
@@ -13,6 +13,8 @@ from lazyfs.report.timeline import viewed_ms
 _FILES_MOST = 10
 _MIB = 1 << 20
 _LABEL_MOST = 34
+_SMALLEST = 300
+"""A file of which less than so small a part of the largest is told is told with others."""
 
 
 def amounts(analysis: Analysis) -> Any:
@@ -53,16 +55,17 @@ def amounts(analysis: Analysis) -> Any:
 
 def by_file(analysis: Analysis) -> Any:
     """Draw what became of each file's bytes by the end mark."""
-    shown = sorted(analysis.files, key=lambda file: -(file.needed_bytes + file.spare_bytes))
+    ordered = sorted(analysis.files, key=_told_bytes, reverse=True)
+    least = _told_bytes(ordered[0]) / _SMALLEST if ordered else 0
+    shown = [file for file in ordered[:_FILES_MOST] if _told_bytes(file) >= least]
+    rest = ordered[len(shown) :]
     rows = [
-        (_label(file.path), file.needed_bytes, file.late_bytes, file.spare_bytes)
-        for file in shown[:_FILES_MOST]
+        (_label(file.path), file.needed_bytes, file.late_bytes, file.spare_bytes) for file in shown
     ]
-    rest = shown[_FILES_MOST:]
     if rest:
         rows.append(
             (
-                f"{len(rest)} more",
+                plural(len(rest), "file") + " more" if shown else plural(len(rest), "file"),
                 sum(file.needed_bytes for file in rest),
                 sum(file.late_bytes for file in rest),
                 sum(file.spare_bytes for file in rest),
@@ -107,6 +110,10 @@ def by_file(analysis: Analysis) -> Any:
         legend={"y": -44 / (len(rows) * 26 + 8), "yanchor": "top"},
     )
     return made
+
+
+def _told_bytes(file: FileFates) -> int:
+    return file.needed_bytes + file.spare_bytes
 
 
 def _label(path: str) -> str:

@@ -18,6 +18,7 @@ _MIB = 1 << 20
 _HEIGHT_PX = 400
 _BANDS = {"needed": (0.905, 0.965), "came": (0.80, 0.86)}
 _BELOW = 0.74
+_BEFORE = 0.06
 
 
 def mapped(analysis: Analysis) -> list[FileFates]:
@@ -39,7 +40,10 @@ def map_of(analysis: Analysis, file: FileFates) -> Any:
             range=[0, file.size_bytes / _MIB or 1], anchor="y", ticksuffix=suffix, nticks=12
         ),
         yaxis=axis(
-            domain=[0, high], range=[0, in_seconds(viewed_ms(analysis))], ticksuffix=" s", nticks=7
+            domain=[0, high],
+            range=[in_seconds(_first_ms(file)), in_seconds(viewed_ms(analysis))],
+            ticksuffix=" s",
+            nticks=7,
         ),
         shapes=[moment_line(analysis.end_ms, strong=True, upright=False)]
         if analysis.has_end
@@ -48,7 +52,7 @@ def map_of(analysis: Analysis, file: FileFates) -> Any:
         annotations=[heading(f"first {name}", _BANDS[name][1]) for name in bands],
     )
     for number, name in enumerate(bands, start=2):
-        made.add_trace(_band(analysis, grid, name, f"y{number}"))
+        made.add_trace(_band(analysis, file, grid, name, f"y{number}"))
         made.update_layout(
             {
                 f"yaxis{number}": axis(
@@ -64,7 +68,19 @@ def map_of(analysis: Analysis, file: FileFates) -> Any:
     return made
 
 
-def _band(analysis: Analysis, grid: AddressMap, name: str, axis_name: str) -> Any:
+def _first_ms(file: FileFates) -> float:
+    """Return a moment before anything happened to a file, but not long before."""
+    moments = [
+        at_ms
+        for fate in file.fates
+        for at_ms in (fate.needed_ms, fate.arrived_ms)
+        if at_ms is not None
+    ]
+    first_ms, last_ms = min(moments, default=0.0), max(moments, default=0.0)
+    return max(0.0, first_ms - (last_ms - first_ms) * _BEFORE)
+
+
+def _band(analysis: Analysis, file: FileFates, grid: AddressMap, name: str, axis_name: str) -> Any:
     times = [column.needed_ms if name == "needed" else column.arrived_ms for column in grid.columns]
     sizes = [
         column.needed_bytes if name == "needed" else column.arrived_bytes for column in grid.columns
@@ -83,7 +99,7 @@ def _band(analysis: Analysis, grid: AddressMap, name: str, axis_name: str) -> An
         dx=width_mib,
         y=[0],
         yaxis=axis_name,
-        zmin=0,
+        zmin=in_seconds(_first_ms(file)),
         zmax=in_seconds(viewed_ms(analysis)),
         colorscale=style.TIME_SCALE,
         showscale=False,

@@ -12,6 +12,7 @@ import gzip
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from html import escape
 from typing import Any
 
@@ -28,6 +29,8 @@ from lazyfs.report.timeline import timeline
 from lazyfs.report.waits import Wait
 
 SLOWEST_MOST = 20
+_LATEST_S = 1 << 33
+"""A moment after it, in 2242, is none at which anybody recorded."""
 _CONFIG = {
     "displayModeBar": False,
     "responsive": True,
@@ -109,17 +112,16 @@ _SCRIPT = """
 
 def page(analysis: Analysis, *, version: str = "") -> str:
     """Return the page. `version` is of lazyfs, for the footer."""
-    library = _plotly()
+    library, packed = _plotly()
     figures: dict[str, Any] = {}
     body = "\n".join(_body(analysis, figures, version))
     encoded = ",".join(f"{_json(name)}:{_json_of(figure)}" for name, figure in figures.items())
     title = analysis.recording.reference or analysis.trace.workload or "trace"
     policy = (
         "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; "
-        f"script-src {_hashed(_SCRIPT)} {_hashed(library)}; "
+        f"script-src {_hashed(_SCRIPT)} {library}; "
         "base-uri 'none'; form-action 'none'"
     )
-    packed = base64.b64encode(gzip.compress(library.encode(), 9, mtime=0)).decode()
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -144,11 +146,14 @@ def page(analysis: Analysis, *, version: str = "") -> str:
 """
 
 
-def _plotly() -> str:
+@cache
+def _plotly() -> tuple[str, str]:
+    """Return plotly.js as a source of a script may name it, and as it is in the page."""
     from plotly.offline import get_plotlyjs
 
-    # A browser reads CRLF and CR as LF, and hashes what it has read.
-    return str(get_plotlyjs()).replace("\r\n", "\n").replace("\r", "\n")
+    text = str(get_plotlyjs())
+    packed = base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
+    return _hashed(text), packed
 
 
 def _hashed(script: str) -> str:
@@ -202,16 +207,15 @@ def _body(analysis: Analysis, figures: dict[str, Any], version: str) -> Iterator
 def _head(analysis: Analysis) -> Iterator[str]:
     recording, trace = analysis.recording, analysis.trace
     began = ""
-    if recording.began_at_s:
-        began = datetime.fromtimestamp(min(recording.began_at_s, 4e9), UTC).strftime(
-            "%-d %B %Y, %H:%M UTC"
-        )
+    if 0 < recording.began_at_s < _LATEST_S:
+        began = datetime.fromtimestamp(recording.began_at_s, UTC).strftime("%-d %B %Y, %H:%M UTC")
     about = [recording.reference, trace.workload, recording.way, began]
     yield "<header>"
     yield f"<p>{' · '.join(_text(item) for item in about if item)}</p>"
-    head, _, rest = words.sentence(analysis).partition(": ")
-    small = f"<small>{_text(rest[:1].upper() + rest[1:])}</small>" if rest else ""
-    yield f"<h1>{_text(head)}{small}</h1>"
+    spent = words.spent_on(analysis) if analysis.has_recording else ""
+    said = [f"{spent}." if spent else "", f"Until: {trace.until}." if trace.until else ""]
+    small = f"<small>{_text(' '.join(filter(None, said)))}</small>" if any(said) else ""
+    yield f"<h1>{_text(words.headline(analysis))}{small}</h1>"
     if recording.dropped:
         yield f'<p class="warn">{_text(words.too_many(analysis))}</p>'
     if analysis.has_recording:
@@ -236,7 +240,8 @@ def _budget(analysis: Analysis) -> Iterator[str]:
 
 def _shares(parts: Sequence[tuple[str, float, str]]) -> Iterator[str]:
     """Yield a bar of times, each as long as its share, and what its colours mean."""
-    whole_ms = sum(time_ms for _, time_ms, _ in parts) or 1.0
+    parts = [part for part in parts if part[1] > 0]
+    whole_ms = sum(time_ms for _, time_ms, _ in parts)
     yield '<div class="shares">'
     for name, time_ms, colour in parts:
         share = 100 * time_ms / whole_ms
@@ -297,9 +302,7 @@ def _slowest(analysis: Analysis) -> Iterator[str]:
         yield "<p>Nobody waited.</p>"
         return
     times = zip(analysis.causes._fields, analysis.causes, strict=True)
-    yield from _shares(
-        [(words.CAUSE_NAMES[name], ms, CAUSES[name]) for name, ms in times if ms > 0]
-    )
+    yield from _shares([(words.CAUSE_NAMES[name], ms, CAUSES[name]) for name, ms in times])
     yield '<div class="wide"><table><thead><tr><th class="n">waited</th><th class="n">at</th>'
     yield '<th></th><th>file</th><th class="n">offset</th><th class="n">size</th><th>why</th>'
     yield "</tr></thead><tbody>"

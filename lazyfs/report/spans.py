@@ -151,35 +151,44 @@ def fates(needs: Sequence[Piece], arrivals: Sequence[Piece]) -> list[Fate]:
 
 
 class Flow:
-    """How many bytes had come at any moment, if each lot came evenly over its time."""
+    """How many bytes had come at any moment, if each lot came evenly over its time.
+
+    Rates are added to and subtracted from each other, which leaves dust behind: what had come is
+    never less than what is finished, nor more than what has begun.
+    """
 
     def __init__(self, lots: Iterable[tuple[float, float, int]]) -> None:
         """`lots` are: when the first byte came, when the last, and how many."""
-        rates: dict[float, float] = {}
+        changes: dict[float, tuple[float, int, int]] = {}
         for began_ms, ended_ms, size_bytes in lots:
             stop_ms = max(ended_ms, began_ms + INSTANT_MS)
             rate = size_bytes / (stop_ms - began_ms)
-            rates[began_ms] = rates.get(began_ms, 0.0) + rate
-            rates[stop_ms] = rates.get(stop_ms, 0.0) - rate
-        self._moments = sorted(rates)
-        self._rates: list[float] = []
-        self._had: list[float] = []
-        rate, had, before_ms = 0.0, 0.0, 0.0
+            for at_ms, more, begun, finished in (
+                (began_ms, rate, size_bytes, 0),
+                (stop_ms, -rate, 0, size_bytes),
+            ):
+                before = changes.get(at_ms, (0.0, 0, 0))
+                changes[at_ms] = before[0] + more, before[1] + begun, before[2] + finished
+        self._moments = sorted(changes)
+        self._steps: list[tuple[float, float, int]] = []
+        """From each moment on: what had come, the rate, and what had begun."""
+        had, rate, begun, finished, before_ms = 0.0, 0.0, 0, 0, 0.0
         for moment_ms in self._moments:
-            had += rate * (moment_ms - before_ms)
-            rate = max(0.0, rate + rates[moment_ms])
+            more, size_begun, size_finished = changes[moment_ms]
+            finished += size_finished
+            had = min(max(had + rate * (moment_ms - before_ms), finished), begun)
+            begun += size_begun
+            rate = max(0.0, rate + more) if finished < begun else 0.0
             before_ms = moment_ms
-            self._rates.append(rate)
-            self._had.append(had)
-        if self._rates:
-            self._rates[-1] = 0.0  # what is left there is rounding
+            self._steps.append((had, rate, begun))
 
     def at(self, moment_ms: float) -> float:
         """Return the bytes that had come by then."""
         index = bisect_right(self._moments, moment_ms) - 1
         if index < 0:
             return 0.0
-        return self._had[index] + self._rates[index] * (moment_ms - self._moments[index])
+        had, rate, begun = self._steps[index]
+        return min(had + rate * (moment_ms - self._moments[index]), begun)
 
     def between(self, began_ms: float, ended_ms: float) -> float:
         """Return the bytes that came between two moments."""

@@ -36,7 +36,7 @@ LANES = {
 CAUSES = {
     "queue_ms": "#6b5a2a",
     "behind_ms": "#a9472f",
-    "round_trip_ms": DEMAND,
+    "first_byte_ms": DEMAND,
     "transfer_ms": READAHEAD,
     "decoding_ms": INDEX,
     "answering_ms": CRIU,

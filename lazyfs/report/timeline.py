@@ -7,7 +7,7 @@ from typing import Any
 from lazyfs.checkpoint.trace import Fetch
 from lazyfs.ground.words import human_bytes, plural
 from lazyfs.report import style
-from lazyfs.report.analysis import CRIU, FAULT, Analysis
+from lazyfs.report.analysis import CRIU, FAULT, START, Analysis
 from lazyfs.report.bins import Bar, Item, Packed, edges, packed, rates
 from lazyfs.report.drawing import axis, figure, go, heading, in_seconds, moment_line, safe
 from lazyfs.report.spans import Flow
@@ -20,6 +20,8 @@ _FETCH_LANES = 24
 _PHASE_LANES = 6
 _STALLS_MOST = 150
 _MARKS_MOST = 12
+_EDGES = ("began", "opening", "resolved", "opened", "restore started")
+"""Marks that are where phases end, and not drawn."""
 _LANE_PX = 13
 _GAP_PX = 30
 _RATE_PX = 120
@@ -103,7 +105,7 @@ def _phases(analysis: Analysis) -> list[Item]:
         Item(
             phase.began_ms,
             phase.ended_ms,
-            "CRIU" if phase.name.startswith(CRIU) else "start",
+            next((kind for kind in (START, CRIU) if phase.name.startswith(kind)), "other"),
             0,
             index,
         )
@@ -157,7 +159,8 @@ def _bars(
 
 
 def _add_phases(made: Any, analysis: Analysis, lanes: Packed) -> None:
-    for kind, colour in (("start", style.START), ("CRIU", style.CRIU)):
+    colours = ((START, style.START), (CRIU, style.CRIU), ("other", style.RUNNING))
+    for kind, colour in colours:
         bars = [bar for bar in lanes.bars if bar.kind == kind]
         names = [_phase_name(analysis, bar) for bar in bars]
         texts = [
@@ -176,7 +179,7 @@ def _add_phases(made: Any, analysis: Analysis, lanes: Packed) -> None:
                 textposition="inside",
                 insidetextanchor="start",
                 constraintext="none",
-                textfont={"size": 10, "color": style.PAPER},
+                textfont={"size": 10, "color": style.INK if kind == "other" else style.PAPER},
                 textangle=0,
             )
             made.add_trace(trace)
@@ -184,7 +187,7 @@ def _add_phases(made: Any, analysis: Analysis, lanes: Packed) -> None:
 
 def _phase_name(analysis: Analysis, bar: Bar) -> str:
     name = analysis.phases[bar.number].name
-    text = safe(name.removeprefix(CRIU).lstrip(": ") or name)
+    text = safe(name.removeprefix(CRIU).removeprefix(START).lstrip(": ") or name)
     return text if bar.things == 1 else f"{text} and {bar.things - 1} more"
 
 
@@ -319,13 +322,13 @@ def _marks(
     analysis: Analysis, view_ms: float, drawn_px: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return lines and labels, those near each other above each other."""
-    marks = analysis.marks[:_MARKS_MOST]
+    marks = [mark for mark in analysis.marks if mark.name not in _EDGES][:_MARKS_MOST]
     until = [mark for mark in analysis.marks if mark.at_ms == analysis.end_ms][:1]
     shown = sorted({*marks, *until}, key=lambda mark: mark.at_ms)
-    levels = [0]
-    for before, after in pairwise(shown):
-        near = after.at_ms - before.at_ms < view_ms / 8
-        levels.append((levels[-1] + 1) % 3 if near else 0)
+    levels = [0] * len(shown)
+    for number, (before, after) in enumerate(pairwise(shown), start=1):
+        if after.at_ms - before.at_ms < view_ms / 8:
+            levels[number] = (levels[number - 1] + 1) % 3
     lines = [moment_line(mark.at_ms, strong=mark.name == "until") for mark in shown]
     labels = [
         {

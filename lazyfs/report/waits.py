@@ -31,7 +31,7 @@ class Causes(NamedTuple):
     """Until the fetch was begun: for a connection, or for others."""
     behind_ms: float = 0.0
     """From then until its first byte, beyond a round trip, while others' bytes came."""
-    round_trip_ms: float = 0.0
+    first_byte_ms: float = 0.0
     """From then until its first byte, else."""
     transfer_ms: float = 0.0
     """From then until its last, or until the bytes that were asked for could be read."""

@@ -24,6 +24,8 @@ def seconds(milliseconds: float) -> str:
 
 def brief(milliseconds: float) -> str:
     """Write "412 ms", "3.1 ms", "1.42 s"."""
+    if milliseconds < 0.05:
+        return "0 ms"
     if milliseconds >= 999.5:
         return seconds(milliseconds)
     return f"{milliseconds:.0f} ms" if milliseconds >= 9.95 else f"{milliseconds:.1f} ms"
@@ -45,21 +47,32 @@ def sentence(analysis: Analysis) -> str:
             f"{seconds(analysis.end_ms)}. It does not say when they came: only the file that "
             "--record wrote does."
         )
+    until = analysis.trace.until
+    what = f" ({until})" if analysis.has_end and until else ""
+    spent = spent_on(analysis)
+    head = headline(analysis).replace(" response ", f" response{what} ", 1)
+    return f"{head}: {spent}." if spent else f"{head}."
+
+
+def headline(analysis: Analysis) -> str:
+    """Say how long it took."""
+    if not analysis.has_recording:
+        return f"{human_bytes(analysis.needed_bytes)} needed within {seconds(analysis.end_ms)}"
+    if analysis.has_end:
+        return f"First response after {seconds(analysis.end_ms)}"
+    return f"{seconds(analysis.end_ms)} were recorded, and no end mark came"
+
+
+def spent_on(analysis: Analysis) -> str:
+    """Write what the time was spent on; "" if that is nothing worth a word."""
     budget = analysis.budget
-    parts = [
-        f"{seconds(budget.start_ms)} until the mount answered",
-        f"{seconds(budget.criu_ms)} CRIU",
-        f"{seconds(budget.waiting_ms)} waiting for {who_waited(analysis)}",
-        f"{seconds(budget.rest_ms)} other work",
-    ]
-    times = (budget.start_ms, budget.criu_ms, budget.waiting_ms, budget.rest_ms)
-    told = [part for part, time_ms in zip(parts, times, strict=True) if time_ms >= 5]
-    if not analysis.has_end:
-        end = f"{seconds(analysis.end_ms)} were recorded, and no end mark came"
-    else:
-        what = f" ({analysis.trace.until})" if analysis.trace.until else ""
-        end = f"First response{what} after {seconds(analysis.end_ms)}"
-    return f"{end}: {', '.join(told)}." if told else f"{end}."
+    parts = (
+        (budget.start_ms, "until the mount answered"),
+        (budget.criu_ms, "CRIU"),
+        (budget.waiting_ms, f"waiting for {who_waited(analysis)}"),
+        (budget.rest_ms, "other work"),
+    )
+    return ", ".join(f"{seconds(time_ms)} {what}" for time_ms, what in parts if time_ms >= 5)
 
 
 def who_waited(analysis: Analysis) -> str:
@@ -124,7 +137,7 @@ def stalled_ms(analysis: Analysis) -> float:
 CAUSE_NAMES = {
     "queue_ms": "queue",
     "behind_ms": "behind others",
-    "round_trip_ms": "round trip",
+    "first_byte_ms": "first byte",
     "transfer_ms": "link",
     "decoding_ms": "decoding",
     "answering_ms": "answer",
@@ -162,7 +175,7 @@ def why(wait: Wait) -> str:
             causes.behind_ms,
             f"{brief(causes.behind_ms)} behind {human_bytes(wait.behind_bytes)} of others",
         ),
-        (causes.round_trip_ms, f"{brief(causes.round_trip_ms)} until the first byte"),
+        (causes.first_byte_ms, f"{brief(causes.first_byte_ms)} until the first byte"),
         (causes.transfer_ms, f"{brief(causes.transfer_ms)} for {size} to come"),
         (causes.decoding_ms, f"{brief(causes.decoding_ms)} to decode, check and store it"),
         (causes.answering_ms, f"{brief(causes.answering_ms)} from there to the answer"),

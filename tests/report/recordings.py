@@ -36,7 +36,9 @@ class _Link:
         return self.free_ms
 
 
-def lazy_restore(size_mib: int = 256, needed_percent: int = 5, seed: int = 1) -> Trace:
+def lazy_restore(
+    size_mib: int = 256, needed_percent: int = 5, *, seed: int = 1, dropped: int = 0
+) -> Trace:
     """A process whose pages are faulted in, with a transfer of the rest behind."""
     chance = random.Random(seed)
     size = size_mib * MIB
@@ -95,6 +97,7 @@ def lazy_restore(size_mib: int = 256, needed_percent: int = 5, seed: int = 1) ->
             began_at_s=1_790_000_000.0,
             length_ms=max(link.free_ms, until_ms) + 10,
             way="lazy pages",
+            dropped=dropped,
             reads=reads,
             fetches=link.fetches,
             arrivals=arrivals,
