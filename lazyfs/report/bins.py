@@ -10,8 +10,10 @@ from typing import NamedTuple
 from lazyfs.report.analysis import FileFates
 from lazyfs.report.spans import INSTANT_MS, Fate, Flow
 
-BARS_MOST = 3000
-"""In one figure: a browser draws so many in a fraction of a second."""
+BARS_MOST = 1000
+"""Of one row: a browser draws so many in a fraction of a second."""
+STROKES_MOST = 5000
+"""Of a kind in a map: where there are more, the grid is made coarser."""
 _GRAINS = 1200
 """A picture is so many dots wide; what is shorter is drawn together with what is beside it."""
 
@@ -190,6 +192,15 @@ class AddressMap:
 
 def address_map(file: FileFates, moments: Sequence[float], columns: int = 360) -> AddressMap:
     """Lay what became of a file over a grid, whose rows are the times between two moments."""
+    made = _laid(file, moments, columns)
+    while max(map(len, (made.arrivals, made.in_time, made.late))) > STROKES_MOST:
+        moments = [*moments[:-1:2], moments[-1]]
+        columns = columns * 3 // 4
+        made = _laid(file, moments, columns)
+    return made
+
+
+def _laid(file: FileFates, moments: Sequence[float], columns: int) -> AddressMap:
     width = max(1.0, file.size_bytes / columns)
     made = [Column() for _ in range(columns)]
     came: set[tuple[int, int]] = set()

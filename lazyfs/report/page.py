@@ -100,6 +100,7 @@ _SCRIPT = """
   const config = JSON.parse(document.getElementById("config").textContent);
   for (const [id, figure] of Object.entries(figures)) {
     await Plotly.newPlot(id, figure.data, figure.layout, config);
+    await new Promise((done) => setTimeout(done));
   }
   document.documentElement.dataset.drawn = Object.keys(figures).length;
 })().catch((error) => {
