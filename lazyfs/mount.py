@@ -25,6 +25,7 @@ from lazyfs.activity import Activity
 from lazyfs.address import Address
 from lazyfs.checkpoint.desk import OpenConfig
 from lazyfs.checkpoint.follow import open_followed
+from lazyfs.checkpoint.foresight import Foresight
 from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
@@ -145,7 +146,10 @@ async def _serve(
             async with trio.open_nursery() as nursery:
                 await nursery.start(_stop_on_signal, nursery.cancel_scope)
                 nursery.start_soon(_warm, checkpoint, view)
-                mount = _Mount(config, checkpoint, view, doubts, notifier, recorder)
+                is_for_restore = config.restores is not None or config.lazy_pages is not None
+                foresight = Foresight(checkpoint, everything=is_for_restore)
+                nursery.start_soon(foresight.run)
+                mount = _Mount(config, checkpoint, view, doubts, notifier, foresight, recorder)
                 await mount.live(on_ready)
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
@@ -238,6 +242,7 @@ class _Mount:
         view: View,
         doubts: _Doubts,
         notifier: Notifier,
+        foresight: Foresight,
         recorder: "Recorder | None" = None,
     ) -> None:
         self._recorder = recorder
@@ -258,6 +263,7 @@ class _Mount:
             self._whole.as_json,
             config.restores,
         )
+        self._state.prefetch = foresight.as_json
         if recorder is not None:
             recorder.opened(checkpoint, self._state.figures)
         self._lazy_pages = self._pages()
@@ -266,6 +272,7 @@ class _Mount:
         self._operations = fuse.CheckpointOperations(
             view, checkpoint.reader, checkpoint.counters, activity, self._state.as_xattr
         )
+        self._operations.on_open = foresight.note_open
 
     def _pages(self) -> "LazyPages | None":
         if self._config.lazy_pages is None or self._config.guard is None:
@@ -273,7 +280,7 @@ class _Mount:
         from lazyfs.lazypages.server import LazyPages
 
         pages = LazyPages(self._checkpoint, self._config.guard)
-        if self._recorder is not None:
+        if self._recorder is not None and self._recorder.is_precise:
             pages.be_precise()
             self._recorder.on_end = pages.be_whole
         return pages

@@ -149,7 +149,7 @@ def wait_until(until: Until, link: Link) -> str | None:
 
 def given_up(until: Until) -> str:
     """Return what is said of what has not come."""
-    return f"{until.text} has not come within {GIVEN_UP_S:g} s"
+    return f"given up: not within {GIVEN_UP_S:g} s, {until.name}"
 
 
 def process_began_s() -> float:

@@ -22,8 +22,6 @@ import zstandard
 from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.settings import KIB, MIB
 
-TRACE_TYPE = "application/vnd.lazyfs.trace.v1"
-"""The artifact type of a manifest that attaches one to an image."""
 TRACE_BLOB_TYPE = "application/vnd.lazyfs.trace.v1+zstd"
 """The media type of the document."""
 WORKLOAD_KEY = "lazyfs.trace.workload"
@@ -168,6 +166,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[TracedLayer] = []
     files: list[TracedFile] = []
     needs: list[Need] = []
+    is_partial: bool = False
+    """More was brought meanwhile than was asked for, and nobody knows what of that was needed."""
     recording: Recording | None = None
 
     @property
@@ -221,6 +221,7 @@ class _Hint(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[TracedLayer] = []
     files: list[TracedFile] = []
     needs: list[Need] = []
+    is_partial: bool = False
 
 
 def _unpacked(data: bytes, limit_bytes: int, name: str) -> bytes:

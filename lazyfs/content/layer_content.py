@@ -38,6 +38,7 @@ from lazyfs.layers.model import ChunkMap
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.place import PlaceLied
 from lazyfs.transport.retry import Fetcher
+from lazyfs.transport.window import NARROW_BYTES, allow_on_the_way
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,11 @@ class LayerContent(Content):
         """Whether the bytes are held, on disk or (until others need the room) in memory."""
         first, last = self._span(content)
         return all(state >= READY for state in self._state[first:last])
+
+    def is_coming(self, content: ByteRange) -> bool:
+        """Whether whatever of the bytes is not held is being fetched already."""
+        first, last = self._span(content)
+        return all(state == FLYING or state >= READY for state in self._state[first:last])
 
     async def wait_change(self, content: ByteRange) -> None:
         """Come back when it may be that more of `content` is here, or that it will not be."""
@@ -301,10 +307,13 @@ class LayerContent(Content):
 
     async def _fetch(self, flight: Flight) -> None:
         """Land a flight; anew, from other places, where one of them gave wrong bytes."""
+        is_background = flight.lane is not Lane.DEMAND
 
         def check() -> None:
             if self._poison is not None:
                 raise _Stopped  # no error of the place that is being asked
+            gently = is_background and (flight.is_gentle or self.lanes.is_gentle)
+            allow_on_the_way(NARROW_BYTES if gently else None)
 
         while True:
             landing = Landing(self.chunks, flight, check)

@@ -24,6 +24,7 @@ from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.layers.model import EntryType
 from lazyfs.lazypages.memory import Level, TaskMemory
+from lazyfs.lazypages.order import Part, in_order
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class _StoredPages:
         if not isinstance(self._content, LayerContent):
             return ()  # all of it is on its way
         content, wanted = self._content, self._range(offset, size_bytes)
-        most_bytes = content.settings.demand_most_bytes
+        most_bytes = content.settings.readahead_request_bytes
         jobs: list[Job] = []
         while content.poison is None and (run := content.next_run(wanted, most_bytes)) is not None:
             jobs.append(partial(content.conduct, content.take_off(run, Lane.DEMAND)))
@@ -134,6 +135,18 @@ class Images:
             except MalformedError as error:  # a zombie; else CRIU will hear of it
                 log.debug("%s", error)
         return len(processes)
+
+    async def foreseen(self) -> list[Part]:
+        """Return what a trace says will be wanted, first wanted first, once that is known."""
+        await self._checkpoint.plan_known.wait()
+        plan = self._checkpoint.plan
+        if plan is None or not plan.traced:
+            return []
+        await self.prepare()
+        memories = [
+            (lazy.memory, [file.path for file in lazy.files]) for lazy in self._known.values()
+        ]
+        return await trio.to_thread.run_sync(in_order, plan.traced, memories, mmap.PAGESIZE)
 
     async def memory_of(self, pid: int) -> LazyMemory:
         """Return the lazy memory of a task, by its pid in the images.

@@ -40,6 +40,8 @@ class LazyPages:
         self._sessions: list[Session] = []
         self._restores = 0
         self._failed: str | None = None
+        self._failures = 0
+        self._last_failure: str | None = None
         self._is_held = False
         self._news = trio.Event()
         self._path: Path | None = None
@@ -90,6 +92,8 @@ class LazyPages:
             "state": state,
             "failed": self._failed,
             "guard_pid": self._guard.pid or None,
+            "failures": self._failures,
+            "last_failure": self._last_failure,
             "restores": self._restores,
             "tasks": sum(len(session.tasks) for session in self._sessions),
             "missing_bytes": self.missing_bytes,
@@ -199,7 +203,8 @@ class LazyPages:
 
     def _fail(self, why: str) -> None:
         log.critical("a restore has failed, and its tasks have been killed: %s", why)
-        self._failed = why
+        self._failed = self._last_failure = why
+        self._failures += 1
 
     def _tell(self) -> None:
         news, self._news = self._news, trio.Event()

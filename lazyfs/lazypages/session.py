@@ -13,6 +13,7 @@ import struct
 import trio
 
 from lazyfs.ground.errors import LazyfsError, MalformedError
+from lazyfs.lazypages.ahead import Ahead
 from lazyfs.lazypages.ending import end_tasks
 from lazyfs.lazypages.guard import Guard
 from lazyfs.lazypages.missing import Missing
@@ -70,6 +71,7 @@ class Session:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._send)
+                nursery.start_soon(self._send_foreseen)
                 await self._hear_of_tasks(link)
         finally:
             self._nursery = None
@@ -94,6 +96,8 @@ class Session:
                     raise MalformedError(f"process {said.pid} comes without its userfaultfd")
                 await self._take_in(said.pid, sender, self._uffds[-1])
         log.info("restored: %d bytes are still to come", self.missing_bytes)
+        for task in list(self.tasks):
+            task.check_registered()
         for task in list(self.tasks):
             task.may_end()
         self._news.set()
@@ -163,6 +167,16 @@ class Session:
                 continue
             for task in waiting if not self.is_restored else waiting[:1]:
                 await task.send_some()
+
+    async def _send_foreseen(self) -> None:
+        """Send what a trace says will be wanted, beside all the rest and before it."""
+        try:
+            parts = await self._images.foreseen()
+        except LazyfsError as error:
+            log.info("what a trace foretells cannot be told of memory: %s", error)
+            return
+        if parts and not self._desk.precise:
+            await Ahead(parts, self.tasks).run(lambda: self.is_restored)
 
     # -- the end ----------------------------------------------------------------------------
 

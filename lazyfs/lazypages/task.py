@@ -6,22 +6,15 @@ be looked up in `_missing` after the last read of messages, with no checkpoint i
 messages that were read together the faults come last. Both are the case since all of this runs on
 the trio thread, and `_missing` is asked anew after every `await`.
 
-A thread of the task waits until its message has been read, so messages that are read together are
-of different threads, and their order says little: the kernel lets go of the task's memory before
-it queues them. So what is unmapped is forgotten last: a child that was made at the same time may
-have it still, and what has been moved there is what came after it. And mremap(2) tells twice: that
-memory has moved, and, once that has been read, that there is none where it was; by then another
-thread may have moved its own there.
-
-Source: Linux, fs/userfaultfd.c (mmap_changing), mm/mremap.c (the order of its messages); CRIU,
-criu/uffd.c (handle_page_fault, handle_remove, handle_remap, handle_fork, uffd_check_op_error).
+Source: Linux, fs/userfaultfd.c (mmap_changing); CRIU, criu/uffd.c (handle_page_fault,
+uffd_check_op_error).
 """
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 import trio
 
@@ -30,19 +23,13 @@ from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.journal import Journal, ReadNote
 from lazyfs.ground.settings import MIB
+from lazyfs.lazypages.changes import Changes
 from lazyfs.lazypages.counts import Counts
 from lazyfs.lazypages.filling import PAGE, Filling
 from lazyfs.lazypages.memory import Place
 from lazyfs.lazypages.missing import Missing, Range
 from lazyfs.lazypages.pages import Job, LazyMemory
-from lazyfs.lazypages.protocol import (
-    Fault,
-    Forked,
-    Moved,
-    Unmapped,
-    Zeroed,
-    parse_messages,
-)
+from lazyfs.lazypages.protocol import parse_messages
 from lazyfs.lazypages.uffd import Outcome, Userfaultfd
 from lazyfs.lazypages.walks import LEAST_BYTES, PRECISE_BYTES, Walk, Walks
 
@@ -51,8 +38,6 @@ log = logging.getLogger(__name__)
 _MOST_ZEROS_BYTES = MIB
 _STEP_BYTES = MIB
 """What is sent in the background at a time: a fault waits for the rest of it, 0.3 ms."""
-_LEFT_MOST = 64
-"""Moves that are remembered until the rest of them is told; of MREMAP_DONTUNMAP it never is."""
 _SETTLE_S = 0.0003
 _SETTLE_MOST_S = 0.02
 """A task that is frozen in the middle of mremap(2) or fork(2) keeps it busy for as long."""
@@ -66,6 +51,17 @@ class _Served(Enum):
     """The kernel wants its messages to be read first."""
     ABSENT = "absent"
     """Its bytes are not here."""
+
+
+class Sent(Enum):
+    """What became of memory that was foreseen."""
+
+    ALL = "all"
+    """It is there, or is left to others."""
+    ABSENT = "absent"
+    """Bytes of it are not here."""
+    LATER = "later"
+    """The kernel does not take it yet."""
 
 
 class Desk:
@@ -108,8 +104,7 @@ class Task:
         self._zeros_end = 0
         self._settle_s = _SETTLE_S
         self._cursor = 0
-        self._left: deque[tuple[Unmapped, list[tuple[int, int]]]] = deque(maxlen=_LEFT_MOST)
-        """What will be told to be unmapped since it has moved, and what has moved there since."""
+        self._changes = Changes(missing)
         self._bringing: set[int] = set()
         self._nursery: trio.Nursery | None = None
 
@@ -131,6 +126,26 @@ class Task:
         """All is set up: once nothing is missing, the kernel can have it."""
         self._may_end = True
         self._end_if_done()
+
+    def check_registered(self) -> None:
+        """See that all that comes lazily is memory that waits for us. Before the task runs.
+
+        CRIU registers a mapping as it moves it to its place; one that the kernel happened to make
+        there in the first place it passes over, and its pages would read as zeros.
+
+        Source: CRIU, criu/pie/restorer.c (vma_remap), the same in 4.1.1 and 4.2.
+
+        Raises:
+            LazyfsError: there is some that does not.
+        """
+        self.hear()
+        for page in self.lazy.memory.firsts:
+            found = None if self._filling.gone else self._missing.at(page)
+            if found is not None and found.origin == found.start and not self.uffd.may_fill(page):
+                raise LazyfsError(
+                    f"{self.name}: CRIU has not registered its memory at {page:#x}, which would "
+                    "read as zeros; restore it again, or without --lazy-pages"
+                )
 
     async def run(self) -> None:
         """Serve faults until the task has all of its memory, or has ended.
@@ -158,41 +173,13 @@ class Task:
         if self.is_over:
             return
         began_s = time.monotonic()
-        faults: list[int] = []
-        moved: list[tuple[int, int]] = []
-        unmapped: list[Unmapped] = []
-        for event in list(parse_messages(self.uffd.read())):
-            if isinstance(event, Fault):
-                faults.append(event.address & -PAGE)
-            elif isinstance(event, Forked):
-                self._on_fork(self, event.descriptor)
-            elif isinstance(event, Moved):
-                self._missing.move(*event)
-                moved.append((event.to, event.to + event.length))
-                for left, since in self._left:
-                    if event.to < left.stop and left.start < event.to + event.length:
-                        since.append(moved[-1])
-                self._left.append((Unmapped(event.source, event.source + event.length), []))
-            elif isinstance(event, Zeroed):
-                self._missing.drop(*event)
-            else:
-                unmapped.append(event)
-        for each in unmapped:
-            for start, stop in _without(each, moved + self._moved_after(each)):
-                self._missing.drop(start, stop)
-        for page in faults:
+        messages = parse_messages(self.uffd.read())
+        for address in self._changes.apply(messages, partial(self._on_fork, self)):
+            page = address & -PAGE
             if self._filling.gone:
                 break
             self._hear_fault(page, began_s)
         self._end_if_done()
-
-    def _moved_after(self, unmapped: Unmapped) -> list[tuple[int, int]]:
-        """Return what has moved since this was unmapped, where a move has already told of that."""
-        for number, (left, since) in enumerate(self._left):
-            if left == unmapped:
-                del self._left[number]
-                return since
-        return []
 
     # -- faults -----------------------------------------------------------------------------
 
@@ -237,6 +224,7 @@ class Task:
             self._counts.bytes_faulted += before_bytes - self._missing.size_bytes
             if outcome is Outcome.BUSY:
                 return _Served.BUSY
+            self._settle_s = _SETTLE_S
         return _Served.YES
 
     def _serve_zeros(self, page: int) -> _Served:
@@ -269,7 +257,7 @@ class Task:
                 if datas is not None:
                     return start, datas
             if size_bytes > PAGE:
-                size_bytes = max(size_bytes // 2, PAGE)
+                size_bytes = max(size_bytes // 2 & -PAGE, PAGE)
             elif start < page:
                 start, size_bytes = page, LEAST_BYTES
             else:
@@ -312,9 +300,6 @@ class Task:
                 await self._fetch(page, place, walk)
         finally:
             self._bringing.discard(page)
-        if first is not None and walk is not None:
-            now_s = time.monotonic()
-            walk.note_came(first.offset, now_s - began_s, now_s)
         self._note_served(first, walk, began_s, waited=True)
         self._end_if_done()
 
@@ -354,6 +339,31 @@ class Task:
             self.hear()
 
     # -- the background ---------------------------------------------------------------------
+
+    def send(self, start: int, stop: int) -> Sent:
+        """Fill what is missing of memory, by addresses at the dump; never waits. Raises as `run`.
+
+        What has moved since is left to `send_some`.
+        """
+        before_bytes = self._missing.size_bytes
+        try:
+            while not self._filling.gone:
+                found = self._missing.after(start)
+                if found is None or found.start >= stop:
+                    break
+                start = min(found.stop, stop)
+                if found.origin != found.start:
+                    continue
+                datas = self._peek(found.start, start - found.start)
+                if datas is None:
+                    return Sent.ABSENT
+                outcome = self._filling.fill_all(found.start, datas)
+                if outcome is Outcome.BUSY or (outcome is Outcome.UNMAPPED and not self._may_end):
+                    return Sent.LATER
+        finally:
+            self._counts.bytes_background += before_bytes - self._missing.size_bytes
+        self._end_if_done()
+        return Sent.ALL
 
     async def send_some(self) -> None:
         """Fill some of what is missing; a checkpoint. Raises as `run`."""
@@ -402,16 +412,3 @@ async def _do(job: Job) -> None:
         await job()
     except LazyfsError as error:
         log.debug("what follows a fault has not come: %s", error)
-
-
-def _without(whole: Unmapped, holes: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield what is left of a range."""
-    start = whole.start
-    for begin, end in sorted(holes):
-        if begin >= whole.stop:
-            break
-        if start < begin:
-            yield start, begin
-        start = max(start, end)
-    if start < whole.stop:
-        yield start, whole.stop

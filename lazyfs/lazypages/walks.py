@@ -18,49 +18,18 @@ from lazyfs.ground.settings import KIB, MIB
 LEAST_BYTES = 64 * KIB
 FIRST_BYTES = 512 * KIB
 MOST_FIRST_BYTES = 2 * MIB
-MOST_UNKNOWN_BYTES = 4 * MIB
-"""Before it is known what the link gives: what one of 1 Gbit/s and 30 ms holds."""
-MOST_BYTES = 32 * MIB
+MOST_BYTES = 16 * MIB
 MOST_FILL_BYTES = MIB
 """At a time: a fault of another thread waits for the rest of it, 0.3 ms."""
 PRECISE_BYTES = 16 * KIB
 _WALKS_MOST = 32
 _REACH_BYTES = MIB
-_LATEST = 0.3
-"""The share of the latest measurement in a mean."""
-_ROUND_TRIPS = 2
-"""What is under way for so many of them keeps the link busy."""
-
-
-class Link:
-    """What has been seen of the link: how soon an answer begins, and how fast it goes on."""
-
-    def __init__(self) -> None:
-        self._latency_s = float("inf")
-        self._rate = 0.0
-
-    def note_latency(self, seconds: float) -> None:
-        """Take note of how long the first fault of a walk has waited."""
-        self._latency_s = min(self._latency_s, seconds)
-
-    def note_rate(self, size_bytes: int, seconds: float) -> None:
-        """Take note of how much has come between the ends of two waits of one walk."""
-        rate = size_bytes / max(seconds, 1e-6)
-        self._rate += (rate - self._rate) * (_LATEST if self._rate else 1)
-
-    @property
-    def window_bytes(self) -> int:
-        """How much may be under way at most, for what is more only delays what comes next."""
-        if not self._rate or self._latency_s == float("inf"):
-            return MOST_UNKNOWN_BYTES
-        held_bytes = int(_ROUND_TRIPS * self._rate * self._latency_s)
-        return max(FIRST_BYTES, min(held_bytes + FIRST_BYTES, MOST_BYTES))
 
 
 class Walk:
     """One of them."""
 
-    def __init__(self, file: int, offset: int, window_bytes: int, link: Link) -> None:
+    def __init__(self, file: int, offset: int, window_bytes: int) -> None:
         self.file = file
         self.began = offset
         self.position = offset
@@ -71,14 +40,12 @@ class Walk:
         """How much from a fault on should be here or on its way."""
         self.is_first = True
         """Whether it has had one fault only."""
-        self._link = link
-        self._came = offset
-        self._came_s: float | None = None
 
     @property
     def fill_bytes(self) -> int:
-        """How much to fill at a time."""
-        return max(LEAST_BYTES, min(self.window_bytes // 2, MOST_FILL_BYTES))
+        """How much to fill at a time: whole pages."""
+        size_bytes = min(self.window_bytes // 2, MOST_FILL_BYTES)
+        return max(LEAST_BYTES, size_bytes // LEAST_BYTES * LEAST_BYTES)
 
     def wants(self, offset: int) -> tuple[int, int] | None:
         """Return what is to be fetched at a fault at `offset`, as (start, stop); then note it.
@@ -96,17 +63,14 @@ class Walk:
         self.position = max(self.position, stop)
 
     def note_wait(self) -> None:
-        """Take note that a fault has to wait: too little was fetched ahead, or too late."""
-        if not self.is_first:
-            self.window_bytes = min(2 * self.window_bytes, self._link.window_bytes)
+        """Take note that a fault has to wait: too little was fetched ahead, or too late.
 
-    def note_came(self, offset: int, waited_s: float, now_s: float) -> None:
-        """Take note of how long a fault at `offset` has waited."""
-        if self._came_s is None:
-            self._link.note_latency(waited_s)
-        elif offset > self._came:
-            self._link.note_rate(offset - self._came, now_s - self._came_s)
-        self._came, self._came_s = offset, now_s
+        No more than half of what has been walked is asked for in vain, but for a little.
+        """
+        walked_bytes = self.position - self.began
+        most_bytes = max(MOST_FIRST_BYTES, min(walked_bytes // 2, MOST_BYTES))
+        if not self.is_first:
+            self.window_bytes = max(self.window_bytes, min(2 * self.window_bytes, most_bytes))
 
 
 class Walks:
@@ -116,7 +80,6 @@ class Walks:
         """Nobody has been anywhere."""
         self._walks: deque[Walk] = deque(maxlen=_WALKS_MOST)
         self._first_bytes = FIRST_BYTES
-        self._link = Link()
 
     def note(self, file: int, offset: int) -> Walk:
         """Take note of a fault; return the walk that it belongs to."""
@@ -132,7 +95,7 @@ class Walks:
                 return walk
         if self._walks:
             self._learn(self._walks[-1])
-        walk = Walk(file, offset, self._first_bytes, self._link)
+        walk = Walk(file, offset, self._first_bytes)
         self._walks.append(walk)
         return walk
 
@@ -141,5 +104,4 @@ class Walks:
         if walk.is_first:
             self._first_bytes = max(self._first_bytes // 2, LEAST_BYTES)
         elif walk.position - walk.began >= self._first_bytes:
-            most_bytes = min(MOST_FIRST_BYTES, self._link.window_bytes)
-            self._first_bytes = min(2 * self._first_bytes, most_bytes)
+            self._first_bytes = min(2 * self._first_bytes, MOST_FIRST_BYTES)

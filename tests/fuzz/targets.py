@@ -309,7 +309,7 @@ def host_servers(data: bytes) -> None:
 def referrers_list(data: bytes) -> None:
     """What a registry says that refers to an image."""
     referrers.parse_referrers(data, "")
-    referrers.refers(data, Digest.of(b""), "")
+    referrers.referring_as(data, Digest.of(b""))
 
 
 TARGETS: dict[str, Target] = {

@@ -71,6 +71,8 @@ class Kernel(Userfaultfd):
 
     def fill_in(self, to: int, data: bytes) -> Copied:
         self.calls += 1
+        assert not to % PAGE
+        assert not len(data) % PAGE
         if self.refusals:
             number = self.refusals.pop(0)
             outcomes = {

@@ -1,4 +1,4 @@
-"""`lazyfs restore --record` with real CRIU: what a workload touched, no more than a little beside."""
+"""`lazyfs restore --record` with real CRIU: what a workload touched, and little beside."""
 
 import stat
 import time
@@ -21,7 +21,12 @@ SIZE_MIB = 64
 PERCENT = 10
 
 
-@pytest.fixture(scope="module", params=["regions", "scattered"])
+both = pytest.mark.parametrize("dumped", ["regions", "scattered"], indirect=True)
+regions = pytest.mark.parametrize("dumped", ["regions"], indirect=True)
+scattered = pytest.mark.parametrize("dumped", ["scattered"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def dumped(testbed: Testbed, shelf: Path, request: pytest.FixtureRequest) -> Checkpoint:
     options = {"size_mib": SIZE_MIB, "percent": PERCENT, "interval_ms": 20}
     return checkpoint(testbed, shelf / request.param, pattern=request.param, **options)
@@ -49,18 +54,19 @@ def assert_is_working_set(trace: Trace) -> None:
     assert PERCENT * SIZE_MIB * MIB // 100 <= needed <= 3 * PERCENT * SIZE_MIB * MIB // 100
 
 
-def loops_after(dumped: Checkpoint, count: int, after_s: float) -> str:
+def loops_more(dumped: Checkpoint, count: int) -> str:
     """Return a command that succeeds once the workload has done so many loops."""
     before = len(dumped.status.events("loop"))
     return f"exec:sh -c 'test $(grep -c ^loop {dumped.status.path}) -ge {before + count}'"
 
 
+@both
 def test_a_restore_tells_what_was_needed_until_a_command_succeeds(
     dumped: Checkpoint, restorer: Restorer
 ) -> None:
     file = restorer.work / "a.trace"
     started_s = time.time()
-    until = loops_after(dumped, 2, started_s)
+    until = loops_more(dumped, 2)
     ended = restorer.run(
         str(dumped.layer), "--json", "--record", file, "--until", until, "--work-dir", "criu"
     )
@@ -70,11 +76,10 @@ def test_a_restore_tells_what_was_needed_until_a_command_succeeds(
     trace = read_trace(file)
     assert ended.told["trace"] == {
         "file": str(file),
-        "until": until,
+        "until": "sh succeeded",
         "needed_bytes": trace.needed_bytes,
         "error": None,
     }
-    assert trace.until == until
     assert_is_working_set(trace)
     recording = trace.recording
     assert recording is not None
@@ -93,9 +98,32 @@ def test_a_restore_tells_what_was_needed_until_a_command_succeeds(
     assert {"checkpoint/inventory.img", "checkpoint/pstree.img"} <= {
         trace.files[read.file].path for read in recording.reads if read.kind == "read"
     }
-    assert dumped.before.hashes is not None
 
 
+@regions
+@pytest.mark.parametrize("lazy", [(), ("--lazy-pages",)], ids=["eager", "lazy pages"])
+def test_a_restore_as_usual_tells_what_went_on_and_is_no_hint(
+    dumped: Checkpoint, restorer: Restorer, lazy: tuple[str, ...]
+) -> None:
+    file = restorer.work / "a.trace"
+    started_s = time.time()
+    options = ("--json", "--as-usual", "--record", file, "--until", loops_more(dumped, 1))
+    ended = restorer.run(str(dumped.layer), *lazy, *options)
+    assert (ended.code, ended.err) == (0, ""), ended
+    with alive(ended.told["pid"], dumped, started_s) as process:
+        dumped.before.assert_goes_on(process)
+    trace = read_trace(file)
+    assert trace.is_partial
+    recording = trace.recording
+    assert recording is not None
+    assert recording.way == (lazy[0][2:].replace("-", " ") if lazy else "eager")
+    if not lazy:
+        assert pages_needed(trace) >= SIZE_MIB * MIB
+    came_bytes = sum(arrival.size_bytes for arrival in recording.arrivals)
+    assert came_bytes >= pages_needed(trace)
+
+
+@regions
 def test_a_restore_that_is_interrupted_leaves_what_was_recorded(
     dumped: Checkpoint, restorer: Restorer
 ) -> None:
@@ -115,19 +143,22 @@ def test_a_restore_that_is_interrupted_leaves_what_was_recorded(
     assert f"{file}" in ended.err
 
 
+@scattered
 def test_a_mount_records_a_restore_and_brings_the_rest_when_that_is_over(
     dumped: Checkpoint, work: Path
 ) -> None:
     file, flag = work / "a.trace", work / "flag"
     options = ("--record", str(file), "--until", f"exec:test -e {flag}")
-    with served(str(dumped.layer), work, *options) as (mount, criu):
-        with restored(dumped, mount, criu) as process:
-            process.wait_first_loop()
-            told = lazily(mount)
-            assert told["bytes_background"] == 0
-            assert told["missing_bytes"] > SIZE_MIB * MIB // 2
-            flag.touch()
-            wait_home(mount)
-            assert process.memory_hash() == dumped.before.hashes
+    with (
+        served(str(dumped.layer), work, *options) as (mount, criu),
+        restored(dumped, mount, criu) as process,
+    ):
+        process.wait_first_loop()
+        told = lazily(mount)
+        assert told["bytes_background"] == 0
+        assert told["missing_bytes"] > SIZE_MIB * MIB // 2
+        flag.touch()
+        wait_home(mount)
+        assert process.memory_hash() == dumped.before.hashes
     trace = read_trace(file)
     assert_is_working_set(trace)
