@@ -5,7 +5,8 @@ how long anybody waited. Must not believe that times are in order: the trace is 
 files are as unpacked, bytes of fetches as they lie in the blob: the two are never added.
 """
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lazyfs.checkpoint.criu_phases import phases_of
@@ -236,20 +237,35 @@ def _length_ms(trace: Trace, recording: Recording, phases: Iterable[Phase]) -> f
     return max(moments)
 
 
-def _needed(trace: Trace) -> Iterable[Need]:
-    """Return what was needed when: by the reads themselves, where there are any.
+def _needed(trace: Trace, arrivals: Mapping[int, Sequence[Piece]]) -> Iterator[Need]:
+    """Yield what was needed when: by the reads themselves, where there are any.
 
-    Needs are made of these, but those that touch and are near in time are one.
+    Needs are made of these, but those that touch and are near in time are one. A fault is noted
+    with the window around it; what of that came only after the fault was answered without a wait
+    was not needed by it.
     """
     reads = trace.recording.reads if trace.recording else []
     if not reads:
-        return trace.needs
-    return (Need(read.file, read.offset, read.size_bytes, read.began_ms) for read in reads)
+        yield from trace.needs
+    starts = {file: [piece.start for piece in pieces] for file, pieces in arrivals.items()}
+    for read in reads:
+        start, stop = read.offset, read.offset + read.size_bytes
+        if not read.waited and read.file in arrivals:
+            first = max(0, bisect_right(starts[read.file], start) - 1)
+            last = bisect_left(starts[read.file], stop)
+            for piece in arrivals[read.file][first:last]:
+                if piece.stop <= start or piece.at_ms <= read.ended_ms:
+                    continue
+                if piece.start > start:
+                    yield Need(read.file, start, piece.start - start, read.began_ms)
+                start = min(piece.stop, stop)
+        if start < stop:
+            yield Need(read.file, start, stop - start, read.began_ms)
 
 
 def _files(trace: Trace, arrivals: dict[int, list[Piece]], end_ms: float) -> list[FileFates]:
     needs: dict[int, list[Piece]] = {}
-    for need in _needed(trace):
+    for need in _needed(trace, arrivals):
         piece = Piece(need.offset, need.offset + need.size_bytes, need.at_ms)
         needs.setdefault(need.file, []).append(piece)
     found = []

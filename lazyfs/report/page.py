@@ -29,6 +29,8 @@ from lazyfs.report.timeline import timeline
 from lazyfs.report.waits import Wait
 
 SLOWEST_MOST = 20
+OWN_LAZY_PAGES = "lazy pages"
+"""As a recording says that the mount itself brought memory."""
 _LATEST_S = 1 << 33
 """A moment after it, in 2242, is none at which anybody recorded."""
 _CONFIG = {
@@ -52,7 +54,7 @@ h1 small {{ display: block; font-size: 16px; line-height: 1.5; font-weight: 400;
 h2 {{ font-size: 17px; font-weight: 600; margin: 52px 0 2px; }}
 h3 {{ font-size: 14px; font-weight: 600; margin: 24px 0 0; overflow-wrap: anywhere; }}
 h3 span {{ font-weight: 400; color: {QUIET}; }}
-p.note {{ margin: 0 0 10px; color: {QUIET}; font-size: 13.5px; max-width: 68em; }}
+p.note {{ margin: 6px 0 10px; color: {QUIET}; font-size: 13.5px; max-width: 68em; }}
 .shares {{ display: flex; height: 14px; margin: 22px 0 6px; border-radius: 3px; overflow: hidden;
   gap: 1px; }}
 .keys {{ display: flex; flex-wrap: wrap; gap: 2px 22px; font-size: 13px; color: {QUIET}; }}
@@ -221,6 +223,11 @@ def _head(analysis: Analysis) -> Iterator[str]:
         yield f'<p class="warn">{_text(words.too_many(analysis))}</p>'
     if analysis.has_recording:
         yield from _budget(analysis)
+    if recording.way == OWN_LAZY_PAGES:
+        yield (
+            '<p class="note">Memory came precisely while this was recorded: what a task touched, '
+            "and little else. A restore that nobody records fetches ahead.</p>"
+        )
     yield "<dl>"
     for figure in words.figures(analysis):
         note = f"<span>{_text(figure.note)}</span>" if figure.note else ""

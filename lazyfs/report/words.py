@@ -15,6 +15,8 @@ _TELLING = 0.1
 """A cause is named if it is so much of a wait."""
 _HINTS_MOST = 2
 _MEGA = 1_000_000
+_ANSWERED = ("answered", "answered over HTTP", "succeeded")
+"""How an end mark is told that is a first response."""
 
 
 def seconds(milliseconds: float) -> str:
@@ -50,17 +52,18 @@ def sentence(analysis: Analysis) -> str:
     until = analysis.trace.until
     what = f" ({until})" if analysis.has_end and until else ""
     spent = spent_on(analysis)
-    head = headline(analysis).replace(" response ", f" response{what} ", 1)
-    return f"{head}: {spent}." if spent else f"{head}."
+    return f"{headline(analysis)}{what}{': ' if spent else ''}{spent}."
 
 
 def headline(analysis: Analysis) -> str:
     """Say how long it took."""
     if not analysis.has_recording:
         return f"{human_bytes(analysis.needed_bytes)} needed within {seconds(analysis.end_ms)}"
-    if analysis.has_end:
+    if not analysis.has_end:
+        return f"{seconds(analysis.end_ms)} were recorded, and no end mark came"
+    if analysis.trace.until.endswith(_ANSWERED):
         return f"First response after {seconds(analysis.end_ms)}"
-    return f"{seconds(analysis.end_ms)} were recorded, and no end mark came"
+    return f"{seconds(analysis.end_ms)} recorded"
 
 
 def spent_on(analysis: Analysis) -> str:

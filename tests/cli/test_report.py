@@ -25,7 +25,7 @@ def test_the_page_lies_beside_the_trace_and_the_terminal_has_the_words(
     page = trace.with_suffix(".html")
     assert page.read_text().startswith("<!DOCTYPE html>")
     out = capsys.readouterr().out
-    assert out.startswith("First response (port 8080 answered) after 1.27 s: 0.38 s until ")
+    assert out.startswith("First response after 1.27 s (port 8080 answered): 0.38 s until ")
     assert "longest waits:" in out
     assert out.rstrip().splitlines()[-1].startswith(f"{page}: ")
 

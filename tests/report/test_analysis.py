@@ -106,7 +106,7 @@ def test_what_was_needed_when_is_told_by_the_reads_where_there_are_any() -> None
         needs=[Need(0, 0, 8 * KIB, 10.0)],
         recording=Recording(
             reads=[
-                Read(0, 0, 4 * KIB, 10.0, 11.0, "fault", False),
+                Read(0, 0, 4 * KIB, 10.0, 12.0, "fault", True),
                 Read(0, 4 * KIB, 4 * KIB, 14.0, 15.0, "fault", False),
             ],
             arrivals=[Arrival(0, 0, 8 * KIB, 12.0)],
@@ -116,6 +116,24 @@ def test_what_was_needed_when_is_told_by_the_reads_where_there_are_any() -> None
     assert (file.needed_bytes, file.late_bytes) == (8 * KIB, 4 * KIB)
     hinted = analyse(one.hint())
     assert (hinted.needed_bytes, hinted.has_recording) == (8 * KIB, False)
+
+
+def test_what_came_after_a_fault_that_did_not_wait_was_not_needed_by_it() -> None:
+    """A fault is noted with its window, of which it takes what is there."""
+    found = analyse(
+        trace(
+            reads=[
+                Read(0, 0, 16 * KIB, 20.0, 21.0, "fault", False),
+                Read(0, 12 * KIB, 4 * KIB, 30.0, 50.0, "fault", True),
+            ],
+            arrivals=[Arrival(0, 0, 4 * KIB, 10.0), Arrival(0, 8 * KIB, 20 * KIB, 45.0)],
+            length_ms=50.0,
+        )
+    )
+    (file,) = found.files
+    needed = [(fate.start, fate.stop, fate.needed_ms) for fate in file.fates if fate.needed_ms]
+    assert needed == [(0, 4096, 20.0), (4096, 8192, 20.0), (12 * KIB, 16 * KIB, 30.0)]
+    assert file.late_bytes == 4 * KIB
 
 
 def test_bytes_that_came_before_the_end_and_were_not_needed_are_spare() -> None:

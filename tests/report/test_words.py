@@ -1,5 +1,7 @@
 from dataclasses import replace
 
+import msgspec
+
 from lazyfs.checkpoint.trace import Fetch, Read
 from lazyfs.report.analysis import analyse
 from lazyfs.report.waits import Causes, Wait
@@ -15,12 +17,22 @@ def test_a_sentence_says_what_happened() -> None:
     found = analyse(lazy_restore(64))
     spent = replace(found.budget, start_ms=384.0, criu_ms=4.0, waiting_ms=620.0, rest_ms=412.4)
     assert sentence(replace(found, budget=spent, end_ms=1420.0)) == (
-        "First response (port 8080 answered) after 1.42 s: 0.38 s until the mount answered, "
+        "First response after 1.42 s (port 8080 answered): 0.38 s until the mount answered, "
         "0.62 s waiting for 7 faults and 1 read, 0.41 s other work."
     )
     assert sentence(analyse(lazy_restore(64).hint())).startswith(
         "A hint: 3.1 MiB in 51 ranges of 2 files "
     )
+
+
+def test_only_an_answer_is_a_first_response() -> None:
+    def begins(until: str) -> str:
+        return sentence(analyse(msgspec.structs.replace(lazy_restore(64), until=until)))[:45]
+
+    assert begins("check.sh succeeded") == "First response after 1.27 s (check.sh succeed"
+    assert begins("port 80 answered over HTTP").startswith("First response after 1.27 s (port 80")
+    assert begins("the mount ended") == "1.27 s recorded (the mount ended): 0.38 s unt"
+    assert begins("10 s passed").startswith("1.27 s recorded (10 s passed): ")
 
 
 def test_figures_tell_how_much() -> None:
