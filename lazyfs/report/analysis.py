@@ -85,7 +85,7 @@ class Analysis:
     """Whether it was ended by its end mark; else `end_ms` is the recording's end."""
     end_ms: float
     length_ms: float
-    phases: Sequence[Phase]
+    phases: list[Phase]
     marks: Sequence[Mark]
     files: Sequence[FileFates]
     """That anything was needed of, or came of; the most needed first."""
@@ -110,6 +110,18 @@ class Analysis:
     """How long bytes came, by the end mark."""
     read_count: int
     fault_count: int
+
+    @property
+    def was_usual(self) -> bool:
+        """Whether all went as without a recording; else only what was touched was brought."""
+        return self.trace.is_partial
+
+    @property
+    def followed_bytes(self) -> int | None:
+        """How much an earlier trace named that was followed; None: there was none."""
+        trace = self.recording.figures.get("trace")
+        needed = trace.get("needed_bytes") if isinstance(trace, dict) else None
+        return needed if isinstance(needed, int) and needed >= 0 else None
 
     @property
     def waits_until_end(self) -> list[Wait]:

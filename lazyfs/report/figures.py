@@ -76,7 +76,7 @@ def by_file(analysis: Analysis) -> Any:
     kinds = (
         ("needed, and here in time", [needed - late for _, needed, late, _ in rows], style.IN_TIME),
         ("needed before it came", [late for _, _, late, _ in rows], style.LATE),
-        ("came, not needed", [spare for *_, spare in rows], style.SPARE),
+        ("came, not asked for", [spare for *_, spare in rows], style.SPARE),
     )
     for name, values, colour in kinds:
         made.add_trace(

@@ -29,8 +29,6 @@ from lazyfs.report.timeline import timeline
 from lazyfs.report.waits import Wait
 
 SLOWEST_MOST = 20
-OWN_LAZY_PAGES = "lazy pages"
-"""As a recording says that the mount itself brought memory."""
 _LATEST_S = 1 << 33
 """A moment after it, in 2242, is none at which anybody recorded."""
 _CONFIG = {
@@ -223,11 +221,8 @@ def _head(analysis: Analysis) -> Iterator[str]:
         yield f'<p class="warn">{_text(words.too_many(analysis))}</p>'
     if analysis.has_recording:
         yield from _budget(analysis)
-    if recording.way == OWN_LAZY_PAGES:
-        yield (
-            '<p class="note">Memory came precisely while this was recorded: what a task touched, '
-            "and little else. A restore that nobody records fetches ahead.</p>"
-        )
+    if note := words.circumstances(analysis):
+        yield f'<p class="note">{_text(note)}</p>'
     yield "<dl>"
     for figure in words.figures(analysis):
         note = f"<span>{_text(figure.note)}</span>" if figure.note else ""

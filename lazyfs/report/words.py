@@ -15,6 +15,10 @@ _TELLING = 0.1
 """A cause is named if it is so much of a wait."""
 _HINTS_MOST = 2
 _MEGA = 1_000_000
+_OWN_LAZY_PAGES = "lazy pages"
+"""As a recording says that the mount itself brought memory."""
+_BEGIN = "lazyfs: start"
+"""The phase until the program is loaded."""
 _ANSWERED = ("answered", "answered over HTTP", "succeeded")
 """How an end mark is told that is a first response."""
 
@@ -66,6 +70,22 @@ def headline(analysis: Analysis) -> str:
     return f"{seconds(analysis.end_ms)} recorded"
 
 
+def circumstances(analysis: Analysis) -> str:
+    """Say what has to be known of how it was recorded; "" if that is nothing."""
+    if not analysis.has_recording:
+        return ""
+    if analysis.was_usual:
+        named = analysis.followed_bytes
+        trace = "Without a trace." if named is None else f"With a trace of {human_bytes(named)}."
+        return f"{trace} Memory that was brought before a task touched it is not seen as needed."
+    if analysis.recording.way == _OWN_LAZY_PAGES:
+        return (
+            "What was touched was brought, and little else, so that the trace is exact: a restore "
+            "that nobody records, or one with --as-usual, is quicker."
+        )
+    return ""
+
+
 def spent_on(analysis: Analysis) -> str:
     """Write what the time was spent on; "" if that is nothing worth a word."""
     budget = analysis.budget
@@ -96,7 +116,8 @@ class Figure(NamedTuple):
 
 def figures(analysis: Analysis) -> list[Figure]:
     """Return the summary strip's figures."""
-    strip = [Figure("needed", human_bytes(analysis.needed_bytes), "unpacked")]
+    known = "as far as it was asked for" if analysis.was_usual else "unpacked"
+    strip = [Figure("needed", human_bytes(analysis.needed_bytes), known)]
     image = Figure("image", human_bytes(analysis.image_bytes), "of its layers that were read from")
     if not analysis.has_recording:
         return [*strip, image]
@@ -227,13 +248,27 @@ def _needed_on_link_ms(analysis: Analysis) -> float:
 def _hint_of_trace(analysis: Analysis) -> tuple[float, str]:
     asked_ms = sum(wait.waited_ms for wait in analysis.waits_until_end if wait.asked)
     share_ms = _share_ms(analysis, asked_ms)
-    text = (
-        f"{seconds(share_ms)} of the {seconds(analysis.budget.waiting_ms)} of waiting were for "
-        "ranges that were fetched only when somebody asked for them. This trace names them: "
-        "attach it to the image with `lazyfs trace push REF FILE`, and the next restore fetches "
-        f"them first. At the rate seen here that is {seconds(_needed_on_link_ms(analysis))} on "
-        "the link, beginning while the mount is made."
-    )
+    waiting = f"{seconds(share_ms)} of the {seconds(analysis.budget.waiting_ms)} of waiting were"
+    takes = f"{seconds(_needed_on_link_ms(analysis))} on the link"
+    if not analysis.was_usual:
+        text = (
+            f"{waiting} for ranges that were fetched only when somebody asked for them. This trace "
+            "names them: attach it to the image with `lazyfs trace push REF FILE`, and the next "
+            f"restore fetches them first. At the rate seen here that is {takes}, beginning while "
+            "the mount is made."
+        )
+    elif analysis.followed_bytes is None:
+        text = (
+            f"{waiting} for ranges that nobody had foretold: there was no trace. Record one with "
+            "`lazyfs restore --record FILE` (without --as-usual), and attach it to the image with "
+            "`lazyfs trace push REF FILE`."
+        )
+    else:
+        text = (
+            f"{waiting} for ranges that the trace, of {human_bytes(analysis.followed_bytes)}, did "
+            "not foretell, or that were asked for before it. If the workload has changed, record "
+            "it anew."
+        )
     return share_ms, text
 
 
@@ -252,9 +287,11 @@ def _hint_of_link(analysis: Analysis) -> tuple[float, str]:
 def _hint_of_others(analysis: Analysis) -> tuple[float, str]:
     share_ms = _share_ms(analysis, analysis.causes.behind_ms)
     spare_bytes = sum(file.spare_bytes for file in analysis.files)
+    if not analysis.was_usual or analysis.followed_bytes is not None:
+        return 0.0, ""
     text = (
         f"{seconds(share_ms)} of the waiting were behind other transfers: by the end mark "
-        f"{human_bytes(spare_bytes)} had come that nobody had needed. A trace puts what is needed "
+        f"{human_bytes(spare_bytes)} had come that nobody had asked for. A trace puts what is needed "
         "before it."
     )
     return share_ms, text
@@ -264,10 +301,19 @@ def _hint_of_start(analysis: Analysis) -> tuple[float, str]:
     start_ms = analysis.budget.start_ms
     if start_ms < 0.25 * analysis.end_ms:
         return 0.0, ""
-    text = (
-        f"{seconds(start_ms)} went by before the mount answered. Mounted by digest instead of tag, "
-        "with what `lazyfs warm` or an earlier mount has kept, it asks the registry for nothing."
-    )
+    begun_ms = max((phase.ended_ms for phase in analysis.phases if phase.name == _BEGIN), default=0)
+    if begun_ms > start_ms / 2:
+        text = (
+            f"{seconds(start_ms)} went by before the mount answered, {seconds(begun_ms)} of them "
+            "before lazyfs itself was loaded: its files are not in the page cache, or the machine "
+            "is busy."
+        )
+    else:
+        text = (
+            f"{seconds(start_ms)} went by before the mount answered. Mounted by digest instead of "
+            "tag, with what `lazyfs warm` or an earlier mount has kept, it asks the registry for "
+            "nothing."
+        )
     return start_ms, text
 
 

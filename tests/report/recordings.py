@@ -37,7 +37,12 @@ class _Link:
 
 
 def lazy_restore(
-    size_mib: int = 256, needed_percent: int = 5, *, seed: int = 1, dropped: int = 0
+    size_mib: int = 256,
+    needed_percent: int = 5,
+    *,
+    seed: int = 1,
+    dropped: int = 0,
+    as_usual: bool = False,
 ) -> Trace:
     """A process whose pages are faulted in, with a transfer of the rest behind."""
     chance = random.Random(seed)
@@ -92,6 +97,7 @@ def lazy_restore(
             TracedFile("checkpoint/pages-1.img", 0, size),
         ],
         needs=needs,
+        is_partial=as_usual,
         recording=Recording(
             reference="registry.example/job:1",
             began_at_s=1_790_000_000.0,

@@ -2,10 +2,19 @@ from dataclasses import replace
 
 import msgspec
 
-from lazyfs.checkpoint.trace import Fetch, Read
+from lazyfs.checkpoint.trace import Fetch, Phase, Read
 from lazyfs.report.analysis import analyse
 from lazyfs.report.waits import Causes, Wait
-from lazyfs.report.words import brief, figures, hints, main_cause, sentence, told, why
+from lazyfs.report.words import (
+    brief,
+    circumstances,
+    figures,
+    hints,
+    main_cause,
+    sentence,
+    told,
+    why,
+)
 from tests.report.recordings import lazy_restore
 
 MIB = 1 << 20
@@ -74,11 +83,27 @@ def test_a_wait_says_what_it_was_for() -> None:
 def test_hints_come_from_what_was_seen() -> None:
     found = analyse(lazy_restore(256))
     first, second = hints(found)
-    assert "`lazyfs trace push REF FILE`" in first
-    assert "were behind other transfers" in second
+    assert "This trace names them" in first
+    assert "the link, which carried 118 MB/s" in second
     assert hints(analyse(lazy_restore(64).hint())) == []
     slow = replace(found, budget=replace(found.budget, start_ms=5000.0), end_ms=5200.0)
-    assert "before the mount answered" in hints(slow)[0]
+    assert "with what `lazyfs warm`" in hints(slow)[0]
+    slow.phases[0] = Phase("lazyfs: start", 0.0, 4500.0)
+    assert "4.50 s of them before lazyfs itself was loaded" in hints(slow)[0]
+
+
+def test_what_is_to_be_done_next_depends_on_how_it_was_recorded() -> None:
+    exact, usual = (analyse(lazy_restore(256, as_usual=usual)) for usual in (False, True))
+    assert "lazyfs trace push" in hints(exact)[0]
+    assert "quicker" in circumstances(exact)
+    assert "there was no trace. Record one" in hints(usual)[0]
+    assert "were behind other transfers" in hints(usual)[1]
+    assert circumstances(usual).startswith("Without a trace. Memory")
+    usual.recording.figures["trace"] = {"needed_bytes": 3 * MIB}
+    assert "the trace, of 3.0 MiB, did not foretell" in hints(usual)[0]
+    assert circumstances(usual).startswith("With a trace of 3.0 MiB. ")
+    usual.recording.figures["trace"] = {"needed_bytes": "<b>"}
+    assert circumstances(usual).startswith("Without")
 
 
 def test_a_terminal_gets_the_sentence_the_longest_waits_and_the_hints() -> None:
