@@ -10,6 +10,7 @@ address be asked.
 import base64
 import gzip
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
@@ -29,6 +30,7 @@ from lazyfs.report.timeline import timeline
 from lazyfs.report.waits import Wait
 
 SLOWEST_MOST = 20
+_UNIT = re.compile(r"([0-9]) (m?s|[KMGTPE]iB|B|MB/s)\b")
 _LATEST_S = 1 << 33
 """A moment after it, in 2242, is none at which anybody recorded."""
 _CONFIG = {
@@ -162,7 +164,8 @@ def _hashed(script: str) -> str:
 
 
 def _text(text: str) -> str:
-    return escape(printable(text))
+    """Return a text as HTML, a number on one line with its unit."""
+    return _UNIT.sub("\\1&nbsp;\\2", escape(printable(text)))
 
 
 def _json(value: object) -> str:

@@ -291,8 +291,8 @@ def _hint_of_others(analysis: Analysis) -> tuple[float, str]:
         return 0.0, ""
     text = (
         f"{seconds(share_ms)} of the waiting were behind other transfers: by the end mark "
-        f"{human_bytes(spare_bytes)} had come that nobody had asked for. A trace puts what is needed "
-        "before it."
+        f"{human_bytes(spare_bytes)} had come that nobody had asked for. A trace puts what is "
+        "needed before it."
     )
     return share_ms, text
 
