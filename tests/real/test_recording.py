@@ -132,7 +132,7 @@ def test_a_restore_as_usual_tells_what_went_on_and_is_no_hint(
     assert came_bytes >= pages_needed(trace)
 
 
-@scattered
+@regions
 def test_what_was_recorded_is_what_the_next_restore_does_not_wait_for(
     store: Store, dumped: Checkpoint, restorer: Restorer
 ) -> None:
