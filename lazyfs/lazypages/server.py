@@ -40,9 +40,20 @@ class LazyPages:
         self._sessions: list[Session] = []
         self._restores = 0
         self._failed: str | None = None
+        self._failures = 0
+        self._last_failure: str | None = None
         self._is_held = False
         self._news = trio.Event()
         self._path: Path | None = None
+
+    def be_precise(self) -> None:
+        """Bring just what is wanted, until `be_whole`: somebody records that."""
+        self._desk.precise = True
+
+    def be_whole(self) -> None:
+        """Bring all the rest too, behind what is wanted."""
+        self._desk.precise = False
+        self._desk.whole.set()
 
     # -- what is told -----------------------------------------------------------------------
 
@@ -81,6 +92,8 @@ class LazyPages:
             "state": state,
             "failed": self._failed,
             "guard_pid": self._guard.pid or None,
+            "failures": self._failures,
+            "last_failure": self._last_failure,
             "restores": self._restores,
             "tasks": sum(len(session.tasks) for session in self._sessions),
             "missing_bytes": self.missing_bytes,
@@ -190,7 +203,8 @@ class LazyPages:
 
     def _fail(self, why: str) -> None:
         log.critical("a restore has failed, and its tasks have been killed: %s", why)
-        self._failed = why
+        self._failed = self._last_failure = why
+        self._failures += 1
 
     def _tell(self) -> None:
         news, self._news = self._news, trio.Event()
