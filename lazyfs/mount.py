@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from lazyfs.checkpoint.host import Host
     from lazyfs.lazypages.guard import Guard
     from lazyfs.lazypages.server import LazyPages
-    from lazyfs.recorder import RecordConfig, Recorder
+    from lazyfs.recorder import Recorder
+    from lazyfs.trace_file import RecordConfig
 
 log = logging.getLogger(__name__)
 
@@ -278,7 +279,11 @@ class _Mount:
             return None
         from lazyfs.lazypages.server import LazyPages
 
-        return LazyPages(self._checkpoint, self._config.guard)
+        pages = LazyPages(self._checkpoint, self._config.guard)
+        if self._recorder is not None:
+            pages.be_precise()
+            self._recorder.on_end = pages.be_whole
+        return pages
 
     async def live(self, on_ready: Callable[[Ready], None]) -> None:
         """Mount; come back when that has ended, and nobody waits for memory any more."""

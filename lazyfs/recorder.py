@@ -12,7 +12,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,12 @@ from lazyfs.checkpoint.trace import Phase, Trace, dump_trace
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.journal import Journal
 from lazyfs.recording import About, Layout, layout_of, trace_of
-from lazyfs.trace_file import write_whole
+from lazyfs.trace_file import RecordConfig, write_whole
 
 log = logging.getLogger(__name__)
 
 _LINE_MOST_BYTES = 1 << 20
 _PHASES_MOST = 1000
-
-
-@dataclass(frozen=True)
-class RecordConfig:
-    """What is recorded, and where it goes."""
-
-    file: Path
-    way: str = ""
-    """How memory comes; `trace.Recording.way`."""
-    began_s: float = 0.0
-    """When the command began, by `time.monotonic`."""
-    link: int | None = None
-    """A socket to who says when it is over; None: the end of the mount is."""
 
 
 class Recorder:
@@ -57,6 +44,8 @@ class Recorder:
         self._config = config
         self._link = socket.socket(fileno=config.link) if config.link is not None else None
         self._checkpoint: OpenedCheckpoint | None = None
+        self.on_end: Callable[[], None] = _nobody
+        """Called when it ends, however that comes."""
         self._figures: Callable[[], Mapping[str, Any]] = dict
         self._is_on = True
         self._is_mounted = False
@@ -72,7 +61,7 @@ class Recorder:
     def opening(self, config: OpenConfig) -> OpenConfig:
         """Return how to open what is recorded: what an earlier trace says is not fetched ahead."""
         self._workload = config.workload
-        return replace(config, trace="off")
+        return replace(config, trace="off", given_trace=None)
 
     def counters(self, config: OpenConfig) -> Counters:
         """Return the mount's counters, with the journal in them."""
@@ -107,6 +96,11 @@ class Recorder:
         if not self._is_on or not self._is_mounted or checkpoint is None:
             return self._written
         self._is_on = False
+        self.on_end()
+        if not self.journal.reads:
+            self._written = {"error": f"nothing was read: {self._config.file} is not written"}
+            log.info("%s", self._written["error"])
+            return self._written
         at_s = at_s if at_s is not None else time.monotonic()
         self.journal.mark("until", at_s)
         self.journal.end()
@@ -164,6 +158,10 @@ class Recorder:
             max(0.0, round((at_s - self._config.began_s) * 1000, 3)) for at_s in (began_s, ended_s)
         )
         return Phase(name, began_ms, max(began_ms, ended_ms))
+
+
+def _nobody() -> None:
+    pass
 
 
 def _write(journal: Journal, layout: Layout, about: About, file: Path) -> Trace:

@@ -5,12 +5,26 @@ It tells where in its memory a process was at work. Light imports only: looked a
 
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from lazyfs.ground.errors import UsageError
 
 _PROBE_BYTES = 64 * 1024
 _NAME_MOST = 200
+
+
+@dataclass(frozen=True)
+class RecordConfig:
+    """What is recorded, and where it goes."""
+
+    file: Path
+    way: str = ""
+    """How memory comes; `trace.Recording.way`."""
+    began_s: float = 0.0
+    """When the command began, by `time.monotonic`."""
+    link: int | None = None
+    """A socket to who says when it is over; None: the end of the mount is."""
 
 
 def check_recordable(file: Path) -> Path:

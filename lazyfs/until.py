@@ -16,12 +16,14 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Protocol
 from urllib.parse import urlsplit
 
 from lazyfs.ground.errors import UsageError
 
 FORMS = "port:[HOST:]PORT, http://HOST:PORT/PATH, exec:COMMAND, SECONDS"
+_HTTP_PORT = 80
 _TRY_S = 10.0
 """For one try."""
 _PAUSE_FIRST_S = 0.05
@@ -48,20 +50,31 @@ class Until:
     text: str
     """As it was given."""
 
+    @property
+    def name(self) -> str:
+        """What others may read: what follows a command's name, or a URL's port, may be secret."""
+        kind, _, rest = self.text.partition(":")
+        if kind == "exec":
+            return f"{PurePath(_words(rest)[0]).name} succeeded"
+        if kind == "port":
+            return f"port {_host_and_port(rest, self.text)[1]} answered"
+        if kind == "http":
+            return f"port {urlsplit(self.text).port or _HTTP_PORT} answered over HTTP"
+        return f"{float(self.text):g} s passed"
+
     def begin(self) -> Check:
         """Begin to look."""
         kind, _, rest = self.text.partition(":")
         if kind == "exec":
-            return _Tries(_Command(_words(rest)), f"exec:{rest}")
+            return _Tries(_Command(_words(rest)), self.name)
         if kind == "port":
-            host, port = _host_and_port(rest, self.text)
-            return _Tries(_Connection(host, port), f"port {port} answered")
+            return _Tries(_Connection(*_host_and_port(rest, self.text)), self.name)
         if kind == "http":
             parts = urlsplit(self.text)
             path = parts.path + (f"?{parts.query}" if parts.query else "") or "/"
-            ask = _Connection(parts.hostname or "", parts.port or 80, path)
-            return _Tries(ask, f"{parts.hostname}:{parts.port or 80} answered over HTTP")
-        return _Pause(float(self.text))
+            ask = _Connection(parts.hostname or "", parts.port or _HTTP_PORT, path)
+            return _Tries(ask, self.name)
+        return _Pause(float(self.text), self.name)
 
 
 def parse_until(text: str) -> Until:
@@ -114,8 +127,8 @@ def _host_and_port(text: str, given: str) -> tuple[str, int]:
 class _Pause:
     """So many seconds."""
 
-    def __init__(self, seconds: float) -> None:
-        self._text = f"{seconds:g} s"
+    def __init__(self, seconds: float, text: str) -> None:
+        self._text = text
         self._end_s = time.monotonic() + seconds
 
     def poll(self) -> str | None:

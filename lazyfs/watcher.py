@@ -61,7 +61,10 @@ class Link:
         self._has_ended = True
         at_s = at_s if at_s is not None else time.monotonic()
         self._say({"end": why, "at_s": at_s, "phases": phases})
-        return self.hear(_ANSWER_TIMEOUT_S) or {"error": "whoever records it has gone"}
+        told = self.hear(_ANSWER_TIMEOUT_S)
+        while told is not None and "ready" in told:
+            told = self.hear(_ANSWER_TIMEOUT_S)
+        return told or {"error": "no trace has been written: whoever records has gone"}
 
     def hear(self, timeout_s: float | None) -> dict[str, Any] | None:
         """Return what the daemon says; None if it is gone."""
@@ -146,7 +149,7 @@ def wait_until(until: Until, link: Link) -> str | None:
 
 def given_up(until: Until) -> str:
     """Return what is said of what has not come."""
-    return f"{until.text} has not come within {GIVEN_UP_S:g} s"
+    return f"given up: not within {GIVEN_UP_S:g} s, {until.name}"
 
 
 def process_began_s() -> float:

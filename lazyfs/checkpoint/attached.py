@@ -38,14 +38,13 @@ from lazyfs.checkpoint.trace import (
     TRACE_BLOB_TYPE,
     WORKLOAD_KEY,
     Trace,
-    parse_trace,
+    parse_hint,
 )
 from lazyfs.content.documents import Documents, name_of
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, MalformedError
 from lazyfs.ground.printable import printable
-from lazyfs.ground.settings import MIB
 from lazyfs.transport.source import ReferrerDescriptor
 
 log = logging.getLogger(__name__)
@@ -53,14 +52,12 @@ log = logging.getLogger(__name__)
 CREATED_KEY = "org.opencontainers.image.created"
 FRESH_S = 600.0
 """For so long what was attached to an image is taken to be attached still, and nothing else."""
-HINT_UNPACKED_LIMIT_BYTES = 32 * MIB
-"""Of the document of a stranger: parsing it holds the interpreter. 54 MB needed make it 0.5 MB."""
 _WAIT_MOST_S = 5.0
 _BEHIND_S = 5.0
 _MANIFESTS_READ_MOST = 4
 _DOCUMENTS_READ_MOST = 3
 _REMEMBERED_MOST = 64
-_WORKLOAD_MOST = 1024
+WORKLOAD_MOST = 1024
 _CREATED_MOST = 64
 
 
@@ -70,7 +67,7 @@ class Offer(msgspec.Struct, frozen=True):
     digest: str
     """Of the document."""
     size_bytes: Annotated[int, msgspec.Meta(gt=0, le=HINT_LIMIT_BYTES)]
-    workload: Annotated[str, msgspec.Meta(max_length=_WORKLOAD_MOST)] = ""
+    workload: Annotated[str, msgspec.Meta(max_length=WORKLOAD_MOST)] = ""
     created: Annotated[str, msgspec.Meta(max_length=_CREATED_MOST)] = ""
     """When, as RFC 3339 has it in UTC; so the newest is the greatest. Empty if it is not said."""
 
@@ -333,7 +330,7 @@ def _given(trace: Trace, image: ResolvedImage) -> FoundTrace | None:
 
 
 def _parse(data: bytes, what: str) -> Trace:
-    return parse_trace(data, what, unpacked_limit_bytes=HINT_UNPACKED_LIMIT_BYTES).hint()
+    return parse_hint(data, what).hint()
 
 
 def _offered_by(referrer: ReferrerDescriptor, origin: Origin) -> Iterator[Offer]:
@@ -363,7 +360,7 @@ def _offer(annotations: Mapping[str, str], digest: str | None, size_bytes: int) 
         return None
     workload = annotations.get(WORKLOAD_KEY, "")
     created = _in_utc(annotations.get(CREATED_KEY, "")[:_CREATED_MOST])
-    if len(workload) > _WORKLOAD_MOST:
+    if len(workload) > WORKLOAD_MOST:
         return None
     try:
         return Offer(str(Digest.parse(digest)), size_bytes, workload, created)

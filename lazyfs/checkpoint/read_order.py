@@ -94,9 +94,7 @@ class _Level:
             vmas = await self._parsed(criu.task_image("mm", process.pid), parse_mm)
             if vmas is not None:
                 self.mappings[process.pid] = vmas
-        names = [criu.task_image("pagemap", process.pid) for process in self.processes]
-        names += sorted(name for name in self.node.children if shmem_of(name) is not None)
-        for name in names:
+        for name in filter(_is_pagemap, sorted(self.node.children)):  # a pre-dump has no tree
             pagemap = await self._parsed(name, parse_pagemap)
             if pagemap is not None:
                 self.pagemaps[name] = pagemap
@@ -113,6 +111,10 @@ class _Level:
         except MalformedError as error:
             log.debug("what is read first cannot be told of it: %s", error)
             return None
+
+
+def _is_pagemap(name: str) -> bool:
+    return shmem_of(name) is not None or (criu.task_of(name) or ("",))[0] == "pagemap"
 
 
 def _in_order(levels: Sequence[_Level]) -> tuple[Stretch, ...]:

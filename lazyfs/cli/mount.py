@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lazyfs.mount import Ready
+    from lazyfs.trace_file import RecordConfig
 
 log = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ def mount_command(
         directory = mountpoint.real(directory)
     if lazy_pages is not None:
         lazy_pages = lazy_pages.absolute()
-    recorded = _recorded(record, until)
+    recording = _recording(record, until, "lazy pages" if lazy_pages is not None else "")
     job = _Job(
         reference=reference,
         directory=directory,
@@ -134,7 +135,7 @@ def mount_command(
         source_name=source_name,
         noexec=noexec,
         lazy_pages=lazy_pages,
-        recorded=recorded,
+        recording=recording,
         source=source,
     )
     if foreground:
@@ -144,7 +145,7 @@ def mount_command(
         return _serve(job, click.echo, notifier)
     Notifier(os.environ)  # which is the caller's, not its daemon's
     log_file = log_file or _default_log(source.cache_dir, directory)
-    watcher = recorded.watcher if recorded is not None else None
+    watcher = recording.link if recording is not None else None
     kept = [each for each in (descriptor, watcher) if each is not None]
     code, message = run_detached(partial(_serve, job), log_file.absolute(), kept)
     if code == 0:
@@ -165,16 +166,6 @@ def umount_command(directory: Path, lazy: bool) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Recorded:
-    """What is recorded, for how long, and since when."""
-
-    file: Path
-    watcher: int | None
-    """A socket to who says when it is over."""
-    began_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Job:
     """What was asked for."""
 
@@ -187,7 +178,7 @@ class _Job:
     source_name: str | None
     noexec: bool
     lazy_pages: Path | None
-    recorded: "_Recorded | None"
+    recording: "RecordConfig | None"
     source: SourceOptions
 
 
@@ -204,13 +195,6 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
     from lazyfs.cli.main import report
     from lazyfs.mount import MountConfig, serve_mount
 
-    recording = None
-    if job.recorded is not None:
-        from lazyfs.recorder import RecordConfig
-
-        way = "lazy pages" if job.lazy_pages is not None else ""
-        began_s, watcher = job.recorded.began_s, job.recorded.watcher
-        recording = RecordConfig(job.recorded.file, way, began_s, watcher)
     directory = job.directory
     config = MountConfig(
         job.reference,
@@ -224,7 +208,7 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         guard,
         source_name=job.source_name,
         noexec=job.noexec,
-        recording=recording,
+        recording=job.recording,
     )
 
     is_ready = False
@@ -258,7 +242,7 @@ def _default_log(cache_dir: Path, directory: Path) -> Path:
     return cache_dir / "log" / os.fsdecode(name[:_LOG_NAME_MOST_BYTES] + b".log")
 
 
-def _recorded(record: Path | None, until: str | None) -> _Recorded | None:
+def _recording(record: Path | None, until: str | None, way: str) -> "RecordConfig | None":
     """Return what is to be recorded, and have somebody watch for its end; to be called last.
 
     Raises:
@@ -268,14 +252,14 @@ def _recorded(record: Path | None, until: str | None) -> _Recorded | None:
         if until is not None:
             raise UsageError("--until is for --record FILE")
         return None
-    from lazyfs.trace_file import check_recordable
+    from lazyfs.trace_file import RecordConfig, check_recordable
     from lazyfs.until import parse_until
     from lazyfs.watcher import process_began_s, start_watcher
 
     lasting = parse_until(until) if until is not None else None
     file = check_recordable(record)
-    watcher = start_watcher(lasting).detach() if lasting is not None else None
-    return _Recorded(file, watcher, process_began_s())
+    link = start_watcher(lasting).detach() if lasting is not None else None
+    return RecordConfig(file, way, process_began_s(), link)
 
 
 def _check_writable(log_file: Path) -> None:

@@ -307,7 +307,6 @@ class LayerContent(Content):
 
     async def _fetch(self, flight: Flight) -> None:
         """Land a flight; anew, from other places, where one of them gave wrong bytes."""
-
         is_background = flight.lane is not Lane.DEMAND
 
         def check() -> None:

@@ -8,9 +8,10 @@ Source: OCI distribution-spec 1.1, "Listing Referrers", "Unavailable Referrers A
 Tag Schema"; RFC 8288 (`Link`).
 """
 
+import json
 import re
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, urljoin
 
 import msgspec
@@ -24,6 +25,7 @@ from lazyfs.transport.urls import origin_of
 if TYPE_CHECKING:  # layouts on this machine are read without an HTTP library
     from lazyfs.transport.client import SmallReply
 
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 PAGES_MOST = 8
 REFERRERS_MOST = 1000
 
@@ -135,6 +137,54 @@ def next_page(url: str, link: str | None) -> str | None:
         except (ValueError, SourceError):
             return None
     return None
+
+
+def with_referrer(index: bytes | None, entry: Mapping[str, Any], key: str) -> bytes | None:
+    """Return a list of referrers with `entry` in it; None if that is what it is already.
+
+    It takes the place of those of its artifact type with the same annotation `key`. Whatever else
+    is there is kept as it is. `index`: the list so far; None if there is none.
+
+    Raises:
+        MalformedError: there is something that is not a list.
+    """
+    document: Any = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": []}
+    if index is not None:
+        try:
+            document = json.loads(index)
+        except (ValueError, RecursionError) as error:
+            raise MalformedError(f"a list of referrers cannot be read: {error}") from None
+    listed = entries_of(document)
+    if listed is None:
+        raise MalformedError("a list of referrers that is not an index")
+    kept = [each for each in listed if not is_replaced(each, entry, key)]
+    if any(each.get("digest") == entry["digest"] for each in listed) and len(kept) + 1 == len(
+        listed
+    ):
+        return None
+    document["manifests"] = [*kept, dict(entry)]
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def entries_of(document: Any) -> list[dict[str, Any]] | None:
+    """Return the descriptors of an index that somebody wrote; None if it is none."""
+    listed = document.get("manifests") if isinstance(document, dict) else None
+    if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+        return None
+    return listed
+
+
+def is_replaced(old: Mapping[str, Any], entry: Mapping[str, Any], key: str) -> bool:
+    """Whether `entry` takes the place of `old`: of its type, and with the same annotation `key`."""
+    return (
+        old.get("artifactType") == entry.get("artifactType")
+        and _annotation(old, key) == _annotation(entry, key)
+    ) or old.get("digest") == entry["digest"]
+
+
+def _annotation(entry: Mapping[str, Any], key: str) -> str:
+    annotations = entry.get("annotations")
+    return str(annotations.get(key, "")) if isinstance(annotations, dict) else ""
 
 
 def list_referrers(

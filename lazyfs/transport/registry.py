@@ -165,6 +165,25 @@ class RegistrySource:
         media_type = reply.headers.get("Content-Type", "").partition(";")[0].strip()
         return Manifest(reply.body, media_type, digest)
 
+    def ask_tag(self, tag: str) -> bytes | None:
+        """Ask once for what a tag names; None if it names nothing.
+
+        Raises: as `ImageSource.manifest`, and a transient FetchError.
+        """
+        what = _called(self.name, tag)
+        url = self._url(f"manifests/{quote(tag)}")
+        reply = self._client.get(
+            url,
+            {"Accept": _ACCEPT},
+            limit_bytes=MANIFEST_LIMIT_BYTES,
+            authorizer=self._authorizer,
+        )
+        if reply.status == 404:
+            return None
+        if reply.status != 200:
+            raise self.refusal(what, reply)
+        return reply.body
+
     def blob(self, digest: Digest, size_bytes: int) -> Blob:
         """Return the blob, to be read by range. See `ImageSource.blob`."""
         what = f"{self.name}@{digest}"
