@@ -111,6 +111,7 @@ def _facts(known: Known) -> Iterator[Fact]:
         return
     yield Fact("Shown as", f"view of {told.get('view')}, since {told.get('mounted_at')}")
     yield from _content(told)
+    yield from _trace(told)
     offline = told.get("safe_offline") is True
     yield Fact(
         "Offline",
@@ -143,6 +144,14 @@ def _lazy_pages(told: Mapping[str, Any]) -> Iterator[Fact]:
     if failures := _number(pages, "failures", 0):
         text = f"{plural(failures, 'restore')} failed, the last one: {pages.get('last_failure')}"
         yield Fact("Memory", text, "red")
+
+
+def _trace(told: Mapping[str, Any]) -> Iterator[Fact]:
+    trace = told.get("trace")
+    if isinstance(trace, Mapping):
+        needed = human_bytes(_number(trace, "needed_bytes", 0))
+        whose = f" of {trace.get('workload')}" if trace.get("workload") else ""
+        yield Fact("Trace", f"{needed} needed{whose} ({trace.get('source')})")
 
 
 def _content(told: Mapping[str, Any]) -> Iterator[Fact]:
