@@ -206,3 +206,6 @@ def test_a_mount_records_a_restore_and_brings_the_rest_when_that_is_over(
         assert process.memory_hash() == dumped.before.hashes
     trace = read_trace(file)
     assert_is_working_set(trace)
+    assert trace.recording is not None
+    marks = [mark.name for mark in trace.recording.marks]
+    assert marks[-3:] == ["mounted", "restored", "until"]
