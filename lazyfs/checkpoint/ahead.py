@@ -33,16 +33,14 @@ class Ahead:
             UsageError: it is none.
         """
         reference = parse_reference(text)
-        early: tuple[str, ...] = ()
         if isinstance(reference, RegistryReference) and not _is_kept(reference, cache):
-            if traced and not _is_kept(reference, cache, "trace"):
-                early = (TRACE_TYPE,)
             import lazyfs.transport.http
             import lazyfs.transport.mirrors  # noqa: F401 - see above
         self.counters = Counters()
         """What it costs, and then whatever else is done with the image."""
         self._text = text
         self._future: Future[ResolvedImage] | None = Future()
+        early = (TRACE_TYPE,) if traced else ()
         arguments = reference, settings, cache, early, self._future
         threading.Thread(target=self._run, args=arguments, name="ahead", daemon=True).start()
 
@@ -71,7 +69,7 @@ class Ahead:
             future.set_result(image)
 
 
-def _is_kept(reference: RegistryReference, cache: Cache, kind: str = "manifest") -> bool:
+def _is_kept(reference: RegistryReference, cache: Cache) -> bool:
     """Whether it is likely that the registry will not be asked for the manifest."""
-    name, digest = f"{reference.host}/{reference.repository}", reference.digest
-    return digest is not None and is_remembered(cache.documents, digest, name, kind)
+    name = f"{reference.host}/{reference.repository}"
+    return reference.digest is not None and is_remembered(cache.documents, reference.digest, name)

@@ -142,9 +142,9 @@ class TraceSearch:
         memory = memory_of(image, config.cache.documents)
         known = memory.load() if memory is not None else None
         offers: Sequence[Offer]
-        if known is not None and (known.offers or self._believes_none(known)):
+        if known is not None and self._is_enough(known):
             offers = known.offers
-            self._is_stale = bool(offers) and not is_fresh(known.asked_at_s)
+            self._is_stale = not is_fresh(known.asked_at_s)
         else:
             found = image.referrals.of(image.digest, TRACE_TYPE)
             offers = offers_in(found, image.source)
@@ -152,7 +152,10 @@ class TraceSearch:
                 memory.save(offers)
         return take_one(offers, image, config.workload, memory, until_s=until_s)
 
-    def _believes_none(self, known: _Remembered) -> bool:
+    def _is_enough(self, known: _Remembered) -> bool:
+        """Whether nobody is asked for now: there is one, or it is believed that there is none."""
+        if candidates(known.offers, self._config.workload):
+            return True
         return self._by_digest and is_fresh(known.asked_at_s)
 
     def _freshen(self) -> None:

@@ -223,7 +223,7 @@ class Readahead:
         sweeping = keeps_all and self._sweep.start < self._sweep.stop
         if self._content.lanes.yielding:  # the windows are narrow then
             self._width.idle()
-            connections = settings.readahead_connections_least
+            connections = min(settings.gentle_connections, settings.readahead_connections)
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
             connections = self._width.connections
@@ -263,7 +263,7 @@ class Readahead:
         settings = self._settings
         connections = settings.readahead_connections
         if self._content.lanes.yielding:
-            connections = settings.readahead_connections_least
+            connections = min(settings.gentle_connections, connections)
         if self._active >= connections or self._awaited >= _AWAITED_MOST:
             return None
         room_bytes = sys.maxsize if keeps_all else settings.memory_cache_bytes // 2

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import struct
+import time
 
 import trio
 
@@ -96,6 +97,8 @@ class Session:
                     raise MalformedError(f"process {said.pid} comes without its userfaultfd")
                 await self._take_in(said.pid, sender, self._uffds[-1])
         log.info("restored: %d bytes are still to come", self.missing_bytes)
+        if self._desk.journal is not None:
+            self._desk.journal.mark("restored", time.monotonic())
         for task in list(self.tasks):
             task.check_registered()
         for task in list(self.tasks):

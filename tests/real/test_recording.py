@@ -132,7 +132,7 @@ def test_a_restore_as_usual_tells_what_went_on_and_is_no_hint(
     assert came_bytes >= pages_needed(trace)
 
 
-@scattered
+@regions
 def test_what_was_recorded_is_what_the_next_restore_does_not_wait_for(
     store: Store, dumped: Checkpoint, restorer: Restorer
 ) -> None:
@@ -206,3 +206,6 @@ def test_a_mount_records_a_restore_and_brings_the_rest_when_that_is_over(
         assert process.memory_hash() == dumped.before.hashes
     trace = read_trace(file)
     assert_is_working_set(trace)
+    assert trace.recording is not None
+    marks = [mark.name for mark in trace.recording.marks]
+    assert marks[-3:] == ["mounted", "restored", "until"]
