@@ -17,6 +17,7 @@ _HINTS_MOST = 2
 _MEGA = 1_000_000
 _OWN_LAZY_PAGES = "lazy pages"
 """As a recording says that the mount itself brought memory."""
+_ONLY_A_HINT = "It does not say what came when: only the file that --record wrote does."
 _BEGIN = "lazyfs: start"
 """The phase until the program is loaded."""
 _ANSWERED = ("answered", "answered over HTTP", "succeeded")
@@ -50,8 +51,7 @@ def sentence(analysis: Analysis) -> str:
         return (
             f"A hint: {human_bytes(analysis.needed_bytes)} in {needs} of "
             f"{plural(len(analysis.files), 'file')} were needed within "
-            f"{seconds(analysis.end_ms)}. It does not say when they came: only the file that "
-            "--record wrote does."
+            f"{seconds(analysis.end_ms)}. {_ONLY_A_HINT}"
         )
     until = analysis.trace.until
     what = f" ({until})" if analysis.has_end and until else ""
@@ -73,7 +73,7 @@ def headline(analysis: Analysis) -> str:
 def circumstances(analysis: Analysis) -> str:
     """Say what has to be known of how it was recorded; "" if that is nothing."""
     if not analysis.has_recording:
-        return ""
+        return _ONLY_A_HINT
     if analysis.was_usual:
         named = analysis.followed_bytes
         trace = "Without a trace." if named is None else f"With a trace of {human_bytes(named)}."
@@ -274,12 +274,12 @@ def _hint_of_trace(analysis: Analysis) -> tuple[float, str]:
 
 def _hint_of_link(analysis: Analysis) -> tuple[float, str]:
     share_ms = _share_ms(analysis, analysis.causes.transfer_ms)
-    packed = analysis.fetched_bytes < 0.9 * analysis.arrived_bytes
-    smaller = "" if packed else ", or the image pushed with --compression-format zstd:chunked"
+    ways = ["a mirror nearby", "a cache filled by `lazyfs warm`"]
+    if analysis.fetched_bytes >= 0.9 * analysis.arrived_bytes:
+        ways.append("the image pushed with --compression-format zstd:chunked")
     text = (
         f"{seconds(share_ms)} of the waiting were for bytes on the link, which carried "
-        f"{rate(analysis.link_rate)}. A mirror nearby, a cache filled by `lazyfs warm`{smaller} "
-        "makes that less."
+        f"{rate(analysis.link_rate)}. What makes that less: {', or '.join(ways)}."
     )
     return share_ms, text
 

@@ -96,6 +96,7 @@ def test_what_is_to_be_done_next_depends_on_how_it_was_recorded() -> None:
     exact, usual = (analyse(lazy_restore(256, as_usual=usual)) for usual in (False, True))
     assert "lazyfs trace push" in hints(exact)[0]
     assert "quicker" in circumstances(exact)
+    assert "--record wrote" in circumstances(analyse(exact.trace.hint()))
     assert "there was no trace. Record one" in hints(usual)[0]
     assert "were behind other transfers" in hints(usual)[1]
     assert circumstances(usual).startswith("Without a trace. Memory")
