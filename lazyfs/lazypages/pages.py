@@ -81,6 +81,8 @@ class _StoredPages:
         if not isinstance(self._content, LayerContent):
             return ()  # all of it is on its way
         content, wanted = self._content, self._range(offset, size_bytes)
+        if not content.holdings.keeps_all:  # it would have to go before it is wanted
+            return ()
         if self._is_replayed(content, self._range(offset, mmap.PAGESIZE)):
             return ()
         most_bytes = content.settings.readahead_request_bytes
