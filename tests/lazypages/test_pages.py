@@ -99,7 +99,7 @@ async def test_what_a_trace_is_about_to_bring_is_not_fetched_ahead_of_a_fault(
         node = await checkpoint.find("checkpoint/pages-1.img")
         assert node is not None
         start = node.content_start + 4 * MIB
-        layer.expect([ByteRange(start, start + 3 * MIB)])
+        await layer.expect([ByteRange(start, start + 3 * MIB)])
         assert not file.begin(4 * MIB, 2 * MIB)
         jobs = file.begin(0, MIB)
         assert jobs, "of this it says nothing"
