@@ -31,7 +31,7 @@ import trio
 from lazyfs.content.flight import Flight, Task
 from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent
-from lazyfs.content.prefetch import Prefetch
+from lazyfs.content.prefetch import Prefetch, Traced
 from lazyfs.content.width import Width
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
@@ -168,8 +168,8 @@ class Readahead:
     def _is_ahead(self, content: ByteRange) -> bool:
         return self._sweep.start <= content.start < self._sweep.stop
 
-    def expect(self, traced: Sequence[ByteRange]) -> None:
-        """Fetch what a trace names, first needed first, as fast as it can be had."""
+    def expect(self, traced: Traced) -> None:
+        """Fetch what a trace names (`Prefetch.placed`) as fast as it can be had."""
         self.prefetch.expect(traced)
         self._wanted.set()
 
