@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Does what is fetched ahead delay a read that somebody waits for? 1 Gbit/s, 10 ms.
+"""Does what is fetched ahead delay a read that somebody waits for? 1 Gbit/s, 10 ms, or as told.
 
 Random reads of 4 to 64 KiB, one at a time, of what is not fetched ahead: each has to go to the
 source. So in turn, run after run: with nothing else going on; while a trace is replayed; while all
 that a restore reads is fetched; and, for comparison, beside somebody else's downloads, as many as
-readahead has connections. Percentiles over the reads that had to wait.
+readahead begins with. Percentiles over all reads. On a machine that is busy with other things a
+slower link with as much on its way (--rate-mbit 200 --one-way-ms 25) tells more.
 
     bench/prefetch.py [--size 768] [--runs 5] [--reads 100] [--only WAY …] [--json FILE]
+                      [--rate-mbit 1000] [--one-way-ms 5]
 """
 
 import argparse
@@ -31,8 +33,6 @@ from testbed import Layer, Registry, Testbed, Wan, push_oci_image
 
 from lazyfs.checkpoint.trace import Need, Trace, TracedFile, TracedLayer, dump_trace
 
-ONE_WAY_MS = 5
-RATE_MBIT = 1000
 KIB, MIB = 1024, 1024 * 1024
 PAGES = "pages-1.img"
 OTHERS = 2
@@ -178,6 +178,8 @@ def table(found: dict[str, dict[str, float]]) -> Table:
 def main() -> None:
     """Measure, interleaved; print a table; write JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--one-way-ms", type=float, default=5)
+    parser.add_argument("--rate-mbit", type=float, default=1000)
     parser.add_argument("--size", type=int, default=768, help="MiB of memory")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--reads", type=int, default=100, help="of each run")
@@ -188,7 +190,9 @@ def main() -> None:
     rows: dict[str, list[dict[str, Any]]] = {}
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-bench-")))
-        wan = stack.enter_context(Wan(testbed, one_way_ms=ONE_WAY_MS, rate_mbit=RATE_MBIT))
+        wan = stack.enter_context(
+            Wan(testbed, one_way_ms=options.one_way_ms, rate_mbit=options.rate_mbit)
+        )
         registry = stack.enter_context(
             Registry(testbed, work / "registry", ip=wan.far_ip, enter=wan.enter)
         )
@@ -214,7 +218,7 @@ def main() -> None:
         "question": (__doc__ or "").splitlines()[0],
         "machine": machine(),
         "options": {"size_mib": options.size, "runs": options.runs, "reads": options.reads},
-        "link": {"mbit": RATE_MBIT, "round_trip_ms": 2 * ONE_WAY_MS},
+        "link": {"mbit": options.rate_mbit, "round_trip_ms": 2 * options.one_way_ms},
         "summary": found,
         "rows": rows,
     }

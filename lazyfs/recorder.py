@@ -155,11 +155,16 @@ class Recorder:
             for line in lines:
                 told = json.loads(line)
                 if "mark" in told:
-                    self.journal.mark(str(told["mark"]), float(told["at_s"]))
+                    self._mark(str(told["mark"]), float(told["at_s"]))
                     continue
                 self._phases = [self._phase(*each) for each in told["phases"][:_PHASES_MOST]]
                 written = await self.finish(str(told["end"]), float(told["at_s"]))
                 await stream.send_all(json.dumps(written).encode() + b"\n")
+
+    def _mark(self, name: str, at_s: float) -> None:
+        """Note a moment, unless it is known already: lazy pages hear first that tasks may run."""
+        if all(name != known for known, _ in self.journal.marks):
+            self.journal.mark(name, at_s)
 
     def _phase(self, name: str, began_s: float, ended_s: float) -> Phase:
         began_ms, ended_ms = (

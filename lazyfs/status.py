@@ -101,6 +101,7 @@ class MountState:
             "content_bytes": _sum(layer.content_bytes for layer in layers),
             "here_bytes": sum(layer.content.here_bytes() for layer in layers),
             "lazy_pages": self.lazy_pages(),
+            "trace": _trace(self.checkpoint),
             **self.checkpoint.counters.snapshot(),
         }
 

@@ -130,9 +130,9 @@ def _watch(until: Until, link: Link) -> NoReturn:
         os._exit(0)
 
 
-def wait_until(until: Until, link: Link) -> str | None:
+def wait_until(until: Until, link: Link, *, given_up_after_s: float = GIVEN_UP_S) -> str | None:
     """Come back when it is so, or has been given up, and say why; None if the daemon is gone."""
-    given_up_s = time.monotonic() + GIVEN_UP_S
+    given_up_s = time.monotonic() + given_up_after_s
     check = until.begin()
     poll = select.poll()
     poll.register(link, select.POLLIN)

@@ -95,7 +95,7 @@ class Foresight:
         finally:
             checkpoint.plan_known.set()
         await self._begun.wait()
-        self._replay()
+        await self._replay()
         if not self._everything:
             await self._wait_long_read()
             self._everything = True
@@ -115,9 +115,9 @@ class Foresight:
         await self._checkpoint.trace_known.wait()
         trace = self._checkpoint.trace
         if trace is not None:
-            self._traced = traced_stretches(trace, self._checkpoint)
+            self._traced = await trio.to_thread.run_sync(traced_stretches, trace, self._checkpoint)
             if self._begun.is_set():
-                self._replay()
+                await self._replay()
 
     async def _wait_long_read(self) -> None:
         """Come back when memory is read at length: the restore is not lazy, or not any more."""
@@ -130,11 +130,12 @@ class Foresight:
             for layer in self._checkpoint.image_layers:
                 nursery.start_soon(watch, layer)
 
-    def _replay(self) -> None:
+    async def _replay(self) -> None:
         if not self._is_replayed:
             self._is_replayed = True
-            for number, ranges in self._by_layer(self._traced).items():
-                self._checkpoint.layers[number].expect(ranges)
+            placed = await trio.to_thread.run_sync(self._by_layer, self._traced)
+            for number, ranges in placed.items():
+                await self._checkpoint.layers[number].expect(ranges)
 
     def _start(self) -> None:
         """Begin with what names alone tell: a round trip or two until the order is known."""

@@ -233,10 +233,11 @@ class OpenedLayer:
         if not self.is_stream:
             await self._ensure(ranges, Lane.READAHEAD)
 
-    def expect(self, traced: Sequence[ByteRange]) -> None:
+    async def expect(self, traced: Sequence[ByteRange]) -> None:
         """Fetch what a trace names, ahead of everything; a stream comes in its own order."""
         if self._readahead is not None:
-            self._readahead.expect(traced)
+            placed = await trio.to_thread.run_sync(self._readahead.prefetch.placed, traced)
+            self._readahead.expect(placed)
 
     def follow(self, rest: Sequence[ByteRange]) -> None:
         """Fetch all that a restore reads, in its order, behind what is wanted at once."""

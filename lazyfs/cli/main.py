@@ -68,6 +68,9 @@ COMMANDS: Mapping[str, _Lazy] = {
     "ls": _Lazy("lazyfs.cli.ls:ls_command", "List the files of a checkpoint."),
     "cat": _Lazy("lazyfs.cli.cat:cat_command", "Write a file of a checkpoint to standard output."),
     "cache": _Lazy("lazyfs.cli.cache:cache_command", "Look after what mounts have kept."),
+    "report": _Lazy(
+        "lazyfs.cli.report:report_command", "Show where the seconds of a recorded restore went."
+    ),
     "runtime": _Lazy(
         "lazyfs.cli.runtime:runtime_command",
         "Run an OCI runtime; a restore of a stub becomes one of its real image.",

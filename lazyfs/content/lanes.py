@@ -31,9 +31,9 @@ class Lanes:
     def __init__(self, settings: ContentSettings) -> None:
         """Take the connections of each lane from `settings`."""
         self._settings = settings
-        self._fault_at_s = float("-inf")
-        self._fault_at_monotonic_s = float("-inf")
         self._demand_at_s = trio.current_time()  # whoever has just come will want something
+        self._fault_at_s = self._demand_at_s
+        self._fault_at_monotonic_s = time.monotonic()
         self._limiters = {
             Lane.DEMAND: trio.CapacityLimiter(settings.demand_connections),
             Lane.READAHEAD: trio.CapacityLimiter(settings.readahead_connections),

@@ -18,10 +18,12 @@ import logging
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
+from typing import NamedTuple
 
 from lazyfs.content.layer_content import LayerContent
 from lazyfs.ground.ranges import ByteRange, coalesce
 from lazyfs.ground.settings import KIB, MIB
+from lazyfs.layers.model import ChunkMap
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,17 @@ class PrefetchState(Enum):
     """Readers wanted something else."""
 
 
+class Traced(NamedTuple):
+    """What a trace names of a layer."""
+
+    ranges: Sequence[ByteRange]
+    """Of content, in the order in which they are fetched."""
+    named: bytearray
+    """By chunk: 1 for those that it names."""
+    size_bytes: int
+    """Of those chunks."""
+
+
 class Prefetch:
     """The order in which one layer's content is fetched ahead of all readers."""
 
@@ -58,8 +71,9 @@ class Prefetch:
         """Foresee nothing yet."""
         self._content = content
         self.state = PrefetchState.NONE
-        self._traced: list[ByteRange] = []
-        """In the order of need, as far as they have been looked at."""
+        self._traced: Sequence[ByteRange] = ()
+        self.traced_bytes = 0
+        """How much content the trace names: whole chunks."""
         self._next_traced = 0
         self._rest: list[ByteRange] = []
         self._next_rest = 0
@@ -71,10 +85,23 @@ class Prefetch:
 
     # -- what is foreseen -------------------------------------------------------------------
 
-    def expect(self, traced: Iterable[ByteRange]) -> None:
-        """Replay a trace: ranges of content, first needed first; in the place of another."""
-        self._named = bytearray(len(self._content.chunks))
-        self._traced = list(batched(self._whole_chunks(traced)))
+    def placed(self, traced: Iterable[ByteRange]) -> Traced:
+        """Return ranges of content, first needed first, as whole chunks, each once.
+
+        From any thread: a trace may name a great many.
+        """
+        chunks = self._content.chunks
+        named = bytearray(len(chunks))
+        found = list(batched(_whole_chunks(traced, chunks, named)))
+        size_bytes = sum(
+            chunks.content_start(last) - chunks.content_start(first)
+            for first, last in _named_runs(named)
+        )
+        return Traced(found, named, size_bytes)
+
+    def expect(self, traced: Traced) -> None:
+        """Replay a trace, in the place of another."""
+        self._traced, self._named, self.traced_bytes = traced
         self._next_traced = self._taken_bytes = 0
         self._waits.clear()
         self.state = PrefetchState.REPLAYING if self._traced else PrefetchState.NONE
@@ -96,7 +123,9 @@ class Prefetch:
 
     def foresees(self, wanted: ByteRange) -> bool:
         """Whether a trace that has not been dropped names any of it."""
-        if not self._named or wanted.start >= wanted.stop:
+        if self.state in (PrefetchState.NONE, PrefetchState.DROPPED):
+            return False
+        if wanted.start >= wanted.stop:
             return False
         first, last = self._span(wanted)
         return self._named.find(1, first, last) >= 0
@@ -118,8 +147,6 @@ class Prefetch:
         if self.is_replaying:
             self.state = state
             self._next_traced = len(self._traced)
-            if state is PrefetchState.DROPPED:
-                self._named = bytearray()
 
     def give_up(self) -> None:
         """Ask for nothing more: the source does not answer, and readers will ask themselves."""
@@ -160,24 +187,12 @@ class Prefetch:
 
     # -- what it comes to -------------------------------------------------------------------
 
-    @property
-    def traced_bytes(self) -> int:
-        """How much content the trace has had fetched, or would have: whole chunks."""
-        return sum(item.size_bytes for item in coalesce(self._traced))
-
     def traced_here_bytes(self) -> int:
-        """How much of that is here."""
-        holdings, chunks = self._content.holdings, self._content.chunks
-        found = 0
-        for item in coalesce(self._traced):
-            first, last = self._span(item)
-            here = holdings.count_here(first, last)
-            if here == last - first:
-                found += item.size_bytes
-            elif here:
-                size_bytes = chunks.content_start(last) - chunks.content_start(first)
-                found += size_bytes * here // (last - first)
-        return found
+        """How much of `traced_bytes` is here, give or take a chunk's size."""
+        named = int.from_bytes(self._named, "little")
+        here = int.from_bytes(self._content.holdings.here_flags(), "little")
+        count = self._named.count(1)
+        return self.traced_bytes * (named & here).bit_count() // count if count else 0
 
     def _size_bytes(self, run: tuple[int, int]) -> int:
         chunks = self._content.chunks
@@ -187,18 +202,28 @@ class Prefetch:
         chunks = self._content.chunks
         return chunks.index_at(content.start), chunks.index_at(content.stop - 1) + 1
 
-    def _whole_chunks(self, ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
-        """Yield the chunks that ranges are in, each once, and name them."""
-        chunks, named = self._content.chunks, self._named
-        for item in ranges:
-            if not 0 <= item.start < item.stop <= chunks.content_size_bytes:
-                continue
-            first, last = self._span(item)
-            while (start := named.find(0, first, last)) >= 0:
-                first = named.find(1, start, last)
-                first = last if first < 0 else first
-                named[start:first] = b"\1" * (first - start)
-                yield ByteRange(chunks.content_start(start), chunks.content_start(first))
+
+def _whole_chunks(
+    ranges: Iterable[ByteRange], chunks: ChunkMap, named: bytearray
+) -> Iterator[ByteRange]:
+    """Yield the chunks that ranges are in, each once, and name them; those that there are."""
+    for item in ranges:
+        if not 0 <= item.start < item.stop <= chunks.content_size_bytes:
+            continue
+        first, last = chunks.index_at(item.start), chunks.index_at(item.stop - 1) + 1
+        while (start := named.find(0, first, last)) >= 0:
+            first = named.find(1, start, last)
+            first = last if first < 0 else first
+            named[start:first] = b"\1" * (first - start)
+            yield ByteRange(chunks.content_start(start), chunks.content_start(first))
+
+
+def _named_runs(named: bytearray) -> Iterator[tuple[int, int]]:
+    last = 0
+    while (first := named.find(1, last)) >= 0:
+        last = named.find(0, first)
+        last = len(named) if last < 0 else last
+        yield first, last
 
 
 def batched(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:

@@ -31,7 +31,7 @@ import trio
 from lazyfs.content.flight import Flight, Task
 from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent
-from lazyfs.content.prefetch import Prefetch
+from lazyfs.content.prefetch import Prefetch, Traced
 from lazyfs.content.width import Width
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
@@ -168,8 +168,8 @@ class Readahead:
     def _is_ahead(self, content: ByteRange) -> bool:
         return self._sweep.start <= content.start < self._sweep.stop
 
-    def expect(self, traced: Sequence[ByteRange]) -> None:
-        """Fetch what a trace names, first needed first, as fast as it can be had."""
+    def expect(self, traced: Traced) -> None:
+        """Fetch what a trace names (`Prefetch.placed`) as fast as it can be had."""
         self.prefetch.expect(traced)
         self._wanted.set()
 
@@ -223,7 +223,7 @@ class Readahead:
         sweeping = keeps_all and self._sweep.start < self._sweep.stop
         if self._content.lanes.yielding:  # the windows are narrow then
             self._width.idle()
-            connections = settings.readahead_connections_least
+            connections = min(settings.gentle_connections, settings.readahead_connections)
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
             connections = self._width.connections
@@ -263,7 +263,7 @@ class Readahead:
         settings = self._settings
         connections = settings.readahead_connections
         if self._content.lanes.yielding:
-            connections = settings.readahead_connections_least
+            connections = min(settings.gentle_connections, connections)
         if self._active >= connections or self._awaited >= _AWAITED_MOST:
             return None
         room_bytes = sys.maxsize if keeps_all else settings.memory_cache_bytes // 2

@@ -15,6 +15,7 @@ from lazyfs.checkpoint import criu
 from lazyfs.checkpoint.criu_memory import PageFlags, parse_mm, parse_pagemap
 from lazyfs.checkpoint.images import ImagesDirectory
 from lazyfs.checkpoint.opened import OpenedCheckpoint
+from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent
@@ -64,9 +65,10 @@ class PagesFile(Protocol):
 class _StoredPages:
     """A pages file of a checkpoint that is open."""
 
-    def __init__(self, path: str, content: Content, node: Node, reader: Reader) -> None:
+    def __init__(self, path: str, layer: OpenedLayer, node: Node, reader: Reader) -> None:
         self.path = path
-        self._content = content
+        self._layer = layer
+        self._content: Content = layer.content
         self._start = node.content_start
         self._stop = node.content_start + node.size_bytes
         self._reader = reader
@@ -79,6 +81,10 @@ class _StoredPages:
         if not isinstance(self._content, LayerContent):
             return ()  # all of it is on its way
         content, wanted = self._content, self._range(offset, size_bytes)
+        if not content.holdings.keeps_all:  # it would have to go before it is wanted
+            return ()
+        if self._is_replayed(content, self._range(offset, mmap.PAGESIZE)):
+            return ()
         most_bytes = content.settings.readahead_request_bytes
         jobs: list[Job] = []
         while content.poison is None and (run := content.next_run(wanted, most_bytes)) is not None:
@@ -86,9 +92,15 @@ class _StoredPages:
         return jobs
 
     async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
-        if lane is Lane.DEMAND:
-            return await self._content.read(self._range(offset, size_bytes), lane)
-        return await self._reader.read(offset, size_bytes, lane)
+        if lane is not Lane.DEMAND:
+            return await self._reader.read(offset, size_bytes, lane)
+        wanted = self._range(offset, size_bytes)
+        prefetch = self._layer.prefetched
+        foreseen = False
+        if prefetch is not None and self._content.peek(wanted) is None:
+            prefetch.note_wait(wanted)
+            foreseen = prefetch.foresees(wanted)
+        return await self._content.read(wanted, lane, out_of_the_blue=not foreseen)
 
     async def wait(self, offset: int, size_bytes: int) -> None:
         wanted = self._range(offset, size_bytes)
@@ -97,6 +109,13 @@ class _StoredPages:
             self._content.raise_if_condemned()
         else:
             await self._content.ensure(wanted, Lane.READAHEAD)
+
+    def _is_replayed(self, content: LayerContent, page: ByteRange) -> bool:
+        """Whether a trace names a page, and so whatever will be wanted with it is on its way."""
+        prefetch = self._layer.prefetched
+        if prefetch is None or not prefetch.foresees(page):
+            return False
+        return prefetch.is_replaying or content.is_coming(page)
 
     def _range(self, offset: int, size_bytes: int) -> ByteRange:
         start = min(self._start + offset, self._stop)
@@ -186,8 +205,8 @@ class Images:
             return Level(pagemap, 0), _NoPages()
         node = await self._file(directory, criu.pages_image(pagemap.pages_id))
         reader = self._checkpoint.reader(node)
-        content = self._checkpoint.layers[node.layer].content
-        return Level(pagemap, node.size_bytes), _StoredPages(path_of(node), content, node, reader)
+        layer = self._checkpoint.layers[node.layer]
+        return Level(pagemap, node.size_bytes), _StoredPages(path_of(node), layer, node, reader)
 
     def _images(self) -> ImagesDirectory:
         images = self._checkpoint.images

@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import struct
+import time
 
 import trio
 
@@ -55,6 +56,7 @@ class Session:
         """Of all tasks until the end of the restore: a child may miss what its parent has."""
         self._news = trio.Event()
         self._nursery: trio.Nursery | None = None
+        self._foresight = trio.CancelScope()
 
     @property
     def missing_bytes(self) -> int:
@@ -96,6 +98,8 @@ class Session:
                     raise MalformedError(f"process {said.pid} comes without its userfaultfd")
                 await self._take_in(said.pid, sender, self._uffds[-1])
         log.info("restored: %d bytes are still to come", self.missing_bytes)
+        if self._desk.journal is not None:
+            self._desk.journal.mark("restored", time.monotonic())
         for task in list(self.tasks):
             task.check_registered()
         for task in list(self.tasks):
@@ -161,6 +165,7 @@ class Session:
             waiting = [task for task in self.tasks if task.missing_bytes]
             if not waiting:
                 if self.is_restored and not self.tasks:
+                    self._foresight.cancel()
                     return
                 self._news = trio.Event()
                 await self._news.wait()
@@ -170,13 +175,14 @@ class Session:
 
     async def _send_foreseen(self) -> None:
         """Send what a trace says will be wanted, beside all the rest and before it."""
-        try:
-            parts = await self._images.foreseen()
-        except LazyfsError as error:
-            log.info("what a trace foretells cannot be told of memory: %s", error)
-            return
-        if parts and not self._desk.precise:
-            await Ahead(parts, self.tasks).run(lambda: self.is_restored)
+        with self._foresight:
+            try:
+                parts = await self._images.foreseen()
+            except LazyfsError as error:
+                log.info("what a trace foretells cannot be told of memory: %s", error)
+                return
+            if parts and not self._desk.precise:
+                await Ahead(parts, self.tasks).run(lambda: self.is_restored)
 
     # -- the end ----------------------------------------------------------------------------
 

@@ -154,7 +154,7 @@ class _Keeper:
             believe(status_of(served))
         self._watch.tell(event="resumed", pid=gate.root_pid or None, after_s=resumed_s)
         if self._recorded is not None:
-            self._recorded.last(self._watch, served)
+            self._recorded.last(self._watch, served, gate.root_pid)
         if lazy is not None and not self._pages_are_home:
             wait_for_pages(self._watch, served, lazy)
         if self._has_own_pages:

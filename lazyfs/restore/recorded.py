@@ -10,12 +10,14 @@ from pathlib import Path
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.restore.after import believe, raise_if_lost
 from lazyfs.restore.plan import LOG, Recording
+from lazyfs.restore.processes import has_ended
 from lazyfs.restore.served import Served
 from lazyfs.restore.watch import DAEMON_GONE, Watch, status_of
 from lazyfs.trace_file import RecordConfig
 from lazyfs.watcher import GIVEN_UP_S, TICK_S, Link, given_up
 
 _FAILED = "the restore failed"
+_ENDED = "the process ended"
 _LOG_MOST_BYTES = 64 << 20
 _LOOK_S = 0.25
 
@@ -39,8 +41,10 @@ class Recorded:
         self._started_s = time.monotonic()
         self._link.mark("restore started", self._started_s)
 
-    def last(self, watch: Watch, served: Served) -> None:
+    def last(self, watch: Watch, served: Served, pid: int) -> None:
         """Wait for the end of the recording, now that the tasks run, and have it written.
+
+        `pid`: of the first of them, whose end is the recording's too; 0 if it is not known.
 
         Raises:
             LazyfsError: the restore has failed meanwhile.
@@ -56,7 +60,9 @@ class Recorded:
                     break
                 if served.fileno() in watch.wait([served.fileno()], served, TICK_S):
                     raise LazyfsError(DAEMON_GONE)
-                self._look(served)
+                if self._look(served, pid):
+                    why = _ENDED
+                    break
         finally:
             check.close()
         self._finish(watch, why)
@@ -69,13 +75,15 @@ class Recorded:
 
     _looked_s = 0.0
 
-    def _look(self, served: Served) -> None:
-        """See now and then that the restore has not failed."""
-        if time.monotonic() - self._looked_s >= _LOOK_S:
-            self._looked_s = time.monotonic()
-            status = status_of(served)
-            believe(status)
-            raise_if_lost(served, status)
+    def _look(self, served: Served, pid: int) -> bool:
+        """See now and then that the restore has not failed; return whether it has ended."""
+        if time.monotonic() - self._looked_s < _LOOK_S:
+            return False
+        self._looked_s = time.monotonic()
+        status = status_of(served)
+        believe(status)
+        raise_if_lost(served, status)
+        return bool(pid) and has_ended(pid)
 
     def _finish(self, watch: Watch, why: str) -> None:
         written = self._link.end(why, self._phases())

@@ -1,7 +1,7 @@
 """What is foreseen is fetched before it is asked for: in which order, how far, and until when."""
 
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,18 @@ ONE_BY_ONE = ContentSettings(idle_s=3600.0, readahead_connections_least=1, reada
 """As where one connection is all there is: what is asked for first is fetched first."""
 
 
+class WatchedLanes(Lanes):
+    """Lanes that remember which demand came out of the blue."""
+
+    def __init__(self, settings: ContentSettings) -> None:
+        super().__init__(settings)
+        self.blue: list[bool] = []
+
+    def note_demand(self, *, out_of_the_blue: bool) -> None:
+        self.blue.append(out_of_the_blue)
+        super().note_demand(out_of_the_blue=out_of_the_blue)
+
+
 class Opened:
     """A content with a readahead, which begins to run when it is told to."""
 
@@ -42,11 +54,14 @@ class Opened:
         if directory is not None:
             cache = open_cache_file(Cache(directory), Digest.of(DATA), "t", len(DATA), len(chunks))
         self.counters = Counters()
-        self.lanes = Lanes(settings)
+        self.lanes = WatchedLanes(settings)
         fetcher = Fetcher(FAST, self.counters)
         self.content = LayerContent(self.blob, chunks, cache, self.lanes, fetcher, settings)
         self.readahead = Readahead(self.content)
         self.prefetch = self.readahead.prefetch
+
+    def expect(self, ranges: Sequence[ByteRange]) -> None:
+        self.readahead.expect(self.prefetch.placed(ranges))
 
     def file(self) -> FileReader:
         return FileReader(self.content, self.readahead, 0, len(DATA))
@@ -83,7 +98,7 @@ def chunk(*numbers: int) -> list[ByteRange]:
 async def test_what_was_needed_first_is_fetched_first_and_once(tmp_path: Path) -> None:
     far = [*range(100, 116), *range(3, 19)]  # each 4 MiB: two batches
     async with opened(tmp_path) as it:
-        it.readahead.expect([each for item in chunk(*far) for each in (item, item)])
+        it.expect([each for item in chunk(*far) for each in (item, item)])
         await it.settle()
         assert [each.start for each in it.blob.asked] == [
             *range(100 * CHUNK, 116 * CHUNK, MIB),
@@ -104,7 +119,7 @@ async def test_what_lies_together_is_one_request(tmp_path: Path) -> None:
         for start in (80 * CHUNK, 10 * CHUNK)
     ]
     async with opened(tmp_path) as it:
-        it.readahead.expect(pages)
+        it.expect(pages)
         await it.settle()
         assert it.blob.asked == [
             ByteRange(10 * CHUNK, 14 * CHUNK),
@@ -116,7 +131,7 @@ async def test_the_rest_comes_behind_it_in_its_own_order(tmp_path: Path) -> None
     async with opened(tmp_path) as it:
         rest = [ByteRange(20 * MIB, len(DATA)), ByteRange(0, 20 * MIB)]
         it.readahead.follow(rest)
-        it.readahead.expect(chunk(7, 120))
+        it.expect(chunk(7, 120))
         await it.settle()
         starts = [each.start for each in it.blob.asked]
         assert starts[:2] == [7 * CHUNK, 120 * CHUNK]
@@ -140,7 +155,7 @@ async def test_a_trace_that_comes_late_goes_before_the_rest(tmp_path: Path) -> N
         gate = it.blob.before = Gate()
         it.readahead.follow([ByteRange(0, len(DATA))])
         await trio.to_thread.run_sync(gate.wait_entered)
-        it.readahead.expect(chunk(150, 140))
+        it.expect(chunk(150, 140))
         gate.open()
         await it.settle()
         assert [each.start for each in it.blob.asked[1:3]] == [140 * CHUNK, 150 * CHUNK]
@@ -150,7 +165,7 @@ async def test_a_reader_overtakes_what_is_prefetched(tmp_path: Path) -> None:
     """All that is prefetched is held up: a demand read has its own connection."""
     async with opened(tmp_path) as it:
         gate = it.blob.before = Gate()
-        it.readahead.expect(chunk(*range(64)))
+        it.expect(chunk(*range(64)))
         await trio.to_thread.run_sync(gate.wait_entered)
         it.blob.before = None
         with trio.fail_after(20):
@@ -165,20 +180,19 @@ async def test_a_reader_overtakes_what_is_prefetched(tmp_path: Path) -> None:
 async def test_a_fault_on_what_is_traced_does_not_slow_the_background(tmp_path: Path) -> None:
     async with opened(tmp_path) as it:
         gate = it.blob.before = Gate()
-        it.readahead.expect(chunk(*range(64)))
+        it.expect(chunk(*range(64)))
         await trio.to_thread.run_sync(gate.wait_entered)
         it.blob.before = None
         await it.file().read(40 * CHUNK, 4096)  # not on its way yet
-        assert not it.lanes.yielding
         await it.file().read(100 * CHUNK, 4096)
-        assert it.lanes.yielding
+        assert it.lanes.blue == [False, True]
         gate.open()
 
 
 async def test_a_trace_of_something_else_is_dropped(tmp_path: Path) -> None:
     async with opened(tmp_path) as it:
         gate = it.blob.before = Gate()
-        it.readahead.expect(chunk(*range(100)))
+        it.expect(chunk(*range(100)))
         await trio.to_thread.run_sync(gate.wait_entered)
         for number in range(101, 133):
             assert it.prefetch.is_replaying
@@ -191,7 +205,7 @@ async def test_a_trace_of_something_else_is_dropped(tmp_path: Path) -> None:
 
 async def test_one_that_is_often_right_is_kept(tmp_path: Path) -> None:
     async with opened(tmp_path) as it:
-        it.prefetch.expect(chunk(*range(100)))
+        it.expect(chunk(*range(100)))
         for turn in range(200):
             it.prefetch.note_wait(chunk(turn % 100 if turn % 3 == 0 else 120)[0])
         assert it.prefetch.is_replaying
@@ -201,7 +215,7 @@ async def test_without_a_disk_no_more_is_prefetched_than_is_kept() -> None:
     settings = replace(ONE_BY_ONE, memory_cache_bytes=8 * MIB)
     async with opened(None, settings) as it:
         it.readahead.follow([ByteRange(0, len(DATA))])
-        it.readahead.expect(chunk(*range(10, 100)))
+        it.expect(chunk(*range(10, 100)))
         await it.settle()
         assert sum(each.size_bytes for each in it.blob.asked) == 4 * MIB
         assert it.blob.asked[0].start == 10 * CHUNK
@@ -212,7 +226,7 @@ async def test_where_the_source_is_gone_nothing_is_asked_for_again_and_again(
 ) -> None:
     async with opened(tmp_path) as it:
         it.blob.cut_after = 0
-        it.readahead.expect(chunk(*range(10, 100)))
+        it.expect(chunk(*range(10, 100)))
         it.readahead.follow([ByteRange(0, len(DATA))])
         await it.settle()
         asked = {each.start for each in it.blob.asked}
@@ -224,7 +238,7 @@ async def test_where_the_source_is_gone_nothing_is_asked_for_again_and_again(
 async def test_ranges_that_do_not_exist_are_passed_over(tmp_path: Path) -> None:
     async with opened(tmp_path) as it:
         beyond = len(DATA)
-        it.readahead.expect(
+        it.expect(
             [
                 ByteRange(beyond, beyond + 1),
                 ByteRange(beyond - 1, beyond + 1),

@@ -79,7 +79,8 @@ class TwoTasks:
         self._file = file
 
     async def foreseen(self) -> list[Part]:
-        return []
+        await trio.sleep_forever()
+        raise AssertionError("nobody knows")
 
     async def memory_of(self, pid: int) -> LazyMemory:
         flags = PageFlags.PRESENT | (PageFlags.LAZY if pid == 2 else PageFlags.PRESENT)
@@ -104,9 +105,9 @@ class Restore:
         desk = Desk(Counts())
         self.session = Session(cast(Images, TwoTasks(file)), cast(Guard, Released()), desk)
 
-    async def announce(self) -> None:
+    async def announce(self, *pids: int) -> None:
         with self._theirs:
-            for pid in (1, 2):
+            for pid in pids or (1, 2):
                 self.tasks.append(started(self._theirs, pid, *self._words))
                 stdout = self.tasks[-1].stdout
                 assert stdout is not None
@@ -145,6 +146,18 @@ async def test_a_task_that_has_its_memory_dies_with_one_that_does_not_get_it() -
                 nursery.start_soon(lose)
                 await restore.run()
         restore.assert_killed()
+    finally:
+        restore.close()
+
+
+async def test_who_has_all_of_their_memory_does_not_wait_for_what_a_trace_may_foretell() -> None:
+    restore = Restore(Lost())
+    try:
+        with trio.fail_after(50):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(restore.announce, 1)
+                await restore.run()
+        assert restore.tasks[0].poll() is None
     finally:
         restore.close()
 

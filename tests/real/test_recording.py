@@ -1,5 +1,7 @@
 """`lazyfs restore --record` with real CRIU: what a workload touched, and little beside."""
 
+import os
+import signal
 import stat
 import time
 from collections.abc import Iterator
@@ -11,7 +13,9 @@ from testbed.process import wait_until
 
 from lazyfs.checkpoint.trace import Trace, parse_trace
 from tests.real.checkpoints import Checkpoint, checkpoint
+from tests.real.conftest import Store
 from tests.real.lazily import lazily, restored, served, wait_home
+from tests.real.mounts import lazyfs
 from tests.real.restoring import Restorer, alive
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180), pytest.mark.usefixtures("adopting")]
@@ -47,6 +51,11 @@ def read_trace(file: Path) -> Trace:
 
 def pages_needed(trace: Trace) -> int:
     return sum(need.size_bytes for need in trace.needs if "pages-" in trace.files[need.file].path)
+
+
+def faults(trace: Trace) -> int:
+    assert trace.recording is not None
+    return sum(read.kind == "fault" for read in trace.recording.reads)
 
 
 def assert_is_working_set(trace: Trace) -> None:
@@ -124,6 +133,41 @@ def test_a_restore_as_usual_tells_what_went_on_and_is_no_hint(
 
 
 @regions
+def test_what_was_recorded_is_what_the_next_restore_does_not_wait_for(
+    store: Store, dumped: Checkpoint, restorer: Restorer
+) -> None:
+    reference = f"{store.address}/{store.push('recorded', dumped)}"
+
+    def restore(file: Path, *options: str) -> Trace:
+        dumped.rewind()
+        started_s = time.time()
+        recording = ("--record", file, "--until", loops_more(dumped, 1))
+        ended = restorer.run(reference, "--json", "--cache=memory", *recording, *options)
+        assert (ended.code, ended.err) == (0, ""), ended
+        with alive(ended.told["pid"], dumped, started_s) as process:
+            dumped.before.assert_goes_on(process)
+        return read_trace(file)
+
+    first = restore(restorer.work / "first.trace")
+    assert first.layers[0].digest.startswith("sha256:")
+    pushed = lazyfs("trace", "push", "--plain-http", reference, restorer.work / "first.trace")
+    assert pushed.returncode == 0, pushed
+    again = restore(restorer.work / "again.trace", "--lazy-pages", "--as-usual")
+    assert faults(again) < faults(first) / 2
+
+
+@regions
+def test_a_process_that_ends_ends_its_recording(dumped: Checkpoint, restorer: Restorer) -> None:
+    file = restorer.work / "a.trace"
+    process = restorer.start(restorer.words(str(dumped.layer), "--record", file, "--until", "600"))
+    dumped.status.wait_loop(time.time())
+    os.kill(dumped.root_pid, signal.SIGKILL)
+    ended = restorer.wait(process)
+    assert ended.code == 0, ended
+    assert read_trace(file).until == "the process ended"
+
+
+@regions
 def test_a_restore_that_is_interrupted_leaves_what_was_recorded(
     dumped: Checkpoint, restorer: Restorer
 ) -> None:
@@ -162,3 +206,6 @@ def test_a_mount_records_a_restore_and_brings_the_rest_when_that_is_over(
         assert process.memory_hash() == dumped.before.hashes
     trace = read_trace(file)
     assert_is_working_set(trace)
+    assert trace.recording is not None
+    marks = [mark.name for mark in trace.recording.marks]
+    assert marks[-3:] == ["mounted", "restored", "until"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from lazyfs.ground.errors import UsageError
 from lazyfs.until import Check, Until, parse_until
-from lazyfs.watcher import Link, process_began_s, start_watcher
+from lazyfs.watcher import Link, process_began_s, start_watcher, wait_until
 
 DOES_NOT_HANG_S = 20.0
 
@@ -193,6 +193,16 @@ def test_a_watcher_of_a_mount_that_never_was_goes() -> None:
     theirs.shutdown(socket.SHUT_WR)
     assert theirs.recv(100) == b""
     theirs.close()
+
+
+def test_what_does_not_come_is_given_up() -> None:
+    link, theirs = Link.pair()
+    why = wait_until(parse_until("exec:false"), link, given_up_after_s=0.1)
+    assert why is not None
+    assert why.startswith("given up: not within ")
+    theirs.close()
+    assert wait_until(parse_until("600"), link) is None
+    link.close()
 
 
 def test_a_link_says_the_end_once_and_hears_what_was_written() -> None:
