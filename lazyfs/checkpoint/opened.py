@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from itertools import groupby
 import trio
 
 from lazyfs.checkpoint import image as images
+from lazyfs.checkpoint.attached import TraceSearch
 from lazyfs.checkpoint.criu import is_pages
 from lazyfs.checkpoint.desk import Desk, OpenConfig
 from lazyfs.checkpoint.engines import origin_of
@@ -22,6 +24,10 @@ from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.plan import Plan
 from lazyfs.checkpoint.reference import Reference, parse_reference
+from lazyfs.checkpoint.referrals import TRACE_TYPE
+from lazyfs.checkpoint.remembered import is_remembered
+from lazyfs.checkpoint.soci_index import INDEX_V1
+from lazyfs.checkpoint.trace import Trace
 from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
 from lazyfs.checkpoint.trust import insist_on_digest, insist_on_proof
 from lazyfs.checkpoint.unpacked import Unpacker
@@ -41,6 +47,8 @@ from lazyfs.ground.errors import (
 )
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB
+from lazyfs.layers import table
+from lazyfs.layers.gzip import Gzip
 from lazyfs.layers.model import Entry, EntryType
 from lazyfs.transport.retry import Fetcher
 
@@ -70,6 +78,14 @@ class OpenedCheckpoint:
         """Directories to be shown in place of `parent` links."""
         self.images: ImagesDirectory | None = None
         self._pages: dict[Node, ByteRange] = {}
+        self.trace: Trace | None = None
+        """What a workload needed of this image, as far as anybody has said (`trace_known`)."""
+        self.trace_source = ""
+        """Where that was had: "file", or the digest of what is attached to the image."""
+        self.trace_bytes = 0
+        """How much was needed, as it says."""
+        self.trace_known = trio.Event()
+        """Set once it is known whether there is a trace; never waited for by a mount."""
         self.plan: Plan | None = None
         """What is fetched before anybody asks, once that is known (`plan_known`)."""
         self.plan_known = trio.Event()
@@ -294,6 +310,8 @@ async def open_checkpoint(
     """
     parsed = parse_reference(reference)
     image, counters = await _resolve(parsed, reference, config, counters)
+    if counters.journal is not None:
+        counters.journal.mark("resolved", time.monotonic())
     name = image.reference.partition("@")[0]
     by_digest = getattr(parsed, "digest", None) is not None
     trusts_referrers = config.referrers == "always" or (
@@ -308,6 +326,8 @@ async def open_checkpoint(
             insist_on_digest(checkpoint)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checkpoint.run_jobs)
+            _ask_who_refers(checkpoint)
+            checkpoint.do(partial(_find_trace, checkpoint))
             with _named(image.reference):
                 await _open_layers(checkpoint, unpack=unpack)
             if config.content.verify == "strict":
@@ -336,11 +356,37 @@ async def _resolve(
         image = await trio.to_thread.run_sync(coming.result, abandon_on_cancel=True)
     else:
         counters = counters if counters is not None else Counters()
-        resolve = partial(images.resolve, documents=config.cache.documents)
+        early = (TRACE_TYPE,) if config.trace == "auto" else ()
+        resolve = partial(images.resolve, documents=config.cache.documents, early=early)
         image = await trio.to_thread.run_sync(
             resolve, parsed, config.transport, counters, abandon_on_cancel=True
         )
     return image, counters
+
+
+async def _find_trace(checkpoint: OpenedCheckpoint) -> None:
+    """Look for a trace beside the opening of layers, which does not wait for it."""
+    image, config = checkpoint.image, checkpoint.desk.config
+    search = TraceSearch(image, config, by_digest=checkpoint.by_digest)
+    try:
+        found = await search.find()
+        if found is not None:
+            checkpoint.trace, checkpoint.trace_source, checkpoint.trace_bytes = found
+    finally:
+        checkpoint.trace_known.set()
+    await search.freshen()
+
+
+def _ask_who_refers(checkpoint: OpenedCheckpoint) -> None:
+    """Begin to ask for traces, and in the same question for SOCI indexes if one may be wanted."""
+    image, desk = checkpoint.image, checkpoint.desk
+    if desk.config.trace != "auto" or image.referrals is None or image.digest is None:
+        return
+    if is_remembered(desk.config.cache.documents, image.digest, image.repository, "trace"):
+        return
+    is_gzip = any(table.label_of(layer) == Gzip.name for layer in image.layers)
+    wants_index = is_gzip and desk.trusts_referrers
+    image.referrals.begin(image.digest, (TRACE_TYPE, *([INDEX_V1] if wants_index else [])))
 
 
 async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:

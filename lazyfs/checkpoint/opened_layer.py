@@ -20,6 +20,7 @@ from lazyfs.content.fill import fill
 from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent, at_once
 from lazyfs.content.model import Reader
+from lazyfs.content.prefetch import Prefetch
 from lazyfs.content.readahead import FileReader, Readahead
 from lazyfs.content.streamed import StreamedContent, StreamReader
 from lazyfs.ground.digest import Digest
@@ -51,6 +52,7 @@ class OpenedLayer:
         """Begin with an index; nothing is fetched before somebody asks, or `run` runs."""
         descriptor = placed.descriptor
         self.descriptor = descriptor
+        self.blob_name = blob.name
         self.placed = placed
         self.format_name = index.format_name
         self.completion: Completion | DecodedCompletion | None = None
@@ -216,6 +218,28 @@ class OpenedLayer:
         """Fetch ranges at once, neighbours in one request. A stream brings them by itself."""
         if not self.is_stream:
             await self._ensure(ranges, Lane.READAHEAD)
+
+    def expect(self, traced: Sequence[ByteRange]) -> None:
+        """Fetch what a trace names, ahead of everything; a stream comes in its own order."""
+        if self._readahead is not None:
+            self._readahead.expect(traced)
+
+    def follow(self, rest: Sequence[ByteRange]) -> None:
+        """Fetch all that a restore reads, in its order, behind what is wanted at once."""
+        if self._readahead is not None:
+            self._readahead.follow(rest)
+
+    async def wait_long_read(self) -> None:
+        """Come back when somebody reads a file of it on and on, from now on; of a stream never."""
+        if self._readahead is None:
+            await trio.sleep_forever()
+        else:
+            await self._readahead.wait_long_read()
+
+    @property
+    def prefetched(self) -> Prefetch | None:
+        """What is fetched of it ahead of all readers; None for a stream."""
+        return self._readahead.prefetch if self._readahead is not None else None
 
     async def prove(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Prove the whole layer, if its chunks do not prove themselves.

@@ -99,6 +99,11 @@ class Holdings:
         """Whether the chunks `first` up to `last` may be read through `view`."""
         return self.state.count(READY, first, last) == last - first
 
+    def count_here(self, first: int, last: int) -> int:
+        """How many of the chunks `first` up to `last` are here."""
+        state = self.state
+        return state.count(READY, first, last) + state.count(IN_MEMORY, first, last)
+
     def view(self, content: ByteRange) -> memoryview:
         """Return a slice of the cache's mapping; only where `all_on_disk`."""
         return self._map[content.start : content.stop]

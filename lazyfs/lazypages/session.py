@@ -13,7 +13,7 @@ import struct
 import trio
 
 from lazyfs.ground.errors import LazyfsError, MalformedError
-from lazyfs.lazypages.counts import Counts
+from lazyfs.lazypages.ahead import Ahead
 from lazyfs.lazypages.ending import end_tasks
 from lazyfs.lazypages.guard import Guard
 from lazyfs.lazypages.missing import Missing
@@ -25,7 +25,7 @@ from lazyfs.lazypages.protocol import (
     Finished,
     parse_announcement,
 )
-from lazyfs.lazypages.task import Task
+from lazyfs.lazypages.task import Desk, Task
 from lazyfs.lazypages.uffd import Userfaultfd, userfaultfds
 
 log = logging.getLogger(__name__)
@@ -39,10 +39,10 @@ _PATIENCE_S = 30.0
 class Session:
     """One restore; `run` it."""
 
-    def __init__(self, images: Images, guard: Guard, counts: Counts) -> None:
+    def __init__(self, images: Images, guard: Guard, desk: Desk) -> None:
         self._images = images
         self._guard = guard
-        self._counts = counts
+        self._desk = desk
         self.tasks: list[Task] = []
         """Those that are not over, in the order of their coming."""
         self.is_restored = False
@@ -71,6 +71,7 @@ class Session:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._send)
+                nursery.start_soon(self._send_foreseen)
                 await self._hear_of_tasks(link)
         finally:
             self._nursery = None
@@ -96,6 +97,8 @@ class Session:
                 await self._take_in(said.pid, sender, self._uffds[-1])
         log.info("restored: %d bytes are still to come", self.missing_bytes)
         for task in list(self.tasks):
+            task.check_registered()
+        for task in list(self.tasks):
             task.may_end()
         self._news.set()
 
@@ -116,7 +119,7 @@ class Session:
         self._guard.protect(pidfd)
         lazy = await self._images.memory_of(pid)
         missing = Missing(lazy.memory.ranges)
-        task = Task(f"process {pid}", uffd, lazy, missing, self._counts, self._on_fork)
+        task = Task(f"process {pid}", uffd, lazy, missing, self._desk, self._on_fork)
         log.info("process %d (%d here): %d bytes come lazily", pid, host_pid, task.missing_bytes)
         self._start(task, pidfd)
 
@@ -126,7 +129,7 @@ class Session:
         uffd = Userfaultfd(descriptor)
         self._uffds.append(uffd)
         name = f"a child of {parent.name}"
-        child = Task(name, uffd, parent.lazy, parent.missing(), self._counts, self._on_fork)
+        child = Task(name, uffd, parent.lazy, parent.missing(), self._desk, self._on_fork)
         log.debug("%s: it misses %d bytes", name, child.missing_bytes)
         self._start(child, None)
         if self.is_restored:
@@ -153,6 +156,8 @@ class Session:
     async def _send(self) -> None:
         """Send what nobody has asked for: of one task after the other, until all is sent."""
         while True:
+            if self._desk.precise:
+                await self._desk.whole.wait()
             waiting = [task for task in self.tasks if task.missing_bytes]
             if not waiting:
                 if self.is_restored and not self.tasks:
@@ -162,6 +167,16 @@ class Session:
                 continue
             for task in waiting if not self.is_restored else waiting[:1]:
                 await task.send_some()
+
+    async def _send_foreseen(self) -> None:
+        """Send what a trace says will be wanted, beside all the rest and before it."""
+        try:
+            parts = await self._images.foreseen()
+        except LazyfsError as error:
+            log.info("what a trace foretells cannot be told of memory: %s", error)
+            return
+        if parts and not self._desk.precise:
+            await Ahead(parts, self.tasks).run(lambda: self.is_restored)
 
     # -- the end ----------------------------------------------------------------------------
 

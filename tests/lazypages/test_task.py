@@ -4,6 +4,7 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import trio
@@ -12,11 +13,12 @@ from lazyfs.checkpoint.criu_memory import PageExtent, PageFlags, Pagemap, Vma
 from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import FetchError, LazyfsError
+from lazyfs.ground.journal import Journal
 from lazyfs.lazypages.counts import Counts
 from lazyfs.lazypages.memory import Level, TaskMemory
 from lazyfs.lazypages.missing import Missing
-from lazyfs.lazypages.pages import LazyMemory
-from lazyfs.lazypages.task import Task
+from lazyfs.lazypages.pages import Job, LazyMemory
+from lazyfs.lazypages.task import Desk, Task
 from lazyfs.lazypages.uffd import Copied, Outcome, Userfaultfd
 
 PAGE = 4096
@@ -69,6 +71,8 @@ class Kernel(Userfaultfd):
 
     def fill_in(self, to: int, data: bytes) -> Copied:
         self.calls += 1
+        assert not to % PAGE
+        assert not len(data) % PAGE
         if self.refusals:
             number = self.refusals.pop(0)
             outcomes = {
@@ -95,7 +99,10 @@ class File:
 
     def __init__(self, here: Sequence[int]) -> None:
         self.here = set(here)
+        self.path = "pages-1.img"
         self.reads: list[tuple[int, int]] = []
+        self.begun: list[tuple[int, int]] = []
+        self.flying: set[int] = set()
         self.gate = trio.Event()
         self.gate.set()
         self.error: LazyfsError | None = None
@@ -105,6 +112,23 @@ class File:
         if not self.here.issuperset(pages):
             return None
         return b"".join(map(content, pages))
+
+    def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
+        pages = set(range(offset // PAGE, (offset + size_bytes) // PAGE))
+        if not pages - self.here - self.flying:
+            return ()
+        self.begun.append((offset // PAGE, size_bytes // PAGE))
+        self.flying |= pages
+        return (partial(self.bring, pages),)
+
+    async def bring(self, pages: set[int]) -> None:
+        await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        self.here |= pages
+
+    async def wait(self, offset: int, size_bytes: int) -> None:
+        await trio.sleep(0.001)
 
     async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
         self.reads.append((offset // PAGE, size_bytes // PAGE))
@@ -124,6 +148,8 @@ class World:
         self.kernel = Kernel()
         self.file = File(here)
         self.counts = Counts()
+        self.journal = Journal()
+        self.desk = Desk(self.counts, self.journal)
         self.children: list[int] = []
         self.inherited: list[Missing] = []
         flags = PageFlags.LAZY | PageFlags.PRESENT
@@ -135,7 +161,7 @@ class World:
             self.kernel,
             LazyMemory(memory, [self.file]),
             Missing(memory.ranges),
-            self.counts,
+            self.desk,
             self.on_fork,
         )
 
