@@ -14,10 +14,10 @@ def standby_command() -> None:
     """Stay, with everything imported, and fork commands of this user that are ready at once.
 
     `lazyfs mount`, `restore` and others look for it by themselves, and do without where there is
-    none, where it is another version, or where it has not exactly their rights. One for each user:
-    a Unix socket in /run/lazyfs, or in $XDG_RUNTIME_DIR/lazyfs. Ends by Ctrl-C or a signal, and when
-    lazyfs is upgraded; what was forked goes on. contrib/systemd has units that start it when it is
-    first wanted.
+    none, where it is another version, or where it has not exactly their rights. One for each
+    user: a Unix socket in /run/lazyfs, or in $XDG_RUNTIME_DIR/lazyfs. Ends by Ctrl-C or a signal,
+    and when lazyfs is upgraded; what was forked goes on. contrib/systemd has units that start it
+    when it is first wanted.
 
     LAZYFS_STANDBY=off does without; LAZYFS_STANDBY=must fails without, and says why.
     """

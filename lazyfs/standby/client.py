@@ -13,11 +13,10 @@ and who has one for little more than the interpreter.
 Source: pidfd_send_signal(2), unix(7).
 """
 
-import os
-import sys
-
 import _signal  # type: ignore[import-not-found]  # what `signal` is made of, without its enums
 import _socket
+import os
+import sys
 
 from lazyfs.standby import wire
 from lazyfs.transport.run_directory import run_directory
@@ -25,7 +24,7 @@ from lazyfs.transport.run_directory import run_directory
 _COMMANDS = frozenset(
     ["mount", "restore", "umount", "status", "wait", "warm", "inspect", "ls", "cat"]
 )
-_ANSWER_TIMEOUT_S = 2.0
+_ANSWER_TIMEOUT_S = 1.0
 """After that the standby is stopped, or stuck; a fork takes milliseconds."""
 _FAILED = 1
 _SIGNALLED = 128
@@ -88,7 +87,7 @@ def _connect() -> _socket.socket:
     """Connect to this user's standby, if it is that."""
     directory = run_directory()
     path = f"{directory}/{wire.SOCKET_NAME}"
-    os.stat(path)
+    os.stat(path)  # noqa: PTH116 - no pathlib here
     status = os.lstat(directory)
     user = os.geteuid()
     if status.st_uid != user or status.st_mode & 0o077:
@@ -104,6 +103,7 @@ def _connect() -> _socket.socket:
 
 def _ask(link: _socket.socket, program: str, held: set[int]) -> int:
     """Return a pidfd of the deputy, which waits for GO."""
+    _expect(wire.WELCOME, link.recv(wire.REASON_MOST_BYTES))
     numbers = _inheritable_descriptors()
     if len(numbers) + 2 > wire.DESCRIPTORS_MOST:
         raise _NoStandby("there are too many open files")
@@ -129,17 +129,23 @@ def _ask(link: _socket.socket, program: str, held: set[int]) -> int:
     os.close(here)
     os.close(lifeline)
     answer, received, _, _ = link.recvmsg(wire.REASON_MOST_BYTES, _socket.CMSG_SPACE(4))
-    pidfd = int.from_bytes(received[0][2][:4], sys.byteorder) if received else -1
-    if answer[:1] != wire.READY or pidfd < 0:
-        raise _NoStandby(answer[1:].decode(errors="replace") or "it is gone")
+    _expect(wire.READY, answer)
+    if not received:
+        raise _NoStandby("it has no descriptors left")
+    pidfd = int.from_bytes(received[0][2][:4], sys.byteorder)
     os.set_inheritable(pidfd, False)
     return pidfd
+
+
+def _expect(wanted: bytes, answer: bytes) -> None:
+    if answer != wanted:
+        raise _NoStandby(answer[1:].decode(errors="replace") or "it is gone")
 
 
 def _inheritable_descriptors() -> list[int]:
     """Return those that a program which is started gets: all that our caller gave us."""
     found = []
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - no pathlib here
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - as above
         try:
             if os.get_inheritable(int(name)):
                 found.append(int(name))
@@ -193,7 +199,7 @@ def _wait(link: _socket.socket) -> int:
     if answer[:1] != wire.KILLED:
         sys.stderr.write("lazyfs: the standby and its command were killed\n")
         return _FAILED
-    try:
+    try:  # noqa: SIM105 - no contextlib here
         _signal.signal(number, _signal.SIG_DFL)
     except (OSError, ValueError):  # SIGKILL cannot be set to what it is
         pass

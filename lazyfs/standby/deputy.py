@@ -8,7 +8,6 @@ It ends without the interpreter's own end, which would take apart all that was i
 """
 
 import atexit
-import io
 import locale
 import logging
 import os
@@ -21,7 +20,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from socket import CMSG_SPACE, MSG_CTRUNC, MSG_TRUNC, SCM_RIGHTS, SOL_SOCKET, socket
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from lazyfs.standby import takeover, wire
 from lazyfs.standby.cmdline import show_as
@@ -33,6 +32,7 @@ Command = Callable[[Sequence[str]], int]
 _REQUEST_TIMEOUT_S = 10.0
 _FAILED = 1
 _INTERRUPTED = 130
+_STANDARD_ERROR = 2
 _WITHOUT_NUMBER = 2
 """Descriptors of a request: see `wire.Request.descriptors`."""
 
@@ -46,9 +46,7 @@ class Origin:
         self.read_at_start = wire.read_at_start(wire.variables())
 
 
-def become(
-    link: socket, client: int, origin: Origin, commands: Mapping[str, Command]
-) -> NoReturn:
+def become(link: socket, client: int, origin: Origin, commands: Mapping[str, Command]) -> NoReturn:
     """Be what is asked for on `link` by the process `client`; for a fresh child of a standby."""
     code = _FAILED
     try:
@@ -148,16 +146,14 @@ def _begin_anew(request: wire.Request, ignored: int) -> None:
 
 def _open_streams(words: Sequence[str]) -> None:
     """Open the three streams as the interpreter does (Python/pylifecycle.c, create_stdio)."""
-    made: list[io.TextIOWrapper | None] = []
+    made: list[TextIO | None] = []
     for number, mode in enumerate(("r", "w", "w")):
         encoding, errors = words[2 * number : 2 * number + 2]
         if not encoding:
             made.append(None)
             continue
-        buffering = 1 if number == 2 else -1  # noqa: PLR2004
-        made.append(
-            open(number, mode, buffering, encoding, errors or None, closefd=False)  # noqa: SIM115
-        )
+        lines = 1 if number == _STANDARD_ERROR else -1
+        made.append(open(number, mode, lines, encoding, errors or None, closefd=False))  # noqa: SIM115
     sys.stdin, sys.stdout, sys.stderr = made  # type: ignore[assignment]
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = made  # type: ignore[misc]
 
@@ -194,5 +190,3 @@ def _run(command: Command, arguments: Sequence[str]) -> int:
             if stream is not None:
                 stream.flush()
     return code & 0xFF
-
-

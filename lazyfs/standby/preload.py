@@ -8,27 +8,30 @@ begins as a fresh process does.
 import gc
 import importlib
 import os
+import pkgutil
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator
+from types import ModuleType
 
-MODULES = (
-    *(f"lazyfs.cli.{name}" for name in ("mount", "mount_helper", "restore", "status", "wait")),
-    *(f"lazyfs.cli.{name}" for name in ("warm", "inspect", "ls", "cat")),
-    *("lazyfs.mount", "lazyfs.restore.front", "lazyfs.lazypages.server", "lazyfs.lazypages.guard"),
-    *("lazyfs.checkpoint.ahead", "lazyfs.checkpoint.desk", "lazyfs.checkpoint.preflight"),
-    *("lazyfs.transport.http", "lazyfs.transport.mirrors", "lazyfs.transport.registry"),
-    *("lazyfs.layers.table", "trio", "pyfuse3", "requests", "ssl", "idna", "encodings.idna"),
-    *("rich.console", "rich.progress", "rich.table", "shutil", "tempfile", "subprocess"),
+import lazyfs
+
+LIBRARIES = (
+    *("requests", "urllib3", "ssl", "idna", "encodings.idna", "encodings.ascii", "trio", "pyfuse3"),
+    *("zlib_ng.zlib_ng", "zstandard", "xxhash", "msgspec", "h11", "flatbuffers", "yaml", "tomllib"),
+    *("rich.console", "rich.progress", "rich.table", "click._textwrap", "difflib"),
 )
+"""What lazyfs imports inside functions, or its libraries do."""
+_LEFT_OUT = ("lazyfs.__main__", "lazyfs.report", "lazyfs.cli.report")
+"""What runs when it is imported, and what no command of a standby needs."""
 
 
 class Preloaded:
     """What has been imported, and the state of its files then."""
 
-    def __init__(self, modules: Sequence[str] = MODULES) -> None:
+    def __init__(self) -> None:
         """Import it. This process must have one thread, and has one then."""
-        for name in modules:
+        for name in (*_modules_of(lazyfs), *LIBRARIES):
             importlib.import_module(name)
         if threading.active_count() != 1:
             raise AssertionError("something that was imported has started a thread")
@@ -39,6 +42,14 @@ class Preloaded:
     def is_current(self) -> bool:
         """Whether lazyfs's own files, and where its libraries are, are as they were."""
         return all(_state(path) == state for path, state in self._files.items())
+
+
+def _modules_of(package: ModuleType) -> Iterator[str]:
+    for found in pkgutil.iter_modules(package.__path__, f"{package.__name__}."):
+        if found.name not in _LEFT_OUT:
+            yield found.name
+            if found.ispkg:
+                yield from _modules_of(importlib.import_module(found.name))
 
 
 def _files() -> list[str]:

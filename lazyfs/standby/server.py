@@ -106,6 +106,7 @@ class Standby:
         self._commands = commands
         self._preloaded = Preloaded()
         self._origin = Origin()
+        self._rights = rights_of("self")
         self._links: dict[int, socket] = {}
         """Of each deputy, by its pid."""
         self._is_stopped = False
@@ -144,6 +145,7 @@ class Standby:
             return
         try:
             client = self._judge(link)
+            link.send(wire.WELCOME)
             pid = os.fork()
         except (_Declined, Gone, OSError) as reason:
             log.info("declined: %s", reason)
@@ -173,7 +175,7 @@ class Standby:
             raise _Declined("it cannot see who asks: another PID namespace")
         client = _pidfd_of(link, pid)
         try:
-            differing = difference(rights_of("self"), rights_of(pid))
+            differing = difference(self._rights, rights_of(pid))
             poll = select.poll()
             poll.register(client, select.POLLIN)
             if poll.poll(0):
@@ -215,5 +217,3 @@ def _pidfd_of(link: socket, pid: int) -> int:
         return os.pidfd_open(pid)
     except OSError:
         raise Gone("who asked has ended") from None
-
-

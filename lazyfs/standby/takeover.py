@@ -26,9 +26,7 @@ _IOPRIO = {
 }
 """Numbers of ioprio_get(2) and ioprio_set(2)."""
 _IOPRIO_WHO_PROCESS = 1
-_LIMITS = sorted(
-    {value for name, value in vars(resource).items() if name.startswith("RLIMIT_")} - {-1}
-)
+_LIMITS = sorted({value for name, value in vars(resource).items() if name.startswith("RLIMIT_")})
 
 
 class CannotBe(Exception):

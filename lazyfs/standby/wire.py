@@ -1,8 +1,8 @@
 """What a client and its standby say to each other, on a SOCK_SEQPACKET socket.
 
-    client   Request, with its descriptors (SCM_RIGHTS)
-    standby  NO and why: the client carries on by itself; or
-             READY, with a pidfd of the deputy, which has taken on all that the client is
+    standby  WELCOME; or NO and why: the client carries on by itself, now or later
+    client   Request, with its descriptors (SCM_RIGHTS), which a standby that is stopped never gets
+    standby  READY, with a pidfd of the deputy, which has taken on all that the client is; or NO
     client   GO: from here on the deputy is the command, and never before
     standby  ENDED and four bytes, an exit code; or KILLED and four bytes, a signal
 
@@ -19,6 +19,7 @@ import sys
 import lazyfs
 
 SOCKET_NAME = "standby.sock"
+WELCOME = b"w"
 NO = b"n"
 READY = b"r"
 GO = b"g"
