@@ -19,6 +19,7 @@ import os
 import sys
 
 from lazyfs.standby import wire
+from lazyfs.standby.adopter import adopter
 from lazyfs.transport.run_directory import run_directory
 
 _COMMANDS = frozenset(
@@ -119,6 +120,7 @@ def _ask(link: _socket.socket, program: str, held: set[int]) -> int:
         numbers,
         sorted(held),
         umask,
+        adopter() if "restore" in sys.argv else 0,
     )
     lifeline, _ours = os.pipe()  # which we hold as long as we live
     here = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

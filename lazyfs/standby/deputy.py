@@ -20,9 +20,10 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from socket import CMSG_SPACE, MSG_CTRUNC, MSG_TRUNC, SCM_RIGHTS, SOL_SOCKET, socket
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn
 
 from lazyfs.standby import takeover, wire
+from lazyfs.standby.adopter import adopter
 from lazyfs.standby.cmdline import show_as
 from lazyfs.standby.takeover import CannotBe
 
@@ -44,6 +45,12 @@ class Origin:
         """Look."""
         self.identity = wire.identity()
         self.read_at_start = wire.read_at_start(wire.variables())
+        self._parent = os.getppid()
+        self._adopter = adopter()
+
+    def adopter(self) -> int:
+        """Return whose children our orphans become: known, unless our own parent has ended."""
+        return self._adopter if os.getppid() == self._parent else adopter()
 
 
 def become(link: socket, client: int, origin: Origin, commands: Mapping[str, Command]) -> NoReturn:
@@ -51,7 +58,6 @@ def become(link: socket, client: int, origin: Origin, commands: Mapping[str, Com
     code = _FAILED
     try:
         signal.set_wakeup_fd(-1)
-        os.setsid()
         link.settimeout(_REQUEST_TIMEOUT_S)
         try:
             command, link = _prepare(link, client, origin, commands)
@@ -75,9 +81,12 @@ def _prepare(
         raise CannotBe("another lazyfs, or in another Python, than the standby is")
     if wire.read_at_start(request.environment) != origin.read_at_start:
         raise CannotBe("with other settings of Python than the standby has")
+    if request.adopter and request.adopter != origin.adopter():
+        raise CannotBe("one whose restored tasks become children of who is to have them")
     command = commands.get(request.program.decode())
     if command is None:
         raise CannotBe("a program that the standby does not know")
+    os.setsid()
     takeover.take_on_groups(client)
     ignored = _ignored_by(client)
     lifeline, here, *files = given
@@ -146,7 +155,7 @@ def _begin_anew(request: wire.Request, ignored: int) -> None:
 
 def _open_streams(words: Sequence[str]) -> None:
     """Open the three streams as the interpreter does (Python/pylifecycle.c, create_stdio)."""
-    made: list[TextIO | None] = []
+    made: list[Any] = []
     for number, mode in enumerate(("r", "w", "w")):
         encoding, errors = words[2 * number : 2 * number + 2]
         if not encoding:
@@ -154,7 +163,7 @@ def _open_streams(words: Sequence[str]) -> None:
             continue
         lines = 1 if number == _STANDARD_ERROR else -1
         made.append(open(number, mode, lines, encoding, errors or None, closefd=False))  # noqa: SIM115
-    sys.stdin, sys.stdout, sys.stderr = made  # type: ignore[assignment]
+    sys.stdin, sys.stdout, sys.stderr = made
     sys.__stdin__, sys.__stdout__, sys.__stderr__ = made  # type: ignore[misc]
 
 

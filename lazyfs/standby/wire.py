@@ -44,6 +44,7 @@ class Request:
     """A command line, and what it is to be run with."""
 
     __slots__ = (
+        "adopter",
         "arguments",
         "blocked",
         "descriptors",
@@ -66,6 +67,7 @@ class Request:
         descriptors: list[int],
         blocked: list[int],
         umask: int,
+        adopter: int,
     ) -> None:
         self.identity = identity
         """See `identity`."""
@@ -85,6 +87,8 @@ class Request:
         self.blocked = blocked
         """The signals that are."""
         self.umask = umask
+        self.adopter = adopter
+        """Whose child an orphan of the client becomes; 0: it leaves none that anybody waits for."""
 
     def encode(self) -> bytes:
         """Return the message."""
@@ -97,7 +101,7 @@ class Request:
             self.streams,
             [b"%d" % each for each in self.descriptors],
             [b"%d" % each for each in self.blocked],
-            [b"%d" % self.umask],
+            [b"%d" % self.umask, b"%d" % self.adopter],
         ]
         fields: list[bytes] = []
         for each in lists:
@@ -113,7 +117,7 @@ def parse_request(message: bytes) -> Request:
         ValueError: it is no request.
     """
     if not message.endswith(b"\0"):
-        raise ValueError("the request is cut off")
+        raise ValueError("asked for by half a request")
     fields = message[:-1].split(b"\0")
     lists: list[list[bytes]] = []
     at = 0
@@ -122,13 +126,13 @@ def parse_request(message: bytes) -> Request:
         lists.append(fields[at + 1 : at + 1 + count])
         at += 1 + count
     if at != len(fields) or len(lists) != 9:
-        raise ValueError("the request does not have nine lists")
-    identity, program, arguments, environment, path, streams, descriptors, blocked, umask = lists
-    if len(program) != 1 or len(umask) != 1 or len(streams) != 6 or not arguments:
-        raise ValueError("the request lacks what it needs")
+        raise ValueError("asked for without all that is needed")
+    identity, program, arguments, environment, path, streams, descriptors, blocked, rest = lists
+    if len(program) != 1 or len(rest) != 2 or len(streams) != 6 or not arguments:
+        raise ValueError("asked for without all that is needed")
     numbers = [_number(each, 1 << 30) for each in descriptors]
     if len(set(numbers)) != len(numbers) or not {0, 1, 2} <= set(numbers):
-        raise ValueError("the request's descriptors are not what they should be")
+        raise ValueError("given descriptors without the three of each program")
     return Request(
         identity,
         program[0],
@@ -138,13 +142,14 @@ def parse_request(message: bytes) -> Request:
         streams,
         numbers,
         [_number(each, 64) for each in blocked],
-        _number(umask[0], 0o777),
+        _number(rest[0], 0o777),
+        _number(rest[1], 1 << 30),
     )
 
 
 def _number(text: bytes, most: int) -> int:
     if not text.isdigit() or len(text) > 10 or int(text) > most:
-        raise ValueError("the request has something else where a number belongs")
+        raise ValueError("asked for with something else where a number belongs")
     return int(text)
 
 
