@@ -25,6 +25,8 @@ from lazyfs.transport.run_directory import run_directory
 _COMMANDS = frozenset(
     ["mount", "restore", "umount", "status", "wait", "warm", "inspect", "ls", "cat"]
 )
+_OWN_PROCESS = frozenset(["--foreground", "--shell-job", "-j"])
+"""Words that ask for this very process, or its session."""
 _ANSWER_TIMEOUT_S = 1.0
 """After that the standby is stopped, or stuck; a fork takes milliseconds."""
 _FAILED = 1
@@ -71,7 +73,7 @@ def _is_for_a_standby(program: str, arguments: list[str]) -> bool:
         return False
     if program == "mount.lazyfs":
         return True
-    if any(each in ("--shell-job", "-j") for each in arguments):  # our session is wanted
+    if not _OWN_PROCESS.isdisjoint(arguments):
         return False
     command = next((each for each in arguments if not each.startswith("-")), "")
     return command in _COMMANDS
