@@ -15,7 +15,8 @@ _CHUNKED = "lazyfs zstd:chunked, "
 _PROFILE = (
     ("mount_s", "mounted or pulled, s"),
     ("criu_s", "criu restore, s"),
-    ("resumed_s", "resumed, s"),
+    ("resumed_s", "resumed, by its own account, s"),
+    ("own_home_s", "all home, by its own account, s"),
     ("loop_fetched_bytes", "fetched by the first loop, MB"),
     ("loop_requests", "requests by then"),
     ("loop_waits", "reads that waited"),

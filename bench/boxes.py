@@ -3,7 +3,7 @@
 CRIU gives a process the pid that it had. So that several can be restored from one checkpoint at
 once, and so that nothing is left of any, each restore is in a pid and a mount namespace, with an
 init that reaps. All that runs in a box dies with it, and its mounts go. Everything else is the
-machine's: network, files, lazyfs's run directory, cgroups.
+machine's: network, files, cgroups; and boxes share lazyfs's run directory.
 """
 
 import contextlib
@@ -71,11 +71,14 @@ class Box:
         self.work = work
         self.pid = pid
         self.usage = Usage()
+        self.environment = {"LAZYFS_STANDBY": "off", "LAZYFS_RUN_DIR": str(work.parent / "run")}
+        """Of commands: lazyfs's daemons of all boxes find each other, and nobody else's."""
         own = work / "status"
         self.status = Status(own / status.name)
         """Where what the process in this box reports is to be read."""
         for each in (own, work / "proc", work / "criu", work / "mount"):
             each.mkdir(parents=True)
+        (work.parent / "run").mkdir(mode=0o700, exist_ok=True)
         last_pid = 300 + _PIDS_APART * number
         if last_pid <= pid <= last_pid + _PIDS_USED:
             last_pid += _PIDS_USED
@@ -128,7 +131,7 @@ class Box:
                 stdout=out,
                 stderr=err,
                 cwd="/",
-                env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+                env={**os.environ, "PYTHONPATH": str(REPOSITORY), **self.environment},
             )
 
     def run(self, words: Sequence[str | Path], log: Path, timeout_s: float) -> None:

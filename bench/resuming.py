@@ -6,7 +6,9 @@ restored process knows; what is prepared before that is told in the way's docstr
 
     first_loop_s   until the process has done its work for the first time
     home_s         until all its memory was here
-    done_s         until all of it was proven, too, where somebody proves it
+    done_s         of `lazyfs restore`: until it was proven, too, and the command had ended
+
+`resumed_s` and `own_home_s` are lazyfs's own account, which begins when Python has started.
 """
 
 import json
@@ -41,6 +43,10 @@ class Case:
     """Where boxes and caches are made."""
     images: Path
     """What CRIU dumped."""
+    status: Path
+    """Where the process reports, as it knows it."""
+    pid: int
+    """The process's."""
     registry: str
     memory: tuple[str, ...]
     patience_s: float
@@ -190,12 +196,11 @@ def pull(case: Case, box: Box, *, name: str) -> Iterator[Row]:
 
 
 @contextmanager
-def soci(case: Case, box: Box, *, lazy: bool) -> Iterator[Row]:
+def soci(case: Case, box: Box, *, lazy: bool, image: str = "bench/gzip:1") -> Iterator[Row]:
     """By SOCI's snapshotter, which runs already, as does containerd.
 
     Its index comes by way of an nginx here (`testbed.soci`). What it fetches is not measured.
     """
-    image = "bench/gzip:1"
     with soci_mounted(
         case.testbed, box.work / "soci", case.registry, image, case.soci_index
     ) as mount:
@@ -289,9 +294,8 @@ def restored(
             raise type(error)(f"{error}\n{said}".strip()) from None
         row["done_s"] = time.time() - began_s
         account = json.loads(told.read_text())
-        late_s = max(0.0, row["done_s"] - float(account.get("home_after_s") or row["done_s"]))
-        row["home_s"] = row["done_s"] - late_s if lazy else row["first_loop_s"]
         row["resumed_s"] = account["resumed_after_s"]
+        row["own_home_s"] = account["home_after_s"]
         row["fetched_bytes"], row["requests"] = account["fetched_bytes"], account["requests"]
         row["cpu_s"] = round(box.usage.total_s, 3)
         yield row
@@ -312,8 +316,23 @@ def _first_loop_of(
 
 @contextmanager
 def _standing_by(case: Case, box: Box) -> Iterator[None]:
-    raise TestbedError("lazyfs has no standby")
-    yield
+    """Run a standby in the box, and have it used: a restore without it fails."""
+    run_directory, log = box.work / "standby", box.work / "standby.out"
+    run_directory.mkdir(mode=0o700)
+    box.environment |= {"LAZYFS_RUN_DIR": str(run_directory), "LAZYFS_STANDBY": "must"}
+    process = box.start([*LAZYFS_WORDS, "standby"], log)
+    try:
+
+        def listens() -> bool:
+            if process.poll() is not None:
+                raise TestbedError(f"lazyfs standby ended:\n{log.read_text()[-2000:]}")
+            return (run_directory / "standby.sock").exists()
+
+        box.wait_until(listens, "lazyfs standby", case.patience_s)
+        box.run([*LAZYFS_WORDS, "ls", "--help"], log, case.patience_s)  # it has imported all now
+        yield
+    finally:
+        stop(process)
 
 
 def content_length(url: str) -> int:
@@ -340,6 +359,13 @@ def link(case: Case, box: Box, *, name: str) -> Iterator[Row]:
 
 CHUNKED = "zstd:chunked"
 _NAMES = {"tar": "uncompressed", "chunked": CHUNKED}
+
+
+_WARM: dict[str, dict[str, Any]] = {
+    "eager": {"lazy": False},
+    "lazy": {"lazy": True},
+    "lazy, standby": {"lazy": True, "standby": True},
+}
 
 
 def _forget_cold(case: Case) -> None:
@@ -389,7 +415,7 @@ def _ours() -> dict[str, Way]:
         ) -> None:
             resume = partial(restored, name=name, **options)
             ways[f"lazyfs {words}, {way}"] = Way(
-                resume, form | needs, at_once=name == "tar", begin=_forget_cold
+                resume, form | needs, name == "tar" and "standby" not in needs, _forget_cold
             )
 
         ways[f"lazyfs {words}, mount + criu lazy-pages"] = Way(
@@ -399,15 +425,15 @@ def _ours() -> dict[str, Way]:
         cold("lazy, no trace", lazy=True)
         cold("lazy, trace", {"trace"}, lazy=True, trace="file")
         cold("lazy, attached trace", {"trace", "attached"}, lazy=True, trace="auto")
-        cold("lazy, trace, standby", {"trace", "standby"}, lazy=True, trace="file")
+        cold("lazy, trace, standby", {"trace", "standby"}, lazy=True, trace="file", standby=True)
     for name, words in _NAMES.items():
-        for lazy, how in ((False, "eager"), (True, "lazy")):
-            resume = partial(restored, name=name, lazy=lazy, cache=f"warm-{name}")
+        begin = partial(_fill, name=name)
+        for how, options in _WARM.items():
+            resume = partial(restored, name=name, cache=f"warm-{name}", **options)
+            alone = "standby" in options
+            needs = frozenset({name, "standby"} if alone else {name})
             ways[f"lazyfs {words}, warm, {how}"] = Way(
-                resume,
-                frozenset({name}),
-                at_once=name == "tar",
-                begin=partial(_fill, name=name),
+                resume, needs, name == "tar" and not alone, begin
             )
     return ways
 

@@ -7,6 +7,7 @@ directory must not be moved.
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -157,6 +158,8 @@ class Stage:
             self.testbed,
             self.directory,
             self.images,
+            self.status,
+            self.pid,
             registry.address,
             tuple(self._made["memory"]),
             patience_s,
@@ -196,6 +199,7 @@ class Stage:
         work = self.directory / f"record-{name}"
         case = self._case(registry, frozenset(), _LONG_S)
         case.forget("recording")
+        shutil.rmtree(work, ignore_errors=True)
         with Box(work, 0, self.status, self.pid) as box:
             words = [
                 *LAZYFS_WORDS,
@@ -209,6 +213,7 @@ class Stage:
             words += ["--until", f"exec:grep -q loop {shlex.quote(str(self.status))}"]
             box.run(words, box.work / "restore.out", _LONG_S)
         case.forget("recording")
+        shutil.rmtree(work)
         if not trace.is_file():
             raise TestbedError(f"lazyfs restore --record wrote no {trace}")
         self._made["traces"][name] = str(trace)
