@@ -103,7 +103,7 @@ def aims_of(conditions: Conditions) -> list[Aim]:
 def crowd_aims() -> list[Aim]:
     """Return what is aimed at with several at once: of one alone."""
     found = []
-    for way in ("warm, lazy", "warm, eager"):
+    for way in ("warm, lazy", "warm, eager", "warm, lazy, standby"):
         alone = (_OURS + way, "first_loop_s")
         found.append(Aim(alone[0], "first_loop_s", 1.5, alone, "the last of them, x one alone"))
     return found
@@ -130,15 +130,31 @@ def middle(rows: Sequence[Row], key: str) -> float | None:
 
 
 def table(
-    conditions: Conditions, rows: Rows, verdicts: Sequence[Verdict], link_s: float | None
+    conditions: Conditions,
+    rows: Rows,
+    verdicts: Sequence[Verdict] = (),
+    link_s: float | None = None,
+    alone: Rows | None = None,
 ) -> Table:
-    """Put medians, spreads and verdicts into a table."""
+    """Put medians, spreads and verdicts into a table.
+
+    `alone`: of several at once, what one alone took.
+    """
+    alone = alone or {}
     title = f"{conditions}"
     if link_s is not None:
         title += f"; the link needs {link_s:.2f} s for the uncompressed layer"
     made = Table(title=title, title_justify="left")
     made.add_column("way")
-    columns = ("first loop, s", "least - most", "x link", "x local", "home, s", "proven, s")
+    columns = (
+        "first loop, s",
+        "least - most",
+        "x link",
+        "x local",
+        "x alone",
+        "home, s",
+        "proven, s",
+    )
     for column in (*columns, "MB by the loop"):
         made.add_column(column, justify="right")
     made.add_column("aims")
@@ -147,13 +163,14 @@ def table(
         told = [str(row.get("failed") or row.get("gave_up")) for row in measured]
         if all("failed" in row or "gave_up" in row for row in measured):
             why = told[0].partition("\n")[0] if told else "not measured"
-            made.add_row(way, "-", *[""] * 6, why)
+            made.add_row(way, "-", *[""] * 7, why)
             continue
         loops = [float(row["first_loop_s"]) for row in measured if "first_loop_s" in row]
         if not loops:
-            made.add_row(way, _seconds(middle(measured, "link_s")), *[""] * 6, "")
+            made.add_row(way, _seconds(middle(measured, "link_s")), *[""] * 7, "")
             continue
         loop_s = median(loops)
+        alone_s = middle(alone.get(way, ()), "first_loop_s")
         fetched = middle(measured, "loop_fetched_bytes")
         if fetched is None:
             fetched = middle(measured, "fetched_bytes")
@@ -163,6 +180,7 @@ def table(
             f"{min(loops):.2f} - {max(loops):.2f}",
             f"{loop_s / link_s:.2f}" if link_s else "",
             f"{loop_s / local_s:.2f}" if local_s else "",
+            f"{loop_s / alone_s:.2f}" if alone_s else "",
             _seconds(middle(measured, "home_s")),
             _seconds(middle(measured, "done_s")),
             f"{fetched / 1e6:,.0f}" if fetched is not None else "",

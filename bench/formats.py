@@ -153,7 +153,7 @@ def main() -> None:
         rows = measure(case, ways_of(options), console, at_once=1, runs=options.runs)
         layer_bytes = content_length(case.blobs["tar"])
     link_s = middle(rows["link, uncompressed"], "link_s")
-    console.print(table(Conditions(options.size, "regions", "1gbit", 1), rows, [], link_s))
+    console.print(table(Conditions(options.size, "regions", "1gbit", 1), rows, link_s=link_s))
     result = {
         "question": (__doc__ or "").splitlines()[0],
         "machine": machine(),

@@ -84,7 +84,8 @@ def measure_all(testbed: Testbed, options: Any) -> tuple[list[dict[str, Any]], b
                             conditions = Conditions(size_mib, pattern, link, at_once)
                             runs = options.runs
                             found = _measure_case(case, stage, ways, conditions, runs, alone)
-                            alone = alone or found["rows"]
+                            if at_once == 1:
+                                alone = found["rows"]
                             cases.append(found | {"prepared_s": round(prepared_s, 1)})
                 shutil.rmtree(stage.directory / "caches", ignore_errors=True)
     measured = [row for case in cases for rows in case["rows"].values() for row in rows]
@@ -114,7 +115,8 @@ def _measure_case(
     else:
         verdicts = judge(aims_of(conditions), rows, rows)
     link_s = middle(rows.get("link, uncompressed", ()), "link_s")
-    console.print(table(conditions, rows, verdicts, link_s))
+    of = alone if conditions.at_once > 1 else None
+    console.print(table(conditions, rows, verdicts, link_s, of))
     if (why := profile(rows, verdicts)) is not None:
         console.print(why)
     return {

@@ -316,7 +316,10 @@ def _first_loop_of(
 
 @contextmanager
 def _standing_by(case: Case, box: Box) -> Iterator[None]:
-    """Run a standby in the box, and have it used: a restore without it fails."""
+    """Run a standby in the box, and have it used: a restore without it fails.
+
+    One for each box: what it forks has its pids. It has a run directory of its own.
+    """
     run_directory, log = box.work / "standby", box.work / "standby.out"
     run_directory.mkdir(mode=0o700)
     box.environment |= {"LAZYFS_RUN_DIR": str(run_directory), "LAZYFS_STANDBY": "must"}
@@ -414,9 +417,7 @@ def _ours() -> dict[str, Way]:
             **options: Any,
         ) -> None:
             resume = partial(restored, name=name, **options)
-            ways[f"lazyfs {words}, {way}"] = Way(
-                resume, form | needs, name == "tar" and "standby" not in needs, _forget_cold
-            )
+            ways[f"lazyfs {words}, {way}"] = Way(resume, form | needs, name == "tar", _forget_cold)
 
         ways[f"lazyfs {words}, mount + criu lazy-pages"] = Way(
             partial(mounted, name=name, lazy=True), form, begin=_forget_cold
@@ -430,11 +431,8 @@ def _ours() -> dict[str, Way]:
         begin = partial(_fill, name=name)
         for how, options in _WARM.items():
             resume = partial(restored, name=name, cache=f"warm-{name}", **options)
-            alone = "standby" in options
-            needs = frozenset({name, "standby"} if alone else {name})
-            ways[f"lazyfs {words}, warm, {how}"] = Way(
-                resume, needs, name == "tar" and not alone, begin
-            )
+            needs = frozenset({name, *({"standby"} & options.keys())})
+            ways[f"lazyfs {words}, warm, {how}"] = Way(resume, needs, name == "tar", begin)
     return ways
 
 
