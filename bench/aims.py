@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 Row = Mapping[str, Any]
@@ -163,7 +164,7 @@ def table(
         told = [str(row.get("failed") or row.get("gave_up")) for row in measured]
         if all("failed" in row or "gave_up" in row for row in measured):
             why = told[0].partition("\n")[0] if told else "not measured"
-            made.add_row(way, "-", *[""] * 7, why)
+            made.add_row(way, "-", *[""] * 7, escape(why))
             continue
         loops = [float(row["first_loop_s"]) for row in measured if "first_loop_s" in row]
         if not loops:

@@ -326,13 +326,12 @@ def _standing_by(case: Case, box: Box) -> Iterator[None]:
     process = box.start([*LAZYFS_WORDS, "standby"], log)
     try:
 
-        def listens() -> bool:
+        def answers() -> bool:
             if process.poll() is not None:
                 raise TestbedError(f"lazyfs standby ended:\n{log.read_text()[-2000:]}")
-            return (run_directory / "standby.sock").exists()
+            return box.start([*LAZYFS_WORDS, "ls", "--help"], log).wait() == 0
 
-        box.wait_until(listens, "lazyfs standby", case.patience_s)
-        box.run([*LAZYFS_WORDS, "ls", "--help"], log, case.patience_s)  # it has imported all now
+        box.wait_until(answers, "lazyfs standby, with all imported", case.patience_s)
         yield
     finally:
         stop(process)
