@@ -36,6 +36,8 @@ def resume(case: Case, way: Way, count: int) -> Row:
             stack.enter_context(Box(work / str(number), number, case.status, case.pid))
             for number in range(count)
         ]
+        for box in boxes:
+            stack.enter_context(way.around(case, box))
         ways = [ExitStack() for _ in boxes]
         for each in ways:
             stack.enter_context(each)

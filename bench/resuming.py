@@ -18,8 +18,8 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,8 @@ class Way:
     """Whether it is measured with several at once, too."""
     begin: Callable[[Case], None] = lambda case: None
     """What is done before the clock starts, once for all boxes."""
+    around: Callable[[Case, Box], AbstractContextManager[None]] = lambda case, box: nullcontext()
+    """What runs in each box already when the clock starts."""
 
 
 def _restore(case: Case, box: Box, images: Path, row: Row, *, lazy: bool = False) -> None:
@@ -265,7 +267,6 @@ def restored(
     lazy: bool,
     trace: str | None = None,
     cache: str = "cold",
-    standby: bool = False,
 ) -> Iterator[Row]:
     """`lazyfs restore`, as users call it.
 
@@ -279,8 +280,6 @@ def restored(
     if "--trace" in case.features and trace != "auto":
         words += ["--trace", str(case.traces[name]) if trace == "file" else "off"]
     with ExitStack() as stack:
-        if standby:
-            stack.enter_context(_standing_by(case, box))
         began_s = time.time()
         process = box.start(words, box.work / "restore.out", stdout=told)
         stack.callback(stop, process)
@@ -326,12 +325,14 @@ def _standing_by(case: Case, box: Box) -> Iterator[None]:
     process = box.start([*LAZYFS_WORDS, "standby"], log)
     try:
 
-        def answers() -> bool:
+        def listens() -> bool:
             if process.poll() is not None:
                 raise TestbedError(f"lazyfs standby ended:\n{log.read_text()[-2000:]}")
-            return box.start([*LAZYFS_WORDS, "ls", "--help"], log).wait() == 0
+            return (run_directory / "standby.sock").exists()
 
-        box.wait_until(answers, "lazyfs standby, with all imported", case.patience_s)
+        box.wait_until(listens, "lazyfs standby", case.patience_s)
+        while box.start([*LAZYFS_WORDS, "ls", "--help"], log).wait():  # it is still importing
+            listens()
         yield
     finally:
         stop(process)
@@ -363,11 +364,15 @@ CHUNKED = "zstd:chunked"
 _NAMES = {"tar": "uncompressed", "chunked": CHUNKED}
 
 
-_WARM: dict[str, dict[str, Any]] = {
-    "eager": {"lazy": False},
-    "lazy": {"lazy": True},
-    "lazy, standby": {"lazy": True, "standby": True},
-}
+_WARM: tuple[tuple[str, bool, frozenset[str]], ...] = (
+    ("eager", False, frozenset()),
+    ("lazy", True, frozenset()),
+    ("lazy, standby", True, frozenset({"standby"})),
+)
+
+
+def _with_standby(way: Way) -> Way:
+    return replace(way, around=_standing_by) if "standby" in way.needs else way
 
 
 def _forget_cold(case: Case) -> None:
@@ -425,14 +430,13 @@ def _ours() -> dict[str, Way]:
         cold("lazy, no trace", lazy=True)
         cold("lazy, trace", {"trace"}, lazy=True, trace="file")
         cold("lazy, attached trace", {"trace", "attached"}, lazy=True, trace="auto")
-        cold("lazy, trace, standby", {"trace", "standby"}, lazy=True, trace="file", standby=True)
+        cold("lazy, trace, standby", {"trace", "standby"}, lazy=True, trace="file")
     for name, words in _NAMES.items():
         begin = partial(_fill, name=name)
-        for how, options in _WARM.items():
-            resume = partial(restored, name=name, cache=f"warm-{name}", **options)
-            needs = frozenset({name, *({"standby"} & options.keys())})
-            ways[f"lazyfs {words}, warm, {how}"] = Way(resume, needs, name == "tar", begin)
-    return ways
+        for how, lazy, needs in _WARM:
+            resume = partial(restored, name=name, cache=f"warm-{name}", lazy=lazy)
+            ways[f"lazyfs {words}, warm, {how}"] = Way(resume, needs | {name}, name == "tar", begin)
+    return {name: _with_standby(way) for name, way in ways.items()}
 
 
 LINKS: dict[str, Way] = {
