@@ -38,6 +38,7 @@ fuzz: setup
 bench: setup testbed
 	.venv/bin/python bench/peers.py
 	.venv/bin/python bench/read_path.py
+	.venv/bin/python bench/decoding.py
 
 # The fault suite: real mounts and restores in bad weather, registries and mirrors that go and come
 # back, a hundred mounts behind a cache, daemons killed at random moments. FAULTS is

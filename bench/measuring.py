@@ -31,6 +31,7 @@ def resume(case: Case, way: Way, count: int) -> Row:
     way.begin(case)
     os.sync()
     with ExitStack() as stack:
+        stack.callback(case.forget, "cold")
         stack.callback(shutil.rmtree, work, ignore_errors=True)
         boxes = [
             stack.enter_context(Box(work / str(number), number, case.status, case.pid))
