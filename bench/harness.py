@@ -27,6 +27,8 @@ def _lazyfs_words() -> list[str]:
     return [sys.executable, "-P", "-m", "lazyfs"]
 
 
+LAZYFS = str(Path(sys.executable).with_name("lazyfs"))
+"""The command that is installed, be it this clone's or not."""
 LAZYFS_WORDS = _lazyfs_words()
 
 
