@@ -280,7 +280,7 @@ class _Mount:
         from lazyfs.lazypages.server import LazyPages
 
         pages = LazyPages(self._checkpoint, self._config.guard)
-        if self._recorder is not None:
+        if self._recorder is not None and self._recorder.is_precise:
             pages.be_precise()
             self._recorder.on_end = pages.be_whole
         return pages

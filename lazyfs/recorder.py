@@ -38,7 +38,7 @@ class Recorder:
 
     def __init__(self, config: RecordConfig) -> None:
         """Begin to note."""
-        self.journal = Journal()
+        self.journal = Journal(is_precise=config.is_precise)
         self.journal.mark("began", config.began_s)
         self.journal.mark("opening", time.monotonic())
         self._config = config
@@ -54,6 +54,11 @@ class Recorder:
         self._written: dict[str, Any] = {}
 
     @property
+    def is_precise(self) -> bool:
+        """Whether only what is wanted is to be brought while it lasts."""
+        return self._config.is_precise
+
+    @property
     def is_on(self) -> bool:
         """Whether it goes on."""
         return self._is_on
@@ -61,7 +66,9 @@ class Recorder:
     def opening(self, config: OpenConfig) -> OpenConfig:
         """Return how to open what is recorded: what an earlier trace says is not fetched ahead."""
         self._workload = config.workload
-        return replace(config, trace="off")
+        if not self.is_precise:
+            return config
+        return replace(config, trace="off", given_trace=None)
 
     def counters(self, config: OpenConfig) -> Counters:
         """Return the mount's counters, with the journal in them."""
@@ -110,6 +117,7 @@ class Recorder:
             until=why,
             reference=checkpoint.reference,
             way=config.way,
+            is_partial=not config.is_precise,
             began_s=config.began_s,
             ended_s=at_s,
             phases=self._phases,

@@ -84,6 +84,8 @@ class About:
     until: str = ""
     reference: str = ""
     way: str = ""
+    is_partial: bool = False
+    """`Trace.is_partial`."""
     began_s: float = 0.0
     """The trace's zero, by `time.monotonic`."""
     ended_s: float = 0.0
@@ -164,6 +166,7 @@ def trace_of(journal: Journal, layout: Layout, about: About) -> Trace:
         layers=list(layout.layers),
         files=noted.files,
         needs=needs,
+        is_partial=about.is_partial,
         recording=recording,
     )
 

@@ -25,6 +25,8 @@ class RecordConfig:
     """When the command began, by `time.monotonic`."""
     link: int | None = None
     """A socket to who says when it is over; None: the end of the mount is."""
+    is_precise: bool = True
+    """Whether only what is wanted is brought meanwhile; else all goes as it would otherwise."""
 
 
 def check_recordable(file: Path) -> Path:

@@ -142,9 +142,9 @@ class TraceSearch:
         memory = memory_of(image, config.cache.documents)
         known = memory.load() if memory is not None else None
         offers: Sequence[Offer]
-        if known is not None and (known.offers or self._believes_none(known)):
+        if known is not None and self._is_enough(known):
             offers = known.offers
-            self._is_stale = bool(offers) and not is_fresh(known.asked_at_s)
+            self._is_stale = not is_fresh(known.asked_at_s)
         else:
             found = image.referrals.of(image.digest, TRACE_TYPE)
             offers = offers_in(found, image.source)
@@ -152,7 +152,10 @@ class TraceSearch:
                 memory.save(offers)
         return take_one(offers, image, config.workload, memory, until_s=until_s)
 
-    def _believes_none(self, known: _Remembered) -> bool:
+    def _is_enough(self, known: _Remembered) -> bool:
+        """Whether nobody is asked for now: there is one, or it is believed that there is none."""
+        if candidates(known.offers, self._config.workload):
+            return True
         return self._by_digest and is_fresh(known.asked_at_s)
 
     def _freshen(self) -> None:
@@ -259,9 +262,9 @@ def read_offer(offer: Offer, origin: Origin, memory: TraceMemory | None) -> Trac
     if kept is not None and len(kept) <= HINT_LIMIT_BYTES:
         with suppress(LazyfsError):
             digest.check(kept, what)
-            return _parse(bytes(kept), what)
+            return parse_hint(bytes(kept), what)
     data = origin.read_offer(digest, offer.size_bytes)
-    trace = _parse(data, what)
+    trace = parse_hint(data, what)
     if memory is not None:
         memory.keep_document(digest, data)
     return trace
@@ -327,10 +330,6 @@ def _given(trace: Trace, image: ResolvedImage) -> FoundTrace | None:
         return FoundTrace(trace.hint(), "file", trace.needed_bytes)
     log.warning("the trace that was named is of other layers than %s: not used", image.reference)
     return None
-
-
-def _parse(data: bytes, what: str) -> Trace:
-    return parse_hint(data, what).hint()
 
 
 def _offered_by(referrer: ReferrerDescriptor, origin: Origin) -> Iterator[Offer]:

@@ -76,10 +76,15 @@ def attach_trace(
     `workload`: whose it is to be; None: whose the trace says that it is.
 
     Raises:
-        UsageError: the trace is of other layers, or of none that has a digest.
+        UsageError: the trace is of other layers, or of none that has a digest; or a partial one.
         MalformedError: it is larger than anybody would take.
         SourceError: the image's manifest is not to be had, or nothing is taken.
     """
+    if trace.is_partial:
+        raise UsageError(
+            "the trace was recorded --as-usual, and tells only in part what is needed: record one "
+            "without that"
+        )
     _insist_on_layers(trace, image)
     name = trace.workload if workload is None else workload
     if len(name) > WORKLOAD_MOST or not (name.isprintable() or not name):

@@ -82,8 +82,9 @@ class Foresight:
         checkpoint = self._checkpoint
         try:
             filling = checkpoint.tree.root.filling
-            if filling is not None or checkpoint.counters.journal is not None:
-                return  # a stream brings all in its own order; a recording wants no foresight
+            journal = checkpoint.counters.journal
+            if filling is not None or (journal is not None and journal.is_precise):
+                return  # a stream brings all in its own order; who records precisely wants none
             if self._everything:
                 self._start()
             async with trio.open_nursery() as nursery:

@@ -24,7 +24,7 @@ from lazyfs.checkpoint.reference import (
     RegistryReference,
 )
 from lazyfs.checkpoint.referrals import Referrals
-from lazyfs.checkpoint.remembered import RememberingSource
+from lazyfs.checkpoint.remembered import RememberingSource, is_remembered
 from lazyfs.content.documents import Documents
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
@@ -188,7 +188,8 @@ def resolve(
     """Open the source and read the manifest. Blocks, in a thread.
 
     `documents`: where manifests are that earlier mounts have read, and where `save` keeps them.
-    `early`: types of referrers that are asked for beside a manifest that is named by its digest.
+    `early`: types of referrers that are asked for beside a manifest that is named by its digest, if
+    nothing is remembered of it.
 
     Raises:
         SourceError: the image cannot be had.
@@ -207,12 +208,20 @@ def resolve(
     source = _open_source(reference, patient, counters, authfile)
     referrals = Referrals(source)
     if isinstance(reference, RegistryReference):
-        if reference.digest is not None and source.is_settled:
-            referrals.begin(reference.digest, early)
+        name = f"{reference.host}/{reference.repository}"
+        digest = reference.digest if source.is_settled else None
+        if digest is not None and not _is_known(digest, name, documents):
+            referrals.begin(digest, early)
         if documents is not None:
-            name = f"{reference.host}/{reference.repository}"
             source = RememberingSource(source, documents, name)
     return _resolve_in(source, reference, referrals)
+
+
+def _is_known(digest: Digest, name: str, documents: Documents | None) -> bool:
+    """Whether something is remembered of an image, or of what was attached to it."""
+    return documents is not None and any(
+        is_remembered(documents, digest, name, kind) for kind in ("manifest", "trace")
+    )
 
 
 def _open_source(

@@ -24,9 +24,7 @@ from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.plan import Plan
 from lazyfs.checkpoint.reference import Reference, parse_reference
-from lazyfs.checkpoint.referrals import TRACE_TYPE
-from lazyfs.checkpoint.remembered import is_remembered
-from lazyfs.checkpoint.soci_index import INDEX_V1
+from lazyfs.checkpoint.referrals import TRACE_TYPE, ask_who_refers, trusts_referrers
 from lazyfs.checkpoint.trace import Trace
 from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
 from lazyfs.checkpoint.trust import insist_on_digest, insist_on_proof
@@ -47,8 +45,6 @@ from lazyfs.ground.errors import (
 )
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import MIB
-from lazyfs.layers import table
-from lazyfs.layers.gzip import Gzip
 from lazyfs.layers.model import Entry, EntryType
 from lazyfs.transport.retry import Fetcher
 
@@ -266,6 +262,12 @@ class OpenedCheckpoint:
         for layer in self.image_layers:
             await layer.save()
 
+    async def leave(self) -> None:
+        """Keep what there is to keep, now that nobody reads any more."""
+        await trio.to_thread.run_sync(self.image.save)
+        for layer in self.layers:
+            await layer.leave()
+
     def close(self) -> None:
         """Let go of what the layers hold."""
         for layer in self.layers:
@@ -314,11 +316,9 @@ async def open_checkpoint(
         counters.journal.mark("resolved", time.monotonic())
     name = image.reference.partition("@")[0]
     by_digest = getattr(parsed, "digest", None) is not None
-    trusts_referrers = config.referrers == "always" or (
-        config.referrers == "auto" and not by_digest
-    )
+    trusts = trusts_referrers(config.referrers, by_digest=by_digest)
     fetcher = Fetcher(config.transport, counters)
-    desk = Desk(config, fetcher, Lanes(config.content), name, trusts_referrers)
+    desk = Desk(config, fetcher, Lanes(config.content), name, trusts)
     checkpoint = OpenedCheckpoint(image, desk, by_digest=by_digest)
     try:
         look_at(image)
@@ -326,7 +326,8 @@ async def open_checkpoint(
             insist_on_digest(checkpoint)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checkpoint.run_jobs)
-            _ask_who_refers(checkpoint)
+            if config.trace == "auto":
+                ask_who_refers(image, config.cache.documents, trusts_referrers=trusts)
             checkpoint.do(partial(_find_trace, checkpoint))
             with _named(image.reference):
                 await _open_layers(checkpoint, unpack=unpack)
@@ -336,7 +337,7 @@ async def open_checkpoint(
                 await checkpoint.prove(config.on_proof)
             checkpoint.do(checkpoint.save)
             yield checkpoint
-            await checkpoint.save()
+            await checkpoint.leave()
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise_sole_error(group)
@@ -375,18 +376,6 @@ async def _find_trace(checkpoint: OpenedCheckpoint) -> None:
     finally:
         checkpoint.trace_known.set()
     await search.freshen()
-
-
-def _ask_who_refers(checkpoint: OpenedCheckpoint) -> None:
-    """Begin to ask for traces, and in the same question for SOCI indexes if one may be wanted."""
-    image, desk = checkpoint.image, checkpoint.desk
-    if desk.config.trace != "auto" or image.referrals is None or image.digest is None:
-        return
-    if is_remembered(desk.config.cache.documents, image.digest, image.repository, "trace"):
-        return
-    is_gzip = any(table.label_of(layer) == Gzip.name for layer in image.layers)
-    wants_index = is_gzip and desk.trusts_referrers
-    image.referrals.begin(image.digest, (TRACE_TYPE, *([INDEX_V1] if wants_index else [])))
 
 
 async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:

@@ -9,12 +9,23 @@ of its own, so that it waits for no other. Imports no trio: it is at work before
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
+from lazyfs.checkpoint.remembered import is_remembered
+from lazyfs.content.documents import Documents
 from lazyfs.ground.digest import Digest
 from lazyfs.transport.source import ImageSource, Referrers
 
+if TYPE_CHECKING:
+    from lazyfs.checkpoint.image import ResolvedImage
+
 TRACE_TYPE = "application/vnd.lazyfs.trace.v1"
 """The artifact type of a manifest that attaches a trace (`trace.py`) to an image."""
+
+INDEX_V1 = "application/vnd.amazon.soci.index.v1+json"
+"""The artifact type of a SOCI index that only refers to an image (`soci_index.py`)."""
+INDEX_DIGEST_KEY = "com.amazon.soci.index-digest"
+"""The annotation of an image's manifest that names an index, so that none is looked for."""
 
 _Asked = tuple[Digest, frozenset[str], "Future[Referrers]"]
 
@@ -67,3 +78,23 @@ class Referrals:
             future.set_exception(error)
         else:
             future.set_result(found)
+
+
+def trusts_referrers(policy: str, *, by_digest: bool) -> bool:
+    """Whether to read by what only refers to an image. `policy`: see `OpenConfig.referrers`."""
+    return policy == "always" or (policy == "auto" and not by_digest)
+
+
+def ask_who_refers(image: "ResolvedImage", documents: Documents, *, trusts_referrers: bool) -> None:
+    """Begin to ask for traces, and in the same question for indexes if one may be wanted.
+
+    Not where it is remembered which traces there are: who wants an index asks for it then.
+    """
+    if image.referrals is None or image.digest is None:
+        return
+    if is_remembered(documents, image.digest, image.repository, "trace"):
+        return
+    is_gzip = any(layer.media_type.endswith("gzip") for layer in image.layers)
+    is_pinned = INDEX_DIGEST_KEY in image.manifest.annotations
+    wants_index = is_gzip and trusts_referrers and not is_pinned
+    image.referrals.begin(image.digest, (TRACE_TYPE, *([INDEX_V1] if wants_index else [])))

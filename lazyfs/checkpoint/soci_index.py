@@ -17,17 +17,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lazyfs.checkpoint.manifest import ImageManifest, parse_manifest
+from lazyfs.checkpoint.referrals import INDEX_DIGEST_KEY, INDEX_V1
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, MalformedError
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.model import LayerDescriptor
 from lazyfs.transport.source import ImageSource, ReferrerDescriptor
 
-INDEX_V1 = "application/vnd.amazon.soci.index.v1+json"
 INDEX_V2 = "application/vnd.amazon.soci.index.v2+json"
 ZTOC_TYPE = "application/octet-stream"
 """Other things in an index, lists of what to prefetch, have types of their own."""
-INDEX_DIGEST_KEY = "com.amazon.soci.index-digest"
 LAYER_DIGEST_KEY = "com.amazon.soci.image-layer-digest"
 
 _log = logging.getLogger(__name__)

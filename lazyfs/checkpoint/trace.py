@@ -166,6 +166,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[TracedLayer] = []
     files: list[TracedFile] = []
     needs: list[Need] = []
+    is_partial: bool = False
+    """More was brought meanwhile than was asked for, and nobody knows what of that was needed."""
     recording: Recording | None = None
 
     @property
@@ -219,6 +221,7 @@ class _Hint(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[TracedLayer] = []
     files: list[TracedFile] = []
     needs: list[Need] = []
+    is_partial: bool = False
 
 
 def _unpacked(data: bytes, limit_bytes: int, name: str) -> bytes:

@@ -99,6 +99,7 @@ def mount_command(
     lazy_pages: Path | None,
     record: Path | None,
     until: str | None,
+    as_usual: bool,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -124,7 +125,8 @@ def mount_command(
         directory = mountpoint.real(directory)
     if lazy_pages is not None:
         lazy_pages = lazy_pages.absolute()
-    recording = _recording(record, until, "lazy pages" if lazy_pages is not None else "")
+    way = "lazy pages" if lazy_pages is not None else ""
+    recording = _recording(record, until, way, as_usual=as_usual)
     job = _Job(
         reference=reference,
         directory=directory,
@@ -242,15 +244,17 @@ def _default_log(cache_dir: Path, directory: Path) -> Path:
     return cache_dir / "log" / os.fsdecode(name[:_LOG_NAME_MOST_BYTES] + b".log")
 
 
-def _recording(record: Path | None, until: str | None, way: str) -> "RecordConfig | None":
+def _recording(
+    record: Path | None, until: str | None, way: str, *, as_usual: bool
+) -> "RecordConfig | None":
     """Return what is to be recorded, and have somebody watch for its end; to be called last.
 
     Raises:
         UsageError: the file cannot be written, or `until` is nothing that is known.
     """
     if record is None:
-        if until is not None:
-            raise UsageError("--until is for --record FILE")
+        if until is not None or as_usual:
+            raise UsageError("--until and --as-usual are for --record FILE")
         return None
     from lazyfs.trace_file import RecordConfig, check_recordable
     from lazyfs.until import parse_until
@@ -259,7 +263,7 @@ def _recording(record: Path | None, until: str | None, way: str) -> "RecordConfi
     lasting = parse_until(until) if until is not None else None
     file = check_recordable(record)
     link = start_watcher(lasting).detach() if lasting is not None else None
-    return RecordConfig(file, way, process_began_s(), link)
+    return RecordConfig(file, way, process_began_s(), link, is_precise=not as_usual)
 
 
 def _check_writable(log_file: Path) -> None:

@@ -76,9 +76,12 @@ class SourceOptions:
             UsageError: as `cache`; or the reference is none.
         """
         from lazyfs.checkpoint.ahead import Ahead
+        from lazyfs.cli.waiting import tell_of_waiting
 
+        tell_of_waiting()
         cache = self.cache()
-        ahead = Ahead(reference, self.transport, cache, traced=self.trace == "auto")
+        traced = self.trace == "auto"
+        ahead = Ahead(reference, self.transport, cache, traced=traced, referrers=self.referrers)
         from lazyfs.checkpoint.desk import OpenConfig  # which imports trio: see `ahead.py`
 
         return OpenConfig(
@@ -269,7 +272,14 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
 
 
 def record_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Give a command `--record` and `--until`; both None if they are not given."""
+    """Give a command `--record`, `--until` (None if they are not given) and `--as-usual`."""
+    command = click.option(
+        "--as-usual",
+        is_flag=True,
+        help="With --record: let all go as it would otherwise, with traces followed and memory "
+        "brought ahead. This shows where the seconds go (lazyfs report); what is needed is known "
+        "in part only, so such a trace cannot be pushed.",
+    )(command)
     command = click.option(
         "--until",
         metavar="WHAT",

@@ -97,6 +97,7 @@ def restore_command(
     as_json: bool,
     record: Path | None,
     until: str | None,
+    as_usual: bool,
     source: SourceOptions,
 ) -> int:
     """Restore a checkpoint with CRIU, or a container runtime, while it is fetched.
@@ -146,13 +147,13 @@ def restore_command(
                 f"there is no program {program}: install it, or name it by "
                 + ("--runtime" if container is not None else "--criu")
             )
-    recording = _recording(record, until)
+    recording = _recording(record, until, as_usual=as_usual)
     plan = Plan(
         reference=reference,
         opening=partial(source.opening, reference),
         criu=criu_words,
         container=container,
-        lazy_pages=lazy_pages or record is not None,
+        lazy_pages=lazy_pages or (record is not None and not as_usual),
         pages_by_criu=pages_by == "criu",
         work_dir=work_dir,
         extra=extra,
@@ -182,10 +183,10 @@ def restore_command(
     return code
 
 
-def _recording(record: Path | None, until: str | None) -> "Recording | None":
+def _recording(record: Path | None, until: str | None, *, as_usual: bool) -> "Recording | None":
     if record is None:
-        if until is not None:
-            raise UsageError("--until is for --record FILE")
+        if until is not None or as_usual:
+            raise UsageError("--until and --as-usual are for --record FILE")
         return None
     from lazyfs.restore.plan import Recording
     from lazyfs.trace_file import check_recordable
@@ -193,7 +194,7 @@ def _recording(record: Path | None, until: str | None) -> "Recording | None":
     from lazyfs.watcher import process_began_s
 
     lasting = parse_until(until if until is not None else _UNTIL)
-    return Recording(check_recordable(record), lasting, process_began_s())
+    return Recording(check_recordable(record), lasting, process_began_s(), not as_usual)
 
 
 def _words(text: str) -> tuple[str, ...]:

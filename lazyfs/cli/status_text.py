@@ -111,6 +111,7 @@ def _facts(known: Known) -> Iterator[Fact]:
         return
     yield Fact("Shown as", f"view of {told.get('view')}, since {told.get('mounted_at')}")
     yield from _content(told)
+    yield from _trace(told)
     offline = told.get("safe_offline") is True
     yield Fact(
         "Offline",
@@ -124,6 +125,14 @@ def _facts(known: Known) -> Iterator[Fact]:
     yield from _places(told)
     yield from _troubles(told)
     yield Fact("Daemon", f"process {told.get('pid')}, lazyfs {told.get('version')}")
+
+
+def _trace(told: Mapping[str, Any]) -> Iterator[Fact]:
+    trace = told.get("trace")
+    if isinstance(trace, Mapping):
+        needed = human_bytes(_number(trace, "needed_bytes", 0))
+        whose = f" of {trace.get('workload')}" if trace.get("workload") else ""
+        yield Fact("Trace", f"{needed} needed{whose} ({trace.get('source')})")
 
 
 def _content(told: Mapping[str, Any]) -> Iterator[Fact]:

@@ -197,6 +197,8 @@ def _facts(trace: "Trace", name: str) -> Iterator[tuple[str, str]]:
         f"{human_bytes(trace.needed_bytes)} of {plural(files, 'file')}, in "
         f"{plural(len(trace.needs), 'range')}",
     )
+    if trace.is_partial:
+        yield "Partial", "more was brought than was asked for: it is not all that was needed"
     recording = trace.recording
     if recording is not None:
         when = datetime.fromtimestamp(min(max(recording.began_at_s, 0), 1e11), UTC)
@@ -214,6 +216,7 @@ def _as_json(trace: "Trace", name: str) -> dict[str, Any]:
         ],
         "needed_bytes": trace.needed_bytes,
         "needs": len(trace.needs),
+        "is_partial": trace.is_partial,
         "recorded": trace.recording is not None,
         "files": [
             {

@@ -75,7 +75,9 @@ class Steps:
 class Journal:
     """The notes of one recording."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_precise: bool = True) -> None:
+        """`is_precise`: nothing but what is asked for is to be brought meanwhile."""
+        self.is_precise = is_precise
         self.reads: list[ReadNote] = []
         self.fetches: list[FetchNote] = []
         self.arrivals: list[ArrivalNote] = []

@@ -214,7 +214,7 @@ class _Keeper:
         if plan.recording is not None:
             from lazyfs.restore.recorded import Recorded
 
-            self._recorded = Recorded(plan.recording, self._work, by_criu=plan.pages_by_criu)
+            self._recorded = Recorded(plan.recording, self._work, plan.way)
         job = Job(
             reference,
             plan.opening,

@@ -36,6 +36,8 @@ class Recording:
     """What it lasts until, from when the tasks run."""
     began_s: float
     """When the command's process was started, by time.monotonic()."""
+    is_precise: bool = True
+    """Whether only what is wanted is brought meanwhile; else all goes as it would otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,13 @@ class Plan:
     def restores(self) -> str:
         """Return what `lazyfs status` calls it."""
         return self.container.name if self.container is not None else self.reference
+
+    @property
+    def way(self) -> str:
+        """Return how memory comes, as a recording has it."""
+        if not self.lazy_pages:
+            return "eager"
+        return "criu lazy-pages" if self.pages_by_criu else "lazy pages"
 
     @property
     def keeps_terminal(self) -> bool:

@@ -23,14 +23,14 @@ _LOOK_S = 0.25
 class Recorded:
     """One recording."""
 
-    def __init__(self, wanted: Recording, work: Path, *, by_criu: bool) -> None:
-        """`work`: where CRIU logs. `by_criu`: CRIU's own daemon brings the pages."""
+    def __init__(self, wanted: Recording, work: Path, way: str) -> None:
+        """`work`: where CRIU logs. `way`: how memory comes (`trace.Recording.way`)."""
         self._until = wanted.until
         self._work = work
         self._started_s = 0.0
         self._link, self._theirs = Link.pair()
-        way = "criu lazy-pages" if by_criu else "lazy pages"
-        self.config = RecordConfig(wanted.file, way, wanted.began_s, self._theirs.fileno())
+        link = self._theirs.fileno()
+        self.config = RecordConfig(wanted.file, way, wanted.began_s, link, wanted.is_precise)
         """For the daemon, which is to be forked before `begin`."""
 
     def begin(self) -> None:

@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from lazyfs.ground.errors import (
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.attempts import attempts
+from lazyfs.transport.begun import BeginsRanges
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.httpblob import NoRanges
 from lazyfs.transport.mirror_files import find_addresses
@@ -253,6 +255,15 @@ class MirroredBlob(ManyPlaces):
         """
         self.places()[0].blob.read_into(byte_range, sink)
 
+    def begin(self, byte_range: ByteRange) -> "Future[bytes]":
+        """Begin to receive a range where it would be asked for. See `BeginsRanges.begin`.
+
+        Raises:
+            IntegrityError: all places have lied.
+            FetchError: that place cannot.
+        """
+        return _begin(self.places()[0].blob, byte_range)
+
     def close(self) -> None:
         """Close the blob everywhere."""
         for place in self._places:
@@ -282,9 +293,23 @@ class _AtMirror:
                 transient=True,
             ) from None
 
+    def begin(self, byte_range: ByteRange) -> "Future[bytes]":
+        """Begin to receive a range. See `BeginsRanges.begin`.
+
+        Raises:
+            FetchError: it cannot.
+        """
+        return _begin(self._blob, byte_range)
+
     def close(self) -> None:
         """Close it."""
         self._blob.close()
+
+
+def _begin(blob: Blob, byte_range: ByteRange) -> "Future[bytes]":
+    if not isinstance(blob, BeginsRanges):
+        raise FetchError(f"{blob.name} is not asked ahead", transient=True)
+    return blob.begin(byte_range)
 
 
 def _nowhere(what: str, errors: Sequence[tuple[str, LazyfsError]]) -> LazyfsError:

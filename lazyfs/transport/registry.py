@@ -115,19 +115,20 @@ class RegistrySource:
         self._settings = settings
         self._counters = counters
         self._told: set[str] = set()
+        self._blobs: dict[tuple[Digest, int], HttpBlob] = {}
+        """What was given, for who asks again: it knows where the registry redirects to."""
         named = settings.authfile
         self._authfile = authfile or (None if named is None else Path(named))
         endpoints = endpoints_of(address, settings)
         self._client = HttpClient(settings, endpoints=endpoints)
         # Timeouts belong to a client: what may not wait has its own.
-        self._hurried = HttpClient(
+        self._hurried = self._client.with_settings(
             replace(
                 settings,
                 connect_timeout_s=min(settings.connect_timeout_s, _HURRY_STALL_S),
                 stall_timeout_s=min(settings.stall_timeout_s, _HURRY_STALL_S),
                 deadline_s=min(settings.deadline_s, _HURRY_AGAIN_S),
-            ),
-            endpoints=endpoints,
+            )
         )
         self._schemes = address.schemes or _schemes_of(address, settings)
         self._settling = threading.Lock()
@@ -189,7 +190,10 @@ class RegistrySource:
         what = f"{self.name}@{digest}"
         if not self._settled:
             return _Unsettled(self, digest, size_bytes)
-        return HttpBlob(
+        known = self._blobs.get((digest, size_bytes))
+        if known is not None:
+            return known
+        blob = HttpBlob(
             self._client,
             self._url(f"blobs/{digest}"),
             question=self._question(what),
@@ -197,6 +201,7 @@ class RegistrySource:
             authorizer=self._authorizer,
             health=self.health,
         )
+        return self._blobs.setdefault((digest, size_bytes), blob)
 
     def read_blob(self, digest: Digest, size_bytes: int) -> bytes:
         """Return a small blob whole. See `ImageSource.read_blob`."""

@@ -13,6 +13,7 @@ import pytest
 import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import MockClock
 
 from lazyfs.checkpoint import attached
 from lazyfs.checkpoint.attached import (
@@ -285,6 +286,35 @@ def test_what_was_found_long_ago_is_followed_at_once(server: FaultServer, host: 
     assert host.look() == first
 
 
+def test_and_what_is_attached_by_now_is_asked_for_behind_it(
+    server: FaultServer, host: Host
+) -> None:
+    attach_trace(server, SUBJECT, TRACE)
+    first = host.look()
+    age(host, attached.FRESH_S + 1)
+    newer = trace_of(LAYER.digest, workload="newer")
+    digest = attach_trace(server, SUBJECT, newer)
+    with closing(opened(host)) as image:
+        config = OpenConfig(host.cache, host.settings, trace="auto")
+        search = TraceSearch(image, config, by_digest=True)
+        assert trio.run(search.find) == first
+        assert asked(server) == []
+        trio.run(search.freshen, clock=MockClock(autojump_threshold=0))
+    assert asked(server) == [f"referrers/{SUBJECT}", f"blobs/{digest}"]
+    server.stop()
+    found = host.look()
+    assert found is not None
+    assert found.trace == newer
+
+
+def test_a_workload_that_is_not_among_what_is_remembered(server: FaultServer, host: Host) -> None:
+    attach_trace(server, SUBJECT, trace_of(LAYER.digest, workload="web"))
+    assert host.look() is not None
+    attach_trace(server, SUBJECT, trace_of(LAYER.digest, workload="job"))
+    assert host.look("job") is None, "by digest it is believed that there is none"
+    assert host.look("job", by_digest=False) is not None
+
+
 def test_a_clock_that_was_set_back(server: FaultServer, host: Host) -> None:
     assert host.look() is None
     age(host, -1000)
@@ -482,7 +512,7 @@ def test_off_asks_nobody(server: FaultServer, host: Host) -> None:
 
 def opened(host: Host) -> ResolvedImage:
     reference = parse_reference(f"{host.server.host}/{host.server.repository}:1")
-    image = resolve(reference, host.settings, Counters())
+    image = resolve(reference, host.settings, Counters(), documents=host.cache.documents)
     host.server.seen.clear()
     return image
 

@@ -11,7 +11,7 @@ import pytest
 
 from lazyfs.checkpoint.trace import Trace, parse_trace
 from tests.faults import FaultServer
-from tests.mount.mounting import Mounts, command, is_alive, read_at, wait_until
+from tests.mount.mounting import Mounts, command, is_alive, lazyfs, read_at, wait_until
 from tests.mount.published import FEW, LAYERS, MIB, checkpoint_files, publish, write_layout
 
 FILES = checkpoint_files(3 * MIB)
@@ -127,6 +127,20 @@ def test_a_mount_that_is_ended_by_a_signal_leaves_its_trace(
     assert needed(read_trace(file)) == {SMALL: len(FILES[SMALL])}
 
 
+def test_one_that_is_recorded_as_usual_is_no_hint(
+    mounts: Mounts, local: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "a.trace"
+    mount = mounts.mount(local, "--record", file, "--as-usual")
+    read_at(mount / "mm-1.img", 0, 100)
+    assert mount.umount().code == 0
+    mount.wait_end()
+    trace = read_trace(file)
+    assert (trace.is_partial, needed(trace)) == (True, {SMALL: len(FILES[SMALL])})
+    done = lazyfs("trace", "push", *mounts.options(), local, file)
+    assert (done.code, "--as-usual" in done.err) == (2, True), done
+
+
 def test_one_that_is_killed_leaves_what_was_there(
     mounts: Mounts, local: str, tmp_path: Path
 ) -> None:
@@ -156,7 +170,8 @@ def test_of_what_nobody_has_read_there_is_no_trace(
         (["--record", "no/such/trace"], "cannot be written: No such file"),
         (["--record", "."], "is a directory"),
         (["--record", "a.trace", "--until", "soon"], "it is one of port:"),
-        (["--until", "5"], "--until is for --record"),
+        (["--until", "5"], "are for --record"),
+        (["--as-usual"], "are for --record"),
     ],
 )
 def test_what_cannot_be_recorded_is_told_before_anything_is_mounted(

@@ -21,7 +21,12 @@ SIZE_MIB = 64
 PERCENT = 10
 
 
-@pytest.fixture(scope="module", params=["regions", "scattered"])
+both = pytest.mark.parametrize("dumped", ["regions", "scattered"], indirect=True)
+regions = pytest.mark.parametrize("dumped", ["regions"], indirect=True)
+scattered = pytest.mark.parametrize("dumped", ["scattered"], indirect=True)
+
+
+@pytest.fixture(scope="module")
 def dumped(testbed: Testbed, shelf: Path, request: pytest.FixtureRequest) -> Checkpoint:
     options = {"size_mib": SIZE_MIB, "percent": PERCENT, "interval_ms": 20}
     return checkpoint(testbed, shelf / request.param, pattern=request.param, **options)
@@ -55,6 +60,7 @@ def loops_more(dumped: Checkpoint, count: int) -> str:
     return f"exec:sh -c 'test $(grep -c ^loop {dumped.status.path}) -ge {before + count}'"
 
 
+@both
 def test_a_restore_tells_what_was_needed_until_a_command_succeeds(
     dumped: Checkpoint, restorer: Restorer
 ) -> None:
@@ -94,6 +100,30 @@ def test_a_restore_tells_what_was_needed_until_a_command_succeeds(
     }
 
 
+@regions
+@pytest.mark.parametrize("lazy", [(), ("--lazy-pages",)], ids=["eager", "lazy pages"])
+def test_a_restore_as_usual_tells_what_went_on_and_is_no_hint(
+    dumped: Checkpoint, restorer: Restorer, lazy: tuple[str, ...]
+) -> None:
+    file = restorer.work / "a.trace"
+    started_s = time.time()
+    options = ("--json", "--as-usual", "--record", file, "--until", loops_more(dumped, 1))
+    ended = restorer.run(str(dumped.layer), *lazy, *options)
+    assert (ended.code, ended.err) == (0, ""), ended
+    with alive(ended.told["pid"], dumped, started_s) as process:
+        dumped.before.assert_goes_on(process)
+    trace = read_trace(file)
+    assert trace.is_partial
+    recording = trace.recording
+    assert recording is not None
+    assert recording.way == (lazy[0][2:].replace("-", " ") if lazy else "eager")
+    if not lazy:
+        assert pages_needed(trace) >= SIZE_MIB * MIB
+    came_bytes = sum(arrival.size_bytes for arrival in recording.arrivals)
+    assert came_bytes >= pages_needed(trace)
+
+
+@regions
 def test_a_restore_that_is_interrupted_leaves_what_was_recorded(
     dumped: Checkpoint, restorer: Restorer
 ) -> None:
@@ -113,6 +143,7 @@ def test_a_restore_that_is_interrupted_leaves_what_was_recorded(
     assert f"{file}" in ended.err
 
 
+@scattered
 def test_a_mount_records_a_restore_and_brings_the_rest_when_that_is_over(
     dumped: Checkpoint, work: Path
 ) -> None:

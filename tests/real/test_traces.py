@@ -1,4 +1,4 @@
-"""A real registry that has no referrers API: a trace is pushed, listed, found by mounts, replaced."""
+"""Traces in a registry without a referrers API: pushed, listed, found by mounts, replaced."""
 
 import json
 from collections.abc import Iterator
@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from testbed import Layer, Registry, Testbed, push_oci_image, skopeo_copy
+from testbed import Layer, Registry, Session, Testbed, push_oci_image, skopeo_copy
 from testbed.process import wait_until
 
-from lazyfs.checkpoint.trace import dump_trace
+from lazyfs.checkpoint.referrals import TRACE_TYPE
+from lazyfs.checkpoint.trace import TRACE_BLOB_TYPE, WORKLOAD_KEY, dump_trace
 from tests.real.checkpoints import Checkpoint, checkpoint
 from tests.real.mounts import Mount, lazyfs, mounted
 from tests.traces import trace_of
@@ -56,7 +57,7 @@ def process(testbed: Testbed, shelf: Path) -> Checkpoint:
 def image(testbed: Testbed, process: Checkpoint, work: Path) -> Iterator[Image]:
     with Registry(testbed, work / "registry", access_log=True) as registry:
         pushed = push_oci_image(registry.address, "team/image", "1", [Layer(process.layer)])
-        yield Image(registry, pushed.layers[0], work)
+        yield Image(registry, pushed.layers[0].digest, work)
 
 
 def workload_of(mount: Mount) -> str:
@@ -88,11 +89,32 @@ def test_pushed_listed_found_and_replaced(image: Image) -> None:
 
 def test_a_layout_that_skopeo_has_copied(testbed: Testbed, image: Image) -> None:
     layout = f"oci:{image.work}/layout:1"
-    skopeo_copy(testbed, f"docker://{image.reference}", layout, "--src-tls-verify=false")
-    done = lazyfs("trace", "push", "--json", layout, image.trace("web"))
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["listed_by"] == "index"
-    with mounted(layout, image.work / "mounted") as mount:
-        assert workload_of(mount) == "web"
-    back = f"docker://{image.registry.address}/team/again:1"
-    skopeo_copy(testbed, layout, back, "--dest-tls-verify=false")
+    with Session(testbed, [image.work]) as session:
+        skopeo_copy(session, f"docker://{image.reference}", layout, "--preserve-digests")
+        done = lazyfs("trace", "push", "--json", layout, image.trace("web"))
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["listed_by"] == "index"
+        with mounted(layout, image.work / "mounted") as mount:
+            assert workload_of(mount) == "web"
+        skopeo_copy(session, layout, f"docker://{image.registry.address}/team/again:1")
+
+
+def test_what_oras_lists_and_what_oras_attaches(testbed: Testbed, image: Image) -> None:
+    """Its artifacts name no document in the list: their own manifests do."""
+    first = image.push("web")
+    job = image.trace("job")
+    with Session(testbed, [image.work]) as session:
+        discover = ["oras", "discover", "--plain-http", "-o", "json", image.reference]
+        (listed,) = json.loads(session.run(discover))["manifests"]
+        assert listed["digest"] == first["artifact"]
+        assert listed["artifactType"] == TRACE_TYPE
+        session.run(
+            [
+                *("oras", "attach", "--plain-http", "--disable-path-validation"),
+                *("--artifact-type", TRACE_TYPE, "--annotation", f"{WORKLOAD_KEY}=job"),
+                *(image.reference, f"{job}:{TRACE_BLOB_TYPE}"),
+            ]
+        )
+    assert sorted(image.listed()) == ["job", "web"]
+    with mounted(image.reference, image.work / "mounted", "--workload=job") as mount:
+        assert workload_of(mount) == "job"
