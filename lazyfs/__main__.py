@@ -17,6 +17,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(_GARBAGE_OBJECTS)
     _open_standard_descriptors()
+    _leave_to_standby("lazyfs")
     try:
         from lazyfs.cli.main import run
     except KeyboardInterrupt:  # what a command itself does with it, `run` decides
@@ -27,9 +28,22 @@ def main() -> None:
 def mount_helper() -> None:
     """Do what mount(8) asks for and exit with a code of its own."""
     _open_standard_descriptors()
+    _leave_to_standby("mount.lazyfs")
     from lazyfs.cli.mount_helper import run_helper
 
     sys.exit(run_helper(sys.argv[1:]))
+
+
+def _leave_to_standby(program: str) -> None:
+    """Exit with a standby's exit code, if there is one that has been this command."""
+    try:
+        from lazyfs.standby.client import run_elsewhere
+
+        code = run_elsewhere(program)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    if code is not None:
+        sys.exit(code)
 
 
 def _leave(code: int) -> NoReturn:
