@@ -147,11 +147,14 @@ def _expect(wanted: bytes, answer: bytes) -> None:
 
 
 def _inheritable_descriptors() -> list[int]:
-    """Return those that a program which is started gets: all that our caller gave us."""
-    found = []
+    """Return those that a program which is started gets: all that our caller gave us.
+
+    And the standard ones, which he may have closed, and which are /dev/null then.
+    """
+    found = [0, 1, 2]
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - as above
         try:
-            if os.get_inheritable(int(name)):
+            if int(name) > found[2] and os.get_inheritable(int(name)):
                 found.append(int(name))
         except OSError:  # of the listing itself
             continue

@@ -60,12 +60,12 @@ def become(link: socket, client: int, origin: Origin, commands: Mapping[str, Com
         signal.set_wakeup_fd(-1)
         link.settimeout(_REQUEST_TIMEOUT_S)
         try:
-            command, link = _prepare(link, client, origin, commands)
+            command, link, blocked = _prepare(link, client, origin, commands)
         except (CannotBe, ValueError, OSError) as problem:
             with suppress(OSError):
                 link.send(wire.NO + f"it cannot be {problem}".encode()[: wire.REASON_MOST_BYTES])
             os._exit(0)
-        code = _run(command, sys.argv[1:])
+        code = _run(command, sys.argv[1:], blocked)
         with suppress(OSError):
             link.send(wire.ENDED + code.to_bytes(4, sys.byteorder))
     finally:
@@ -74,8 +74,11 @@ def become(link: socket, client: int, origin: Origin, commands: Mapping[str, Com
 
 def _prepare(
     link: socket, client: int, origin: Origin, commands: Mapping[str, Command]
-) -> tuple[Command, socket]:
-    """Take on what the client is; return its command, once it says GO."""
+) -> tuple[Command, socket, Sequence[int]]:
+    """Take on what the client is; return its command, once it says GO.
+
+    All signals are blocked then; those that are to be are returned, too.
+    """
     request, given = _receive(link)
     if request.identity != origin.identity:
         raise CannotBe("another lazyfs, or in another Python, than the standby is")
@@ -103,7 +106,7 @@ def _prepare(
     if link.recv(1) != wire.GO:
         os._exit(0)
     link.settimeout(None)
-    return command, link
+    return command, link, request.blocked
 
 
 def _receive(link: socket) -> tuple[wire.Request, list[int]]:
@@ -129,7 +132,8 @@ def _say_ready(link: socket) -> None:
 
 
 def _begin_anew(request: wire.Request, ignored: int) -> None:
-    """Be as an interpreter is that has just started for the request."""
+    """Be as an interpreter is that has just started for the request; with signals blocked."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     os.umask(request.umask)
     os.environb.clear()
     for each in request.environment:
@@ -150,7 +154,6 @@ def _begin_anew(request: wire.Request, ignored: int) -> None:
             signal.signal(number, signal.default_int_handler)
         elif signal.getsignal(number) != handler:
             signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
 
 
 def _open_streams(words: Sequence[str]) -> None:
@@ -183,9 +186,10 @@ def _ignored_by(client: int) -> int:
     raise CannotBe("told which signals are ignored")
 
 
-def _run(command: Command, arguments: Sequence[str]) -> int:
-    """Run it to its end, whatever that is; return the exit code."""
+def _run(command: Command, arguments: Sequence[str], blocked: Sequence[int]) -> int:
+    """Run it to its end, whatever that is, with these signals blocked; return the exit code."""
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         code = command(arguments)
     except KeyboardInterrupt:
         code = _INTERRUPTED

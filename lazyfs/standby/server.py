@@ -205,6 +205,8 @@ class Standby:
             kind = wire.ENDED if code >= 0 else wire.KILLED
             with link, suppress(OSError):
                 link.setblocking(False)
+                with suppress(BlockingIOError):  # what it has not read would be all that is heard
+                    link.recv(wire.REQUEST_MOST_BYTES)
                 link.send(kind + abs(code).to_bytes(4, sys.byteorder))
 
 
