@@ -275,7 +275,7 @@ def test_a_signal_ends_it_as_without(
         process.wait(20)
         may_go_on.set()  # a mount's daemon looks for who has asked for it when it is ready
         out, err = process.communicate(timeout=20)
-    assert (process.returncode, out, err) == (ended_by(number), "", "")
+    assert (process.returncode, out, err.strip()) == (ended_by(number), "", "")
     wait_until(lambda: not mounts.processes(), "nothing is left of it")
     assert not is_alive(deputy)
 
