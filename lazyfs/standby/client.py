@@ -27,8 +27,8 @@ _COMMANDS = frozenset(
 )
 _OWN_PROCESS = frozenset(["--foreground", "--shell-job", "-j"])
 """Words that ask for this very process, or its session."""
-_ANSWER_TIMEOUT_S = 1.0
-"""After that the standby is stopped, or stuck; a fork takes milliseconds."""
+_ANSWER_TIMEOUT_S = 3.0
+"""After that the standby is stopped, or stuck. A fork takes milliseconds, but hosts are busy."""
 _FAILED = 1
 _SIGNALLED = 128
 _TO_STOP = (_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU)
