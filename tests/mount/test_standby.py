@@ -280,7 +280,7 @@ def test_a_signal_ends_it_as_without(
     assert (process.returncode, out) == (ended_by(number), "")
     assert err.strip() in ("", "lazyfs: whoever asked for the mount is gone; unmounting")
     wait_until(lambda: not mounts.processes(), "nothing is left of it")
-    assert not is_alive(deputy)
+    wait_until(lambda: not is_alive(deputy), "its child has ended")
 
 
 def test_a_signal_that_is_ignored_is(
@@ -344,7 +344,7 @@ def test_commands_go_on_without_the_standby_that_they_came_from(
         may_go_on.set()
         out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (0, "")
-    assert not is_alive(deputy)
+    wait_until(lambda: not is_alive(deputy), "it has ended")
     mount = Mount(mounts.home / "mnt", Done(0, out, err))
     assert (mount / "pages-1.img").read_bytes() == DATA
     assert mount.umount().code == 0
