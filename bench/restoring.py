@@ -130,6 +130,7 @@ def lazyfs(
         row["served_bytes"] = state["bytes_read"]
         row["requests"] = state["requests"]
         if lazy == "own":
+            row["lazy_pages"] = state["lazy_pages"]
             wait_until(lambda: _are_home(mount.status()), "all memory is home", 300)
             row["all_home_s"] = time.time() - began
         bench.compare(restored)

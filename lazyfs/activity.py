@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
+from lazyfs.ground.journal import Journal, ReadNote
+
 _TELL_MOST = 32
 
 
@@ -37,13 +39,16 @@ _NO_FILE = _OpenFile("", 0)
 class Activity:
     """What goes on in one mount."""
 
-    def __init__(self) -> None:
+    def __init__(self, journal: Journal | None = None) -> None:
+        """`journal`: where reads are noted that have been answered, if somebody records."""
+        self._journal = journal
         self.open_directories = 0
         self.last_error: str | None = None
         self.last_error_at_s = 0.0
         """Seconds since the epoch."""
         self._files: dict[int, _OpenFile] = {}
         self._reads: dict[int, tuple[int, int, int, float]] = {}
+        self._waited: set[int] = set()
         self._number = 0
 
     @property
@@ -70,9 +75,20 @@ class Activity:
         self._reads[self._number] = (handle, offset, size_bytes, time.monotonic())
         return self._number
 
+    def read_waits(self, number: int) -> None:
+        """Note, for the journal, that its bytes are not here yet."""
+        self._waited.add(number)
+
     def read_ends(self, number: int) -> None:
         """Note that it has been answered."""
-        del self._reads[number]
+        read = self._reads.pop(number)
+        if self._journal is not None:
+            handle, offset, size_bytes, began_s = read
+            path, waited = self._files.get(handle, _NO_FILE).path, number in self._waited
+            self._waited.discard(number)
+            now_s = time.monotonic()
+            note = ReadNote(path, offset, size_bytes, began_s, now_s, is_fault=False, waited=waited)
+            self._journal.note_read(note)
 
     def failed(self, text: str) -> None:
         """Note an error that somebody was answered with."""

@@ -117,6 +117,8 @@ class CheckpointOperations(pyfuse3.Operations):
         self._activity = activity
         self._status = status
         self._is_root = os.geteuid() == 0
+        self.on_open: Callable[[Node, int], None] = lambda node, pid: None
+        """Told of each file that is opened, and by which process; 0 if that is not seen here."""
         self.begun = trio.Event()
         """Set when the kernel and we have agreed on how to talk."""
         self._readers: dict[int, Reader] = {}
@@ -206,14 +208,18 @@ class CheckpointOperations(pyfuse3.Operations):
         node = self._view.node(inode)
         self._readers[handle] = self._open_reader(node)
         self._activity.opened(handle, path_of(node), ctx.pid)
+        self.on_open(node, ctx.pid)
         return FileInfo(fh=FileHandleT(handle), keep_cache=True)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> Data:  # type: ignore[override]
         """Exactly the bytes that the file's size promises, or an error; a view, not a copy."""
+        reader = self._readers[fh]
         number = self._activity.read_begins(fh, off, size)
+        if self._counters.journal is not None and not reader.is_here(off, size):
+            self._activity.read_waits(number)
         try:
-            data = await self._readers[fh].read(off, size)
+            data = await reader.read(off, size)
         finally:
             self._activity.read_ends(number)
         self._counters.reads += 1

@@ -41,6 +41,18 @@ _GAUGES = {
     "safe_offline": ("safe_offline", "Whether nothing will be asked of the source any more"),
     "safe_unmount": ("safe_unmount", "Whether nobody holds a file or directory open"),
 }
+_LAZY_COUNTERS = {
+    "restores": ("lazy_restores", "Restores with lazy pages that have come to their end"),
+    "failures": ("lazy_restores_failed", "Restores whose tasks have been killed"),
+    "faults": ("lazy_faults", "Pages that a restored task has waited for"),
+    "faults_fetched": ("lazy_faults_fetched", "Those of them whose bytes were not here"),
+    "bytes_faulted": ("lazy_faulted_bytes", "Memory filled because of faults"),
+    "bytes_background": ("lazy_background_bytes", "Memory filled before anybody asked"),
+}
+_LAZY_GAUGES = {
+    "tasks": ("lazy_tasks", "Restored tasks that are being served"),
+    "missing_bytes": ("lazy_missing_bytes", "Their memory that has still to come"),
+}
 _INFO = ("reference", "directory", "view", "layer_format", "version")
 
 
@@ -72,7 +84,17 @@ class _Mount(Collector):
         for key, (name, text) in _GAUGES.items():
             if state[key] is not None:
                 yield GaugeMetricFamily(f"lazyfs_{name}", text, float(state[key]))
+        yield from self._lazy_pages()
         yield from self._places()
+
+    def _lazy_pages(self) -> Iterator[Metric]:
+        pages = self._state.get("lazy_pages")
+        if not isinstance(pages, Mapping):
+            return
+        for key, (name, text) in _LAZY_COUNTERS.items():
+            yield CounterMetricFamily(f"lazyfs_{name}", text, float(pages[key]))
+        for key, (name, text) in _LAZY_GAUGES.items():
+            yield GaugeMetricFamily(f"lazyfs_{name}", text, float(pages[key]))
 
     def _places(self) -> Iterator[Metric]:
         places = [each for each in self._state["places"] if isinstance(each, Mapping)]

@@ -25,6 +25,7 @@ from lazyfs.activity import Activity
 from lazyfs.address import Address
 from lazyfs.checkpoint.desk import OpenConfig
 from lazyfs.checkpoint.follow import open_followed
+from lazyfs.checkpoint.foresight import Foresight
 from lazyfs.checkpoint.opened import OpenedCheckpoint
 from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.checkpoint.view import View
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from lazyfs.checkpoint.host import Host
     from lazyfs.lazypages.guard import Guard
     from lazyfs.lazypages.server import LazyPages
+    from lazyfs.recorder import Recorder
+    from lazyfs.trace_file import RecordConfig
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +53,8 @@ _SWITCH_INTERVAL_S = 0.0005
 _GARBAGE_OBJECTS = 700
 """Python's own default, from which `__main__.py` departs for as long as modules are imported."""
 _METRICS = Route("GET", "/metrics")
+_ENDED = "the mount ended"
+"""What is said of a recording that nobody has ended before."""
 _SMALL_FILE_BYTES = MIB
 _SMALL_FILES_BYTES = 32 * MIB
 _READAHEAD_KIB = 1024
@@ -85,6 +90,8 @@ class MountConfig:
     """What mountinfo shows as the mount's source; None: the reference, pinned."""
     noexec: bool = False
     """Whether nobody may execute a file of it."""
+    recording: "RecordConfig | None" = None
+    """Where to write what was needed of it, if that is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,17 +136,35 @@ async def _serve(
     config: MountConfig, doubts: "_Doubts", on_ready: Callable[[Ready], None], notifier: Notifier
 ) -> None:
     is_image = config.view == "image"
-    async with open_followed(config.reference, config.open, unpack=is_image) as checkpoint:
+    opening, counters = config.open, None
+    recorder = _recorder(config)
+    if recorder is not None:
+        opening, counters = recorder.opening(opening), recorder.counters(opening)
+    async with open_followed(config.reference, opening, counters, unpack=is_image) as checkpoint:
         view = View(await _root(checkpoint, config.view), checkpoint.grafts_of(config.view))
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(_stop_on_signal, nursery.cancel_scope)
                 nursery.start_soon(_warm, checkpoint, view)
-                mount = _Mount(config, checkpoint, view, doubts, notifier)
+                is_for_restore = config.restores is not None or config.lazy_pages is not None
+                foresight = Foresight(checkpoint, everything=is_for_restore)
+                nursery.start_soon(foresight.run)
+                mount = _Mount(config, checkpoint, view, doubts, notifier, foresight, recorder)
                 await mount.live(on_ready)
                 nursery.cancel_scope.cancel()
         except BaseExceptionGroup as group:
             raise_sole_error(group)
+        finally:
+            if recorder is not None:
+                await recorder.finish(_ENDED)
+
+
+def _recorder(config: MountConfig) -> "Recorder | None":
+    if config.recording is None:
+        return None
+    from lazyfs.recorder import Recorder
+
+    return Recorder(config.recording)
 
 
 class _Doubts:
@@ -217,14 +242,17 @@ class _Mount:
         view: View,
         doubts: _Doubts,
         notifier: Notifier,
+        foresight: Foresight,
+        recorder: "Recorder | None" = None,
     ) -> None:
+        self._recorder = recorder
         self._config = config
         self._checkpoint = checkpoint
         self._view = view
         self._doubts = doubts
         self._notifier = notifier
         self._whole = Whole(checkpoint)
-        activity = Activity()
+        activity = Activity(checkpoint.counters.journal)
         self._state = MountState(
             config.directory,
             config.view,
@@ -235,19 +263,27 @@ class _Mount:
             self._whole.as_json,
             config.restores,
         )
+        self._state.prefetch = foresight.as_json
+        if recorder is not None:
+            recorder.opened(checkpoint, self._state.figures)
         self._lazy_pages = self._pages()
         if self._lazy_pages is not None:
             self._state.lazy_pages = self._lazy_pages.as_json
         self._operations = fuse.CheckpointOperations(
             view, checkpoint.reader, checkpoint.counters, activity, self._state.as_xattr
         )
+        self._operations.on_open = foresight.note_open
 
     def _pages(self) -> "LazyPages | None":
         if self._config.lazy_pages is None or self._config.guard is None:
             return None
         from lazyfs.lazypages.server import LazyPages
 
-        return LazyPages(self._checkpoint, self._config.guard)
+        pages = LazyPages(self._checkpoint, self._config.guard)
+        if self._recorder is not None and self._recorder.is_precise:
+            pages.be_precise()
+            self._recorder.on_end = pages.be_whole
+        return pages
 
     async def live(self, on_ready: Callable[[Ready], None]) -> None:
         """Mount; come back when that has ended, and nobody waits for memory any more."""
@@ -259,6 +295,8 @@ class _Mount:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._lazy_pages.run, listening)
                     await self._live(on_ready)
+                    if self._recorder is not None:
+                        await self._recorder.finish(_ENDED)
                     if not self._lazy_pages.is_idle:
                         log.info("unmounted, but there are tasks that wait for their memory")
                         await self._lazy_pages.wait_idle()
@@ -330,6 +368,8 @@ class _Mount:
         messages = tuple(doubts.messages)
         on_ready(Ready(checkpoint.reference, directory, messages, findings, checkpoint.stub))
         self._notifier.tell(READY="1")
+        if self._recorder is not None:
+            nursery.start_soon(self._recorder.mounted)
         nursery.start_soon(self._notifier.keep_telling, self._describe)
         if config.check_with is None:
             await doubts.look_inside(checkpoint)

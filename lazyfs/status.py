@@ -42,6 +42,8 @@ class MountState:
     """What it is mounted for, if only for that."""
     lazy_pages: Callable[[], Mapping[str, Any] | None] = lambda: None
     """How it is with the tasks whose memory is served as it is wanted; None if that is not done."""
+    prefetch: Callable[[], Mapping[str, Any] | None] = lambda: None
+    """How it is with what is fetched before anybody asks."""
 
     def as_json(self) -> dict[str, Any]:
         """Return what `docs/json.md` describes."""
@@ -78,8 +80,10 @@ class MountState:
             "reading": [_plain(asdict(each)) for each in activity.reading()],
             "fetches": [_plain(asdict(each)) for each in checkpoint.desk.fetcher.waiting()],
             "places": _places(checkpoint),
+            "trace": _trace(checkpoint),
             "completion": self.completion(),
             "lazy_pages": self.lazy_pages(),
+            "prefetch": self.prefetch(),
             "failed": str(poison) if poison is not None else None,
             "last_error": activity.last_error and activity.last_error[:_TEXT_MOST],
             "last_error_at": _iso(activity.last_error_at_s) if activity.last_error else None,
@@ -87,6 +91,18 @@ class MountState:
             "layers": layers[:_LISTED_MOST],
             **checkpoint.counters.snapshot(),
             "warnings": list(self.warnings),
+        }
+
+    def figures(self) -> dict[str, Any]:
+        """Return the numbers of it, for a recording."""
+        layers = self.checkpoint.image_layers
+        return {
+            "layer_bytes": sum(layer.descriptor.size_bytes for layer in layers),
+            "content_bytes": _sum(layer.content_bytes for layer in layers),
+            "here_bytes": sum(layer.content.here_bytes() for layer in layers),
+            "lazy_pages": self.lazy_pages(),
+            "trace": _trace(self.checkpoint),
+            **self.checkpoint.counters.snapshot(),
         }
 
     def as_xattr(self) -> bytes:
@@ -149,6 +165,17 @@ def _places(checkpoint: OpenedCheckpoint) -> list[dict[str, Any]]:
     source = checkpoint.image.source
     healths = source.healths() if source is not None else ()
     return [health.snapshot() for health in healths[:_LISTED_PLACES_MOST]]
+
+
+def _trace(checkpoint: OpenedCheckpoint) -> dict[str, Any] | None:
+    trace = checkpoint.trace
+    if trace is None:
+        return None
+    return {
+        "source": checkpoint.trace_source,
+        "workload": trace.workload[:_TEXT_MOST],
+        "needed_bytes": checkpoint.trace_bytes,
+    }
 
 
 def _plain(value: Any) -> Any:

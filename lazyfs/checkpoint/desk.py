@@ -21,6 +21,7 @@ from lazyfs.transport.retry import Fetcher
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.ahead import Ahead
+    from lazyfs.checkpoint.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class OpenConfig:
     """The image, if it is being resolved already."""
     trace: Literal["off", "auto"] | Path = "off"
     """Where what to fetch first is had from: nowhere, what is attached to the image, a file."""
+    given_trace: "Trace | None" = None
+    """What that file says, read before anything began."""
     workload: str = ""
     """Of several traces that are attached, whose to take."""
 

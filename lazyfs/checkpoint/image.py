@@ -5,7 +5,7 @@ one: an archive on this machine is opened without loading an HTTP library. A che
 outside of any image is an image of one layer without a digest, and so is an unpacked one.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from lazyfs.checkpoint.reference import (
     Reference,
     RegistryReference,
 )
-from lazyfs.checkpoint.remembered import RememberingSource
+from lazyfs.checkpoint.referrals import Referrals
+from lazyfs.checkpoint.remembered import RememberingSource, is_remembered
 from lazyfs.content.documents import Documents
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
@@ -63,6 +64,8 @@ class ResolvedImage:
     """The index's, its descriptor's, and the manifest's own, each over the one before."""
     source: ImageSource | None = field(repr=False)
     """Where manifests and blobs come from; None for an archive."""
+    referrals: Referrals | None = field(repr=False, default=None)
+    """Who refers to it; None for an archive."""
     _archive: Blob | None = field(repr=False, default=None)
 
     @property
@@ -84,6 +87,11 @@ class ResolvedImage:
     def layers(self) -> tuple[LayerDescriptor, ...]:
         """The layers, from the base up."""
         return self.manifest.layers
+
+    @property
+    def repository(self) -> str:
+        """Its name without a digest: what only this repository holds is kept under it."""
+        return self.reference.partition("@")[0]
 
     @property
     def is_remote(self) -> bool:
@@ -175,10 +183,13 @@ def resolve(
     *,
     authfile: Path | None = None,
     documents: Documents | None = None,
+    early: Iterable[str] = (),
 ) -> ResolvedImage:
     """Open the source and read the manifest. Blocks, in a thread.
 
     `documents`: where manifests are that earlier mounts have read, and where `save` keeps them.
+    `early`: types of referrers that are asked for beside a manifest that is named by its digest, if
+    nothing is remembered of it.
 
     Raises:
         SourceError: the image cannot be had.
@@ -195,9 +206,22 @@ def resolve(
         if reference.digest is None and not holds_image(reference.directory):
             return _outside_of_images(str(reference), UnpackedDirectory(reference.directory), _TAR)
     source = _open_source(reference, patient, counters, authfile)
-    if documents is not None and isinstance(reference, RegistryReference):
-        source = RememberingSource(source, documents, f"{reference.host}/{reference.repository}")
-    return _resolve_in(source, reference)
+    referrals = Referrals(source)
+    if isinstance(reference, RegistryReference):
+        name = f"{reference.host}/{reference.repository}"
+        digest = reference.digest if source.is_settled else None
+        if digest is not None and not _is_known(digest, name, documents):
+            referrals.begin(digest, early)
+        if documents is not None:
+            source = RememberingSource(source, documents, name)
+    return _resolve_in(source, reference, referrals)
+
+
+def _is_known(digest: Digest, name: str, documents: Documents | None) -> bool:
+    """Whether something is remembered of an image, or of what was attached to it."""
+    return documents is not None and any(
+        is_remembered(documents, digest, name, kind) for kind in ("manifest", "trace")
+    )
 
 
 def _open_source(
@@ -245,16 +269,18 @@ def _open_image_archive(
     return kind(archive, members, counters=counters)
 
 
-def _resolve_in(source: ImageSource, reference: ImageReference) -> ResolvedImage:
+def _resolve_in(
+    source: ImageSource, reference: ImageReference, referrals: Referrals
+) -> ResolvedImage:
     """Read manifests until one describes layers. Closes `source` if none does."""
     try:
-        return _follow(source, reference)
+        return _follow(source, reference, referrals)
     except BaseException:
         source.close()
         raise
 
 
-def _follow(source: ImageSource, reference: ImageReference) -> ResolvedImage:
+def _follow(source: ImageSource, reference: ImageReference, referrals: Referrals) -> ResolvedImage:
     served = source.manifest(reference.wanted)
     annotations: dict[str, str] = {}
     platform: Platform | None = None
@@ -273,6 +299,7 @@ def _follow(source: ImageSource, reference: ImageReference) -> ResolvedImage:
                 platform=platform,
                 annotations={**annotations, **parsed.annotations},
                 source=source,
+                referrals=referrals,
             )
         entry = manifests.choose(parsed, manifests.this_platform(), str(reference))
         annotations = {**parsed.annotations, **annotations, **entry.descriptor.annotations}
@@ -320,7 +347,8 @@ def _resolve_archive(
         scheme = _scheme_of(blob)
         if scheme is not None:
             found = ImageArchiveReference(scheme, reference.path)
-            return _resolve_in(_open_image_archive(found, blob, counters), found)
+            source = _open_image_archive(found, blob, counters)
+            return _resolve_in(source, found, Referrals(source))
     try:
         head = _read_head(blob, patient, counters)
     except BaseException:

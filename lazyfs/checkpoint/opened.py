@@ -2,6 +2,7 @@
 
 import logging
 import math
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from itertools import groupby
 import trio
 
 from lazyfs.checkpoint import image as images
+from lazyfs.checkpoint.attached import TraceSearch
 from lazyfs.checkpoint.criu import is_pages
 from lazyfs.checkpoint.desk import Desk, OpenConfig
 from lazyfs.checkpoint.engines import origin_of
@@ -22,6 +24,8 @@ from lazyfs.checkpoint.overlay import drop_whiteouts, lay_over
 from lazyfs.checkpoint.placed import PlacedLayer
 from lazyfs.checkpoint.plan import Plan
 from lazyfs.checkpoint.reference import Reference, parse_reference
+from lazyfs.checkpoint.referrals import TRACE_TYPE, ask_who_refers, trusts_referrers
+from lazyfs.checkpoint.trace import Trace
 from lazyfs.checkpoint.tree import Filling, Node, Tree, path_of
 from lazyfs.checkpoint.trust import insist_on_digest, insist_on_proof
 from lazyfs.checkpoint.unpacked import Unpacker
@@ -70,6 +74,14 @@ class OpenedCheckpoint:
         """Directories to be shown in place of `parent` links."""
         self.images: ImagesDirectory | None = None
         self._pages: dict[Node, ByteRange] = {}
+        self.trace: Trace | None = None
+        """What a workload needed of this image, as far as anybody has said (`trace_known`)."""
+        self.trace_source = ""
+        """Where that was had: "file", or the digest of what is attached to the image."""
+        self.trace_bytes = 0
+        """How much was needed, as it says."""
+        self.trace_known = trio.Event()
+        """Set once it is known whether there is a trace; never waited for by a mount."""
         self.plan: Plan | None = None
         """What is fetched before anybody asks, once that is known (`plan_known`)."""
         self.plan_known = trio.Event()
@@ -250,6 +262,12 @@ class OpenedCheckpoint:
         for layer in self.image_layers:
             await layer.save()
 
+    async def leave(self) -> None:
+        """Keep what there is to keep, now that nobody reads any more."""
+        await trio.to_thread.run_sync(self.image.save)
+        for layer in self.layers:
+            await layer.leave()
+
     def close(self) -> None:
         """Let go of what the layers hold."""
         for layer in self.layers:
@@ -294,13 +312,13 @@ async def open_checkpoint(
     """
     parsed = parse_reference(reference)
     image, counters = await _resolve(parsed, reference, config, counters)
+    if counters.journal is not None:
+        counters.journal.mark("resolved", time.monotonic())
     name = image.reference.partition("@")[0]
     by_digest = getattr(parsed, "digest", None) is not None
-    trusts_referrers = config.referrers == "always" or (
-        config.referrers == "auto" and not by_digest
-    )
+    trusts = trusts_referrers(config.referrers, by_digest=by_digest)
     fetcher = Fetcher(config.transport, counters)
-    desk = Desk(config, fetcher, Lanes(config.content), name, trusts_referrers)
+    desk = Desk(config, fetcher, Lanes(config.content), name, trusts)
     checkpoint = OpenedCheckpoint(image, desk, by_digest=by_digest)
     try:
         look_at(image)
@@ -308,6 +326,9 @@ async def open_checkpoint(
             insist_on_digest(checkpoint)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(checkpoint.run_jobs)
+            if config.trace == "auto":
+                ask_who_refers(image, config.cache.documents, trusts_referrers=trusts)
+            checkpoint.do(partial(_find_trace, checkpoint))
             with _named(image.reference):
                 await _open_layers(checkpoint, unpack=unpack)
             if config.content.verify == "strict":
@@ -316,7 +337,7 @@ async def open_checkpoint(
                 await checkpoint.prove(config.on_proof)
             checkpoint.do(checkpoint.save)
             yield checkpoint
-            await checkpoint.save()
+            await checkpoint.leave()
             nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise_sole_error(group)
@@ -336,11 +357,25 @@ async def _resolve(
         image = await trio.to_thread.run_sync(coming.result, abandon_on_cancel=True)
     else:
         counters = counters if counters is not None else Counters()
-        resolve = partial(images.resolve, documents=config.cache.documents)
+        early = (TRACE_TYPE,) if config.trace == "auto" else ()
+        resolve = partial(images.resolve, documents=config.cache.documents, early=early)
         image = await trio.to_thread.run_sync(
             resolve, parsed, config.transport, counters, abandon_on_cancel=True
         )
     return image, counters
+
+
+async def _find_trace(checkpoint: OpenedCheckpoint) -> None:
+    """Look for a trace beside the opening of layers, which does not wait for it."""
+    image, config = checkpoint.image, checkpoint.desk.config
+    search = TraceSearch(image, config, by_digest=checkpoint.by_digest)
+    try:
+        found = await search.find()
+        if found is not None:
+            checkpoint.trace, checkpoint.trace_source, checkpoint.trace_bytes = found
+    finally:
+        checkpoint.trace_known.set()
+    await search.freshen()
 
 
 async def _open_layers(checkpoint: OpenedCheckpoint, *, unpack: bool) -> None:

@@ -20,6 +20,7 @@ from lazyfs.content.fill import fill
 from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent, at_once
 from lazyfs.content.model import Reader
+from lazyfs.content.prefetch import Prefetch
 from lazyfs.content.readahead import FileReader, Readahead
 from lazyfs.content.streamed import StreamedContent, StreamReader
 from lazyfs.ground.digest import Digest
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _COALESCE_BYTES = MIB
 _STREAM_LOOK_BYTES = 64 * 1024
+_NOTE_AFTER_S = 3.0
 
 
 class OpenedLayer:
@@ -51,6 +53,7 @@ class OpenedLayer:
         """Begin with an index; nothing is fetched before somebody asks, or `run` runs."""
         descriptor = placed.descriptor
         self.descriptor = descriptor
+        self.blob_name = blob.name
         self.placed = placed
         self.format_name = index.format_name
         self.completion: Completion | DecodedCompletion | None = None
@@ -179,12 +182,20 @@ class OpenedLayer:
             await self._readahead.run()
 
     async def leave_note(self) -> None:
-        """Leave a note in the cache of how the layer is cut, for `lazyfs cache verify`."""
-        if self._noted_in is None or not isinstance(self.content, LayerContent):
+        """Leave a note in the cache of how the layer is cut, for `lazyfs cache verify`.
+
+        Not at once: of 100,000 chunks it keeps the interpreter for 0.1 s, from those who read
+        first.
+        """
+        if self._noted_in is not None:
+            await trio.sleep(_NOTE_AFTER_S)
+            await self._leave_note()
+
+    async def _leave_note(self) -> None:
+        noted_in, self._noted_in = self._noted_in, None
+        if noted_in is None or not isinstance(self.content, LayerContent):
             return
-        job = partial(
-            leave_note, self._noted_in, self.content.chunks, trio.from_thread.check_cancelled
-        )
+        job = partial(leave_note, noted_in, self.content.chunks, trio.from_thread.check_cancelled)
         with suppress(OSError):
             await trio.to_thread.run_sync(job)
 
@@ -197,6 +208,11 @@ class OpenedLayer:
                 while not self._may_be_remembered and self.content.poison is None:
                     await self.content.wait_news()
             await self.save()
+
+    async def leave(self) -> None:
+        """Do at once what `leave_note` and `remember` would, as far as that can be."""
+        await self._leave_note()
+        await self.save()
 
     async def save(self) -> None:
         """Keep at once what `remember` would, if that is proven already."""
@@ -216,6 +232,29 @@ class OpenedLayer:
         """Fetch ranges at once, neighbours in one request. A stream brings them by itself."""
         if not self.is_stream:
             await self._ensure(ranges, Lane.READAHEAD)
+
+    async def expect(self, traced: Sequence[ByteRange]) -> None:
+        """Fetch what a trace names, ahead of everything; a stream comes in its own order."""
+        if self._readahead is not None:
+            placed = await trio.to_thread.run_sync(self._readahead.prefetch.placed, traced)
+            self._readahead.expect(placed)
+
+    def follow(self, rest: Sequence[ByteRange]) -> None:
+        """Fetch all that a restore reads, in its order, behind what is wanted at once."""
+        if self._readahead is not None:
+            self._readahead.follow(rest)
+
+    async def wait_long_read(self) -> None:
+        """Come back when somebody reads a file of it on and on, from now on; of a stream never."""
+        if self._readahead is None:
+            await trio.sleep_forever()
+        else:
+            await self._readahead.wait_long_read()
+
+    @property
+    def prefetched(self) -> Prefetch | None:
+        """What is fetched of it ahead of all readers; None for a stream."""
+        return self._readahead.prefetch if self._readahead is not None else None
 
     async def prove(self, on_progress: Callable[[int, int], None] | None = None) -> None:
         """Prove the whole layer, if its chunks do not prove themselves.

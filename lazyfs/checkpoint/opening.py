@@ -76,7 +76,8 @@ class Ztocs:
         if image.source is None or image.digest is None:
             return {}
         annotations = image.manifest.annotations  # those that its digest proves
-        find = partial(find_ztocs, referrers=self._referrers)
+        referrers = image.referrals.of if image.referrals and self._referrers else None
+        find = partial(find_ztocs, referrers=referrers)
         return await trio.to_thread.run_sync(
             find, image.source, image.digest, annotations, image.layers, abandon_on_cancel=True
         )

@@ -26,7 +26,7 @@ from lazyfs.ground.errors import IntegrityError, LazyfsError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.place import Health
-from lazyfs.transport.source import ImageSource, Manifest, ReferrerDescriptor
+from lazyfs.transport.source import ImageSource, Manifest, Referrers
 
 _LABEL_MOST = 255
 _LIST_MOST_BYTES = 64 * 1024
@@ -77,9 +77,18 @@ class RememberingSource:
         self._note(digest, "blob", [data])
         return data
 
-    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+    def referrers(self, digest: Digest, *artifact_types: str) -> Referrers:
         """Return what refers to the manifest. See `ImageSource.referrers`."""
-        return self._source.referrers(digest, artifact_type)
+        return self._source.referrers(digest, *artifact_types)
+
+    def read_offer(self, digest: Digest, size_bytes: int, *, is_manifest: bool = False) -> bytes:
+        """Return what a referrer offers. See `ImageSource.read_offer`."""
+        return self._source.read_offer(digest, size_bytes, is_manifest=is_manifest)
+
+    @property
+    def is_settled(self) -> bool:
+        """As its source. See `ImageSource.is_settled`."""
+        return self._source.is_settled
 
     def healths(self) -> Sequence[Health]:
         """Return how each place has behaved. See `ImageSource.healths`."""
@@ -117,9 +126,12 @@ class RememberingSource:
         self._new[name_of(digest, kind, self._repository)] = pieces
 
 
-def is_remembered(documents: Documents, digest: Digest, name: str) -> bool:
-    """Whether there is a document of a manifest; it may turn out to be damaged."""
-    return documents.has(name_of(digest, "manifest", name))
+def is_remembered(documents: Documents, digest: Digest, name: str, kind: str = "manifest") -> bool:
+    """Whether there is a document of a manifest; it may turn out to be damaged.
+
+    Or of something else that is kept by the manifest's digest: the "trace" (`attached.py`).
+    """
+    return documents.has(name_of(digest, kind, name))
 
 
 class IndexMemory:

@@ -13,21 +13,20 @@ Source: soci-snapshotter, `soci/soci_index.go` (types and annotations), `soci/so
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lazyfs.checkpoint.manifest import ImageManifest, parse_manifest
+from lazyfs.checkpoint.referrals import INDEX_DIGEST_KEY, INDEX_V1
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import LazyfsError, MalformedError
 from lazyfs.ground.settings import MIB
 from lazyfs.layers.model import LayerDescriptor
-from lazyfs.transport.source import ImageSource
+from lazyfs.transport.source import ImageSource, ReferrerDescriptor
 
-INDEX_V1 = "application/vnd.amazon.soci.index.v1+json"
 INDEX_V2 = "application/vnd.amazon.soci.index.v2+json"
 ZTOC_TYPE = "application/octet-stream"
 """Other things in an index, lists of what to prefetch, have types of their own."""
-INDEX_DIGEST_KEY = "com.amazon.soci.index-digest"
 LAYER_DIGEST_KEY = "com.amazon.soci.image-layer-digest"
 
 _log = logging.getLogger(__name__)
@@ -57,11 +56,12 @@ def find_ztocs(
     annotations: Mapping[str, str],
     layers: Sequence[LayerDescriptor],
     *,
-    referrers: bool = True,
+    referrers: Callable[[Digest, str], Sequence[ReferrerDescriptor]] | None,
 ) -> dict[Digest, ZtocRef]:
     """Return the zTOCs of an image's layers, by the layers' digests. Blocks, in a thread.
 
-    `referrers`: whether to ask for indexes that only refer to the image.
+    `referrers`: tells what of a type refers to a manifest; None not to ask for indexes that only
+    refer to the image.
 
     `digest`: of the image manifest. `annotations`: the manifest's own, and no others: those of a
     descriptor, in an OCI layout say, are not proven by the manifest's digest.
@@ -79,10 +79,10 @@ def find_ztocs(
             _log.info("%s: the SOCI index that %s names has none of its layers", digest, what)
         except LazyfsError as error:
             _log.warning("%s: %s names no SOCI index that can be used: %s", digest, what, error)
-    if not referrers:
+    if referrers is None:
         return {}
     until_s = time.monotonic() + _REFERRERS_TRIED_S
-    for referrer in source.referrers(digest, INDEX_V1)[:_REFERRERS_TRIED_MOST]:
+    for referrer in referrers(digest, INDEX_V1)[:_REFERRERS_TRIED_MOST]:
         if time.monotonic() > until_s:
             break
         what = f"the referrer {referrer.digest}"

@@ -14,7 +14,7 @@ their fields.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 import zstandard
@@ -22,8 +22,6 @@ import zstandard
 from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.settings import KIB, MIB
 
-TRACE_TYPE = "application/vnd.lazyfs.trace.v1"
-"""The artifact type of a manifest that attaches one to an image."""
 TRACE_BLOB_TYPE = "application/vnd.lazyfs.trace.v1+zstd"
 """The media type of the document."""
 WORKLOAD_KEY = "lazyfs.trace.workload"
@@ -38,12 +36,16 @@ HINT_LIMIT_BYTES = 4 * MIB
 RECORDING_LIMIT_BYTES = 64 * MIB
 """Of a file that somebody names on the command line."""
 _UNPACKED_LIMIT_BYTES = 256 * MIB
+_HINT_UNPACKED_LIMIT_BYTES = 16 * MIB
+"""What it becomes in memory is ten times that, at worst."""
 _VERSION = 1
-_LAYERS_MOST = 512
-_FILES_MOST = 64 * 1024
+LAYERS_MOST = 512
+FILES_MOST = 64 * 1024
 _NEEDS_MOST = 500_000
 _EVENTS_MOST = 2_000_000
 _ZSTD_LEVEL = 6
+
+_Document = TypeVar("_Document")
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Text = Annotated[str, msgspec.Meta(max_length=4 * KIB)]
@@ -164,6 +166,8 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
     layers: list[TracedLayer] = []
     files: list[TracedFile] = []
     needs: list[Need] = []
+    is_partial: bool = False
+    """More was brought meanwhile than was asked for, and nobody knows what of that was needed."""
     recording: Recording | None = None
 
     @property
@@ -172,8 +176,12 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return sum(need.size_bytes for need in self.needs)
 
     def hint(self) -> "Trace":
-        """Return what others may have of it."""
-        return msgspec.structs.replace(self, recording=None)
+        """Return what others may have of it: files that nothing was needed of are left out."""
+        needed = sorted({need.file for need in self.needs})
+        numbers = {number: index for index, number in enumerate(needed)}
+        files = [self.files[number] for number in needed]
+        needs = [msgspec.structs.replace(need, file=numbers[need.file]) for need in self.needs]
+        return msgspec.structs.replace(self, files=files, needs=needs, recording=None)
 
 
 def dump_trace(trace: Trace) -> bytes:
@@ -183,26 +191,56 @@ def dump_trace(trace: Trace) -> bytes:
 
 
 def parse_trace(data: bytes, name: str) -> Trace:
-    """Read a document that may be hostile; `name` is for messages.
+    """Read a document that somebody named, recording and all; `name` is for messages.
 
     Raises:
         MalformedError: it is no trace, or one of a later version, or larger than is believed.
     """
-    try:
-        with zstandard.ZstdDecompressor(max_window_size=_UNPACKED_LIMIT_BYTES).stream_reader(
-            data
-        ) as reader:
-            text = reader.read(_UNPACKED_LIMIT_BYTES + 1)
-    except zstandard.ZstdError as error:
-        raise MalformedError(f"{name} is no trace: {error}") from None
-    if len(text) > _UNPACKED_LIMIT_BYTES:
-        raise MalformedError(f"{name} is larger than is believed of a trace")
-    try:
-        trace = msgspec.json.decode(text, type=Trace)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise MalformedError(f"{name} is no trace: {error}") from None
+    trace = _decoded(_unpacked(data, _UNPACKED_LIMIT_BYTES, name), Trace, name)
     _check(trace, name)
     return trace
+
+
+def parse_hint(data: bytes, name: str) -> Trace:
+    """Read a document of a stranger; of its recording, if it has one, nothing. As `parse_trace`."""
+    if len(data) > HINT_LIMIT_BYTES:
+        raise MalformedError(f"{name} is larger than is believed of a hint")
+    hint = _decoded(_unpacked(data, _HINT_UNPACKED_LIMIT_BYTES, name), _Hint, name)
+    trace = Trace(**msgspec.structs.asdict(hint))
+    _check(trace, name)
+    return trace
+
+
+class _Hint(msgspec.Struct, frozen=True, kw_only=True):
+    """A trace without its recording, which is passed over as it is read."""
+
+    version: int = _VERSION
+    workload: Text = ""
+    made_by: Text = ""
+    until: Text = ""
+    layers: list[TracedLayer] = []
+    files: list[TracedFile] = []
+    needs: list[Need] = []
+    is_partial: bool = False
+
+
+def _unpacked(data: bytes, limit_bytes: int, name: str) -> bytes:
+    try:
+        decompressor = zstandard.ZstdDecompressor(max_window_size=limit_bytes)
+        with decompressor.stream_reader(data) as reader:
+            text = reader.read(limit_bytes + 1)
+    except zstandard.ZstdError as error:
+        raise MalformedError(f"{name} is no trace: {error}") from None
+    if len(text) > limit_bytes:
+        raise MalformedError(f"{name} is larger than is believed of a trace")
+    return bytes(text)
+
+
+def _decoded(text: bytes, kind: type[_Document], name: str) -> _Document:
+    try:
+        return msgspec.json.decode(text, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise MalformedError(f"{name} is no trace: {error}") from None
 
 
 def _check(trace: Trace, name: str) -> None:
@@ -219,8 +257,8 @@ def _check(trace: Trace, name: str) -> None:
         recording.marks,
     )
     limits = (
-        (len(trace.layers), _LAYERS_MOST, "layers"),
-        (len(trace.files), _FILES_MOST, "files"),
+        (len(trace.layers), LAYERS_MOST, "layers"),
+        (len(trace.files), FILES_MOST, "files"),
         (len(trace.needs), _NEEDS_MOST, "needs"),
         (sum(map(len, events)), _EVENTS_MOST, "events"),
     )

@@ -61,9 +61,16 @@ COMMANDS: Mapping[str, _Lazy] = {
         "lazyfs.cli.stub:stub_command",
         "Write the stub of a checkpoint image: all of it but memory.",
     ),
+    "trace": _Lazy(
+        "lazyfs.cli.trace:trace_command",
+        "Look after traces: what a workload needs of a checkpoint, first needed first.",
+    ),
     "ls": _Lazy("lazyfs.cli.ls:ls_command", "List the files of a checkpoint."),
     "cat": _Lazy("lazyfs.cli.cat:cat_command", "Write a file of a checkpoint to standard output."),
     "cache": _Lazy("lazyfs.cli.cache:cache_command", "Look after what mounts have kept."),
+    "report": _Lazy(
+        "lazyfs.cli.report:report_command", "Show where the seconds of a recorded restore went."
+    ),
     "runtime": _Lazy(
         "lazyfs.cli.runtime:runtime_command",
         "Run an OCI runtime; a restore of a stub becomes one of its real image.",

@@ -20,10 +20,12 @@ from lazyfs.cli.options import (
     REFERENCE_HELP,
     SourceOptions,
     follow_option,
+    record_options,
     source_options,
     verbose_option,
 )
 from lazyfs.cli.text import printable
+from lazyfs.cli.trace_options import trace_options
 from lazyfs.content.private_dir import make_private
 from lazyfs.ground.errors import LazyfsError, UsageError
 from lazyfs.systemd import Notifier
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from lazyfs.mount import Ready
+    from lazyfs.trace_file import RecordConfig
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +82,10 @@ _LOG_NAME_MOST_BYTES = 200
     help="Serve memory, as it is wanted, to what `criu restore --lazy-pages -W WORK_DIR` restores "
     "from DIR; in place of `criu lazy-pages`. Who misses memory when this daemon ends is killed.",
 )
+@record_options
 @source_options
 @follow_option
+@trace_options
 def mount_command(
     reference: str,
     directory: Path,
@@ -92,6 +97,9 @@ def mount_command(
     source_name: str | None,
     noexec: bool,
     lazy_pages: Path | None,
+    record: Path | None,
+    until: str | None,
+    as_usual: bool,
     source: SourceOptions,
 ) -> int:
     """Show a checkpoint as a directory, fetched as it is read.
@@ -117,6 +125,8 @@ def mount_command(
         directory = mountpoint.real(directory)
     if lazy_pages is not None:
         lazy_pages = lazy_pages.absolute()
+    way = "lazy pages" if lazy_pages is not None else ""
+    recording = _recording(record, until, way, as_usual=as_usual)
     job = _Job(
         reference=reference,
         directory=directory,
@@ -127,6 +137,7 @@ def mount_command(
         source_name=source_name,
         noexec=noexec,
         lazy_pages=lazy_pages,
+        recording=recording,
         source=source,
     )
     if foreground:
@@ -136,7 +147,8 @@ def mount_command(
         return _serve(job, click.echo, notifier)
     Notifier(os.environ)  # which is the caller's, not its daemon's
     log_file = log_file or _default_log(source.cache_dir, directory)
-    kept = [descriptor] if descriptor is not None else []
+    watcher = recording.link if recording is not None else None
+    kept = [each for each in (descriptor, watcher) if each is not None]
     code, message = run_detached(partial(_serve, job), log_file.absolute(), kept)
     if code == 0:
         click.echo(message)
@@ -168,6 +180,7 @@ class _Job:
     source_name: str | None
     noexec: bool
     lazy_pages: Path | None
+    recording: "RecordConfig | None"
     source: SourceOptions
 
 
@@ -197,6 +210,7 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
         guard,
         source_name=job.source_name,
         noexec=job.noexec,
+        recording=job.recording,
     )
 
     is_ready = False
@@ -228,6 +242,28 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
 def _default_log(cache_dir: Path, directory: Path) -> Path:
     name = os.fsencode(directory).strip(b"/").replace(b"/", b"-")
     return cache_dir / "log" / os.fsdecode(name[:_LOG_NAME_MOST_BYTES] + b".log")
+
+
+def _recording(
+    record: Path | None, until: str | None, way: str, *, as_usual: bool
+) -> "RecordConfig | None":
+    """Return what is to be recorded, and have somebody watch for its end; to be called last.
+
+    Raises:
+        UsageError: the file cannot be written, or `until` is nothing that is known.
+    """
+    if record is None:
+        if until is not None or as_usual:
+            raise UsageError("--until and --as-usual are for --record FILE")
+        return None
+    from lazyfs.trace_file import RecordConfig, check_recordable
+    from lazyfs.until import parse_until
+    from lazyfs.watcher import process_began_s, start_watcher
+
+    lasting = parse_until(until) if until is not None else None
+    file = check_recordable(record)
+    link = start_watcher(lasting).detach() if lasting is not None else None
+    return RecordConfig(file, way, process_began_s(), link, is_precise=not as_usual)
 
 
 def _check_writable(log_file: Path) -> None:

@@ -24,6 +24,7 @@ from lazyfs.transport.run_directory import run_directory
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.desk import OpenConfig
+    from lazyfs.checkpoint.trace import Trace
     from lazyfs.content.cache import Cache
 
 _P = ParamSpec("_P")
@@ -45,6 +46,12 @@ class SourceOptions:
     cache_limit: Limit = CACHE_LIMIT
     shows_stubs: bool = False
     """Whether a stub is taken for what it is."""
+    trace: Literal["off", "auto"] | Path = "off"
+    """Where what to fetch first is had from; see `OpenConfig.trace`."""
+    given_trace: "Trace | None" = None
+    """What the file says that `trace` names."""
+    workload: str = ""
+    """Whose trace to take, of several."""
 
     def cache(self) -> "Cache":
         """Return where fetched bytes are to be kept; on disk there is a directory then.
@@ -69,9 +76,12 @@ class SourceOptions:
             UsageError: as `cache`; or the reference is none.
         """
         from lazyfs.checkpoint.ahead import Ahead
+        from lazyfs.cli.waiting import tell_of_waiting
 
+        tell_of_waiting()
         cache = self.cache()
-        ahead = Ahead(reference, self.transport, cache)
+        traced = self.trace == "auto"
+        ahead = Ahead(reference, self.transport, cache, traced=traced, referrers=self.referrers)
         from lazyfs.checkpoint.desk import OpenConfig  # which imports trio: see `ahead.py`
 
         return OpenConfig(
@@ -82,6 +92,9 @@ class SourceOptions:
             on_proof,
             self.shows_stubs,
             ahead,
+            self.trace,
+            self.given_trace,
+            self.workload,
         )
 
 
@@ -256,6 +269,32 @@ def source_options(command: Callable[..., _R]) -> Callable[..., _R]:
         return command(*args, source=source, **kwargs)
 
     return with_source
+
+
+def record_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Give a command `--record`, `--until` (None if they are not given) and `--as-usual`."""
+    command = click.option(
+        "--as-usual",
+        is_flag=True,
+        help="With --record: let all go as it would otherwise, with traces followed and memory "
+        "brought ahead. This shows where the seconds go (lazyfs report); what is needed is known "
+        "in part only, so such a trace cannot be pushed.",
+    )(command)
+    command = click.option(
+        "--until",
+        metavar="WHAT",
+        help="Record until WHAT: port:[HOST:]PORT takes a connection, http://HOST:PORT/PATH "
+        "answers well, exec:COMMAND exits with 0 (it is tried again and again, without a shell), "
+        "or so many SECONDS have passed.  [default: 10 seconds after the tasks run; of a mount, "
+        "its end]",
+    )(command)
+    return click.option(
+        "--record",
+        type=click.Path(dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="Write to FILE which ranges were needed, and when: a trace, by which later restores "
+        "fetch these first (lazyfs trace push), and of which lazyfs report makes a picture.",
+    )(command)
 
 
 def follow_option(command: Callable[..., _R]) -> Callable[..., _R]:

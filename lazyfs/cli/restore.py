@@ -14,16 +14,19 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import click
 
 from lazyfs.checkpoint.reference import parse_reference
-from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
+from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, record_options, source_options
 from lazyfs.cli.text import human_bytes, printable
+from lazyfs.cli.trace_options import trace_options
 from lazyfs.ground.errors import LazyfsError, UsageError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from lazyfs.restore.front import Event
+    from lazyfs.restore.plan import Recording
 
 _SIGNALLED = 128
+_UNTIL = "10"
 _SHOWN = ("reference", "images_directory", "pid", "resumed_after_s", "home_after_s")
 _COUNTED = ("pages_bytes", "read_bytes", "fetched_bytes", "requests")
 
@@ -77,7 +80,9 @@ _COUNTED = ("pages_bytes", "read_bytes", "fetched_bytes", "requests")
     "--force", is_flag=True, help="Try it even where `inspect --check` says it must fail."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one object at the end (docs/json.md).")
+@record_options
 @source_options
+@trace_options
 def restore_command(
     reference: str,
     extra: tuple[str, ...],
@@ -90,6 +95,9 @@ def restore_command(
     work_dir: Path | None,
     force: bool,
     as_json: bool,
+    record: Path | None,
+    until: str | None,
+    as_usual: bool,
     source: SourceOptions,
 ) -> int:
     """Restore a checkpoint with CRIU, or a container runtime, while it is fetched.
@@ -102,6 +110,9 @@ def restore_command(
       lazyfs restore registry.example/checkpoints/web:1 --lazy-pages
       lazyfs restore REF -- --tcp-established --shell-job
       lazyfs restore REF --runtime runc --bundle DIR --id web
+
+    With --record tasks run at once too, and only what they touch is brought until the recording
+    ends; then all the rest.
 
     No task runs before the bytes it was made of were read without an error. Ended before its own
     end, by a signal or otherwise, it kills all that it has restored; also while lazy pages are on
@@ -136,18 +147,20 @@ def restore_command(
                 f"there is no program {program}: install it, or name it by "
                 + ("--runtime" if container is not None else "--criu")
             )
+    recording = _recording(record, until, as_usual=as_usual)
     plan = Plan(
         reference=reference,
         opening=partial(source.opening, reference),
         criu=criu_words,
         container=container,
-        lazy_pages=lazy_pages,
+        lazy_pages=lazy_pages or (record is not None and not as_usual),
         pages_by_criu=pages_by == "criu",
         work_dir=work_dir,
         extra=extra,
         force=force,
         keeps_stdout_clean=as_json,
         started_s=started_s,
+        recording=recording,
     )
     source.cache()  # what is wrong with its directory is said here
     shown: _Shown = _Silent() if as_json else Bar() if sys.stderr.isatty() else _Lines()
@@ -168,6 +181,20 @@ def restore_command(
     if code:
         _say_why(end)
     return code
+
+
+def _recording(record: Path | None, until: str | None, *, as_usual: bool) -> "Recording | None":
+    if record is None:
+        if until is not None or as_usual:
+            raise UsageError("--until and --as-usual are for --record FILE")
+        return None
+    from lazyfs.restore.plan import Recording
+    from lazyfs.trace_file import check_recordable
+    from lazyfs.until import parse_until
+    from lazyfs.watcher import process_began_s
+
+    lasting = parse_until(until if until is not None else _UNTIL)
+    return Recording(check_recordable(record), lasting, process_began_s(), not as_usual)
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -191,6 +218,7 @@ def _object(end: Mapping[str, Any], code: int, name: str | None) -> dict[str, An
         "log": end.get("log", []),
         "advice": end.get("advice", []),
         "work_dir": end.get("work_dir"),
+        "trace": end.get("trace"),
         "warnings": end.get("warnings", []),
     }
 
@@ -301,6 +329,13 @@ def _sentence(event: "Event") -> str | None:
         return f"resumed{process} after {event['after_s']:.2f} s"
     if kind == "home":
         return f"all pages home after {event['after_s']:.2f} s"
+    if kind == "recording":
+        return f"recording what is needed (until {event['until']})"
+    if kind == "recorded":
+        if event["error"] is not None:
+            return f"{event['error']}"
+        needed = human_bytes(event["needed_bytes"])
+        return f"recorded (until {event['until']}): {needed} were needed: {event['file']}"
     if kind == "proving":
         return "proving what was read"
     if kind == "end" and not event["exit_code"]:

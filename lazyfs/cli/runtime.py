@@ -113,7 +113,7 @@ def _restore(
     bundle = read_bundle(directory / (call.bundle or "."))
     is_lazy = wants_lazy_pages(config, bundle.annotations, stub, asked=call.lazy_pages)
     reference = real_reference(stub)
-    source = _source(config, reference.host)
+    source = replace(_source(config, reference.host), workload=bundle.workload)
     make_private(source.cache_dir)  # before a log is written there
     opening = partial(_open_config, source, config.kubelet, reference)
     task = Task(
@@ -196,6 +196,7 @@ def _source(config: RuntimeConfig, host: str) -> SourceOptions:
         referrers="auto",
         cache_kind=config.cache,
         cache_limit=limit,
+        trace=config.trace,
     )
 
 

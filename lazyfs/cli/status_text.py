@@ -111,6 +111,7 @@ def _facts(known: Known) -> Iterator[Fact]:
         return
     yield Fact("Shown as", f"view of {told.get('view')}, since {told.get('mounted_at')}")
     yield from _content(told)
+    yield from _trace(told)
     offline = told.get("safe_offline") is True
     yield Fact(
         "Offline",
@@ -120,10 +121,37 @@ def _facts(known: Known) -> Iterator[Fact]:
     )
     unused = told.get("safe_unmount") is True
     yield Fact("Unmount", "safe: nobody holds a file" if unused else _open_words(told))
+    yield from _lazy_pages(told)
     yield from _waiting(told)
     yield from _places(told)
     yield from _troubles(told)
     yield Fact("Daemon", f"process {told.get('pid')}, lazyfs {told.get('version')}")
+
+
+def _lazy_pages(told: Mapping[str, Any]) -> Iterator[Fact]:
+    """Yield how it is with the memory of those who are restored from here."""
+    pages = told.get("lazy_pages")
+    if not isinstance(pages, Mapping):
+        return
+    text = str(pages.get("state"))
+    missing_bytes, tasks = _number(pages, "missing_bytes", 0), _number(pages, "tasks", 0)
+    if missing_bytes:
+        text += f", {plural(tasks, 'task')} without {human_bytes(missing_bytes)}"
+    if faults := _number(pages, "faults", 0):
+        fetched = _number(pages, "faults_fetched", 0)
+        text += f"; {plural(faults, 'fault')}, {fetched} of them for bytes that were not here"
+    yield Fact("Memory", text)
+    if failures := _number(pages, "failures", 0):
+        text = f"{plural(failures, 'restore')} failed, the last one: {pages.get('last_failure')}"
+        yield Fact("Memory", text, "red")
+
+
+def _trace(told: Mapping[str, Any]) -> Iterator[Fact]:
+    trace = told.get("trace")
+    if isinstance(trace, Mapping):
+        needed = human_bytes(_number(trace, "needed_bytes", 0))
+        whose = f" of {trace.get('workload')}" if trace.get("workload") else ""
+        yield Fact("Trace", f"{needed} needed{whose} ({trace.get('source')})")
 
 
 def _content(told: Mapping[str, Any]) -> Iterator[Fact]:

@@ -3,6 +3,7 @@
 import sys
 import time
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
@@ -34,7 +35,7 @@ def warm_command(reference: str, source: SourceOptions) -> None:
     without digests (an archive by its path or URL) is fetched by every mount anew, if it is a
     stream.
     """
-    with_checkpoint(reference, source, _warm)
+    with_checkpoint(reference, replace(source, trace="auto"), _warm)
 
 
 async def _warm(checkpoint: "OpenedCheckpoint") -> None:
@@ -50,6 +51,7 @@ async def _warm(checkpoint: "OpenedCheckpoint") -> None:
             nursery.start_soon(bar.run)
             await complete(checkpoint, progress, alone=True)
             await trio.to_thread.run_sync(_read_words, checkpoint.image)
+            await checkpoint.trace_known.wait()  # which was looked for meanwhile, and is kept
             nursery.cancel_scope.cancel()
     here_bytes = sum(layer.content.here_bytes() for layer in checkpoint.image_layers)
     is_proven = all(layer.content.proven or layer.blob_proven for layer in checkpoint.image_layers)

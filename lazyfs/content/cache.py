@@ -56,6 +56,19 @@ class Cache:
             return None
         return self.directory / "layers" / f"{digest.algorithm}-{digest.hex}.{tag}"
 
+    def has_of(self, digest: Digest) -> bool:
+        """Whether an earlier mount has left content of a layer, whatever names it; it may be gone.
+
+        Blocks.
+        """
+        if self.directory is None:
+            return False
+        begin = f"{digest.algorithm}-{digest.hex}."
+        with suppress(OSError):
+            found = (self.directory / "layers").iterdir()
+            return any(each.name.startswith(begin) for each in found)
+        return False
+
     def scratch(self, size_bytes: int) -> mmap.mmap:
         """Return a writable mapping for this daemon alone; if it is large, of a nameless file.
 

@@ -12,6 +12,7 @@ from lazyfs.content.blob_stream import REST_S
 from lazyfs.content.growing_file import GrowingFile
 from lazyfs.content.waiters import NEVER, Waiters
 from lazyfs.ground.errors import LazyfsError
+from lazyfs.ground.journal import Steps
 from lazyfs.ground.ranges import ByteRange
 
 log = logging.getLogger(__name__)
@@ -20,8 +21,8 @@ log = logging.getLogger(__name__)
 class Coming:
     """One content that comes, as its readers see it."""
 
-    def __init__(self) -> None:
-        """Nothing has come."""
+    def __init__(self, steps: Steps | None = None) -> None:
+        """Nothing has come. `steps`: where what comes is noted, if somebody records."""
         self.file: GrowingFile | None = None
         self.hashed_bytes = 0
         """How far the blob has been hashed."""
@@ -29,6 +30,7 @@ class Coming:
         """Somebody has begun to wait; whoever reacts to that puts another in its place."""
         self.on_ask: Callable[[], None] = _nobody
         """Called when somebody begins to wait."""
+        self._steps = steps
         self._waiters = Waiters()
         self._in_trouble_at = -1
         self._token = trio.lowlevel.current_trio_token()
@@ -57,15 +59,19 @@ class Coming:
 
     def wake(self) -> None:
         """Let those go on for whom enough is here."""
+        if self._steps is not None:
+            self._steps.up_to(self.position())
         self._waiters.wake(self.position())
 
     def wake_all(self) -> None:
         """Let all look what has become of the content."""
+        if self._steps is not None:
+            self._steps.up_to(self.position(), at_least_bytes=1)
         self._waiters.wake(NEVER)
 
     def moved(self) -> None:
         """Wake who waits for what has come, from another thread."""
-        if self.position() >= self._waiters.least:
+        if self._steps is not None or self.position() >= self._waiters.least:
             self._token.run_sync_soon(self.wake, idempotent=True)
 
     def trouble(self, error: LazyfsError) -> None:

@@ -51,6 +51,8 @@ class Flight:
         self.last = last
         self.lane = lane
         self.task = task
+        self.is_gentle = False
+        """Whether little of it may be on its way at a time, whoever waits or not."""
         self.rank = 0
         """Of the lock that is held, or awaited (`host_locks.py`)."""
         self.holds_lock = False

@@ -30,6 +30,7 @@ ABSENT, UNCHECKED, FLYING, READY, IN_MEMORY = range(5)
 put it into the cache. FLYING: somebody is fetching or checking it. READY: in the cache file.
 IN_MEMORY: the disk would not take it, or it is zeros."""
 
+_IS_HERE = bytes(state >= READY for state in range(256))
 _MEMORY_CHUNK_MOST_BYTES = 256 << 20
 
 
@@ -98,6 +99,10 @@ class Holdings:
     def all_on_disk(self, first: int, last: int) -> bool:
         """Whether the chunks `first` up to `last` may be read through `view`."""
         return self.state.count(READY, first, last) == last - first
+
+    def here_flags(self) -> bytes:
+        """Return a byte for each chunk: 1 if it is here."""
+        return bytes(self.state).translate(_IS_HERE)
 
     def view(self, content: ByteRange) -> memoryview:
         """Return a slice of the cache's mapping; only where `all_on_disk`."""

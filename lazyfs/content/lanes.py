@@ -6,6 +6,7 @@ connection (measured at 20 ms: p90 of a fault 60 ms beside one background connec
 beside eight).
 """
 
+import time
 from enum import Enum
 
 import trio
@@ -30,8 +31,9 @@ class Lanes:
     def __init__(self, settings: ContentSettings) -> None:
         """Take the connections of each lane from `settings`."""
         self._settings = settings
-        self._fault_at_s = float("-inf")
         self._demand_at_s = trio.current_time()  # whoever has just come will want something
+        self._fault_at_s = self._demand_at_s
+        self._fault_at_monotonic_s = time.monotonic()
         self._limiters = {
             Lane.DEMAND: trio.CapacityLimiter(settings.demand_connections),
             Lane.READAHEAD: trio.CapacityLimiter(settings.readahead_connections),
@@ -47,11 +49,17 @@ class Lanes:
         self._demand_at_s = trio.current_time()
         if out_of_the_blue:
             self._fault_at_s = self._demand_at_s
+            self._fault_at_monotonic_s = time.monotonic()
 
     @property
     def yielding(self) -> bool:
         """Whether a fault came so lately that another is likely."""
         return trio.current_time() - self._fault_at_s < self._settings.yield_s
+
+    @property
+    def is_gentle(self) -> bool:
+        """As `yielding`, from any thread: little of the background may be on its way."""
+        return time.monotonic() - self._fault_at_monotonic_s < self._settings.yield_s
 
     @property
     def idle_for_s(self) -> float:

@@ -31,12 +31,14 @@ from lazyfs.content.others import Others
 from lazyfs.content.runs import Runs
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import CONDEMNED, IntegrityError, LazyfsError, raise_sole_error
+from lazyfs.ground.journal import ArrivalNote
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import ContentSettings
 from lazyfs.layers.model import ChunkMap
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.place import PlaceLied
 from lazyfs.transport.retry import Fetcher
+from lazyfs.transport.window import NARROW_BYTES, allow_on_the_way
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +130,11 @@ class LayerContent(Content):
         """Whether the bytes are held, on disk or (until others need the room) in memory."""
         first, last = self._span(content)
         return all(state >= READY for state in self._state[first:last])
+
+    def is_coming(self, content: ByteRange) -> bool:
+        """Whether whatever of the bytes is not held is being fetched already."""
+        first, last = self._span(content)
+        return all(state == FLYING or state >= READY for state in self._state[first:last])
 
     async def wait_change(self, content: ByteRange) -> None:
         """Come back when it may be that more of `content` is here, or that it will not be."""
@@ -300,10 +307,13 @@ class LayerContent(Content):
 
     async def _fetch(self, flight: Flight) -> None:
         """Land a flight; anew, from other places, where one of them gave wrong bytes."""
+        is_background = flight.lane is not Lane.DEMAND
 
         def check() -> None:
             if self._poison is not None:
                 raise _Stopped  # no error of the place that is being asked
+            gently = is_background and (flight.is_gentle or self.lanes.is_gentle)
+            allow_on_the_way(NARROW_BYTES if gently else None)
 
         while True:
             landing = Landing(self.chunks, flight, check)
@@ -344,12 +354,20 @@ class LayerContent(Content):
                 self.holdings.refuse(index, mark)
             elif self._state[index] == FLYING:
                 self.holdings.accept(index, mark)
+                self._note_arrival(index, index + 1)
 
     def _arrived(self, first: int, last: int) -> None:
         """Wake those who wait for chunks that another daemon has brought."""
         self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
+        self._note_arrival(first, last)
         for flight in self._flights:
             flight.let_go(first, last)
+
+    def _note_arrival(self, first: int, last: int) -> None:
+        journal = self.counters.journal
+        if journal is not None:
+            span = self.chunks.content_start(first), self.chunks.content_start(last)
+            journal.note_arrival(ArrivalNote(self.blob.name, *span, time.monotonic()))
 
     def _touch_down(self, flight: Flight) -> None:
         self._flights.remove(flight)
@@ -394,6 +412,7 @@ class LayerContent(Content):
     def _landed(self, first: int, marks: Sequence[int], memory: Memory) -> None:
         last = first + len(marks)
         self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
+        self._note_arrival(first, last)
         self.adopt(first, marks, memory)
 
     async def _gather(self, content: ByteRange, lane: Lane) -> bytes:

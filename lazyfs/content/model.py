@@ -74,3 +74,6 @@ class Reader(Protocol):
         Raises:
             IntegrityError, FetchError, SourceError: never a short read instead.
         """
+
+    def is_here(self, offset: int, size_bytes: int) -> bool:
+        """Whether `read` would have them at once."""

@@ -12,12 +12,18 @@ at last: the whole file is then *swept* beside them, from its start, at full spe
 will be read, by tasks that are restored side by side, and in pieces that many readers choose the
 link is never full. Long reads wait for such a sweep, as long as it moves.
 
+Where it is known beforehand what will be wanted (`prefetch.py`), that is fetched before it is asked
+for: what a trace names ahead of all streams, and the rest, in the order in which a restore reads,
+behind them. Then nothing needs to be swept.
+
 No lock: `_streams` is changed on the trio thread between checkpoints only. Failures are not
 told here: the reader that gets so far asks for itself and hears of it.
 """
 
 import logging
+import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import trio
@@ -25,6 +31,7 @@ import trio
 from lazyfs.content.flight import Flight, Task
 from lazyfs.content.lanes import Lane
 from lazyfs.content.layer_content import LayerContent
+from lazyfs.content.prefetch import Prefetch, Traced
 from lazyfs.content.width import Width
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
@@ -42,6 +49,8 @@ _GIANT_READ_BYTES = 256 << 10
 """CRIU faults 4 KiB at a time, for which the kernel begins with 16 KiB; what begins larger is
 the head of a long read."""
 _FIRST_WINDOW_BYTES = 16 << 20
+_LONG_READ_BYTES = 2 << 20
+"""Who has read so much, or has begun as if, will read the file to its end."""
 _SCATTER_FAULTS = 32
 _SCATTER_S = 2.0
 """So many lone faults within so long: the file is read all over."""
@@ -74,6 +83,8 @@ class Readahead:
         self._width = Width(
             self._settings.readahead_connections_least, self._settings.readahead_connections
         )
+        self.prefetch = Prefetch(content)
+        """What is known to be wanted: for `expect` and `follow`."""
         self._fill = ByteRange(0, 0)
         self._fill_eagerly = False
         self._sweep = ByteRange(0, 0)
@@ -81,6 +92,7 @@ class Readahead:
         self._long_reads: deque[tuple[float, ByteRange]] = deque(maxlen=_STREAMS_MOST)
         self._lone_faults_at_s: deque[float] = deque(maxlen=_SCATTER_FAULTS)
         self._fill_error: LazyfsError | None = None
+        self._long_read = trio.Event()
         self._wanted = trio.Event()
 
     def observe(self, content: ByteRange, limit: int) -> bool:
@@ -102,10 +114,19 @@ class Readahead:
                 )
         if stream.window_bytes:
             self._wanted.set()
+            if stream.window_bytes >= _LONG_READ_BYTES:
+                self._long_read.set()
         return foreseen
+
+    async def wait_long_read(self) -> None:
+        """Come back when somebody reads on and on, from now on."""
+        self._long_read = trio.Event()
+        await self._long_read.wait()
 
     def note_lone_fault(self, file: ByteRange) -> None:
         """Take note that a small read, which nothing foretold, has to wait."""
+        if self.prefetch.follows:
+            return
         now_s = trio.current_time()
         self._lone_faults_at_s.append(now_s)
         if len(self._lone_faults_at_s) < _SCATTER_FAULTS:
@@ -118,6 +139,8 @@ class Readahead:
     def note_long_read(self, file: ByteRange, family: ByteRange) -> None:
         """Take note that a long read of a file of a family has to wait."""
         if self._swept_family == family or family.size_bytes <= file.size_bytes:
+            return
+        if self.prefetch.follows:
             return
         if not self._content.holdings.keeps_all:
             return
@@ -144,6 +167,16 @@ class Readahead:
 
     def _is_ahead(self, content: ByteRange) -> bool:
         return self._sweep.start <= content.start < self._sweep.stop
+
+    def expect(self, traced: Traced) -> None:
+        """Fetch what a trace names (`Prefetch.placed`) as fast as it can be had."""
+        self.prefetch.expect(traced)
+        self._wanted.set()
+
+    def follow(self, rest: Sequence[ByteRange]) -> None:
+        """Fetch all of these, in this order, behind what readers and traces want."""
+        self.prefetch.follow(rest)
+        self._wanted.set()
 
     def fill(self, content: ByteRange, *, eager: bool) -> None:
         """Fetch a stretch that nobody reads, when no stream wants anything.
@@ -181,10 +214,16 @@ class Readahead:
         has_stopped = self._content.lanes.idle_for_s >= settings.idle_s  # who was reading
         if self._swept_family.size_bytes and (has_stopped or not keeps_all):
             self._sweep = self._swept_family = ByteRange(0, 0)
-        sweeping = keeps_all and self._sweep.start < self._sweep.stop
-        if self._content.lanes.yielding and not sweeping:
+        run = self._next_traced(keeps_all=keeps_all)
+        if run is not None:
             self._width.idle()
-            connections = 1
+            flight = self._content.take_off(run, Lane.READAHEAD)
+            flight.is_gentle = True  # there are many of them
+            return flight
+        sweeping = keeps_all and self._sweep.start < self._sweep.stop
+        if self._content.lanes.yielding:  # the windows are narrow then
+            self._width.idle()
+            connections = min(settings.gentle_connections, settings.readahead_connections)
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
             connections = self._width.connections
@@ -209,12 +248,26 @@ class Readahead:
                 self._sweep = ByteRange(min(start, self._sweep.stop), self._sweep.stop)
                 return flight
             self._sweep = self._swept_family = ByteRange(0, 0)
+        run = self.prefetch.next_rest(settings.readahead_request_bytes) if keeps_all else None
+        if run is not None:
+            return self._content.take_off(run, Lane.READAHEAD)
         if keeps_all and (self._fill_eagerly or self._active < settings.completion_connections):
             run = self._content.next_run(self._fill, settings.readahead_request_bytes)
             if run is not None:
                 return self._content.take_off(run, Lane.COMPLETION)
         self._width.idle()
         return None
+
+    def _next_traced(self, *, keeps_all: bool) -> tuple[int, int] | None:
+        """Return what a trace wants next, if a connection is free for it."""
+        settings = self._settings
+        connections = settings.readahead_connections
+        if self._content.lanes.yielding:
+            connections = min(settings.gentle_connections, connections)
+        if self._active >= connections or self._awaited >= _AWAITED_MOST:
+            return None
+        room_bytes = sys.maxsize if keeps_all else settings.memory_cache_bytes // 2
+        return self.prefetch.next_traced(connections, room_bytes)
 
     async def _conduct(self, flight: Flight) -> None:
         try:
@@ -240,6 +293,7 @@ class Readahead:
         self._streams.clear()
         self._sweep = self._swept_family = ByteRange(0, 0)
         self._lone_faults_at_s.clear()
+        self.prefetch.give_up()
         self._fill = ByteRange(0, 0)
         if flight.lane is Lane.COMPLETION:
             self._fill_error = error
@@ -290,6 +344,10 @@ class FileReader:
         view = self._content.peek(wanted)
         if view is not None:
             return view
+        if lane is Lane.DEMAND:
+            prefetch = self._readahead.prefetch
+            prefetch.note_wait(wanted)
+            foreseen = foreseen or prefetch.foresees(wanted) or self._content.is_coming(wanted)
         lone = not foreseen and wanted.size_bytes < _GIANT_READ_BYTES and lane is Lane.DEMAND
         if lone:
             self._readahead.note_lone_fault(self._file)
@@ -297,3 +355,9 @@ class FileReader:
             self._readahead.note_long_read(self._file, self._family)
             await self._readahead.wait_swept(wanted)
         return await self._content.read(wanted, lane, out_of_the_blue=lone)
+
+    def is_here(self, offset: int, size_bytes: int) -> bool:
+        """Whether `read` would have them at once."""
+        begin = min(self._start + offset, self._stop)
+        wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
+        return wanted.start == wanted.stop or self._content.is_here(wanted)

@@ -34,6 +34,7 @@ from lazyfs.content.waiters import NEVER
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import CONDEMNED, IntegrityError, LazyfsError, MalformedError
+from lazyfs.ground.journal import Steps
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import ContentSettings
 from lazyfs.layers.model import StreamIndex
@@ -75,7 +76,8 @@ class StreamedContent(Content):
         self._name = None
         if digest is not None and source_key is not None:
             self._name = shared_name(digest, stream.cache_tag, source_key)
-        self._coming = Coming()
+        journal = self.counters.journal
+        self._coming = Coming(Steps(journal, blob.name) if journal is not None else None)
         self._kept = open_kept(cache, digest, stream.cache_tag, stream.reopen)
         self._kept_lost = trio.Event()
         self._lost: list[Kept] = []
@@ -407,3 +409,9 @@ class StreamReader:
         wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
         view = self._content.peek(wanted)
         return view if view is not None else await self._content.read(wanted, lane)
+
+    def is_here(self, offset: int, size_bytes: int) -> bool:
+        """Whether `read` would have them at once."""
+        begin = min(self._start + offset, self._stop)
+        wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
+        return self._content.peek(wanted) is not None

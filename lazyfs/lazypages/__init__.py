@@ -13,6 +13,7 @@ How it is used, by a mount and by whoever restores without one:
 then the mount of the images may go, but the checkpoint has to stay open.
 
 From the top: `server` (the socket), `session` (one restore), `task` (one process; nobody else fills
-memory), `pages` (the checkpoint's bytes); `memory`, `missing` and `protocol`, which are sans-I/O;
-`uffd`, `ending` and `guard`, which are about the kernel.
+memory), `ahead` (what a trace foretells), `pages` (the checkpoint's bytes), `filling` (what is
+filled in at once); `memory`, `missing`, `changes`, `walks`, `order` and `protocol`, which are
+sans-I/O; `uffd`, `ending` and `guard`, which are about the kernel.
 """

@@ -71,6 +71,15 @@ class TaskMemory:
             self._find(start, stop, 0)
         self.ranges = tuple(_within(vmas, lazy, what))
         """What is missing before anything has come, split where mappings meet."""
+        self.firsts = tuple(_firsts(vmas, self.ranges))
+        """The first lazy page of each mapping that has any."""
+
+    def all_places(self) -> Iterator[tuple[int, Place]]:
+        """Yield all lazy memory, by address: where it begins, and the place of its bytes."""
+        for start, stop, level, offset in zip(
+            self._starts, self._stops, self._level, self._offsets, strict=True
+        ):
+            yield start, Place(level, offset, stop - start)
 
     def places(self, start: int, stop: int) -> Iterator[Place]:
         """Yield where the bytes of lazy memory from `start` to `stop` are, in order."""
@@ -187,3 +196,16 @@ def _within(vmas: Sequence[Vma], lazy: Sequence[tuple[int, int]], what: str) -> 
             start = upto
     if pending is not None:
         yield pending
+
+
+def _firsts(vmas: Sequence[Vma], ranges: Sequence[Range]) -> Iterator[int]:
+    """Yield where each mapping's first range begins; all of these lie in mappings, in order."""
+    stop = 0
+    index = 0
+    for found in ranges:
+        if found.start < stop:
+            continue
+        while vmas[index].stop <= found.start:
+            index += 1
+        stop = vmas[index].stop
+        yield found.start

@@ -5,8 +5,9 @@ What is parsed is kept: several restores may be made from one mount.
 
 import logging
 import mmap
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Protocol, TypeAlias
 
 import trio
 
@@ -14,14 +15,17 @@ from lazyfs.checkpoint import criu
 from lazyfs.checkpoint.criu_memory import PageFlags, parse_mm, parse_pagemap
 from lazyfs.checkpoint.images import ImagesDirectory
 from lazyfs.checkpoint.opened import OpenedCheckpoint
-from lazyfs.checkpoint.tree import Node
+from lazyfs.checkpoint.opened_layer import OpenedLayer
+from lazyfs.checkpoint.tree import Node, path_of
 from lazyfs.content.lanes import Lane
+from lazyfs.content.layer_content import LayerContent
 from lazyfs.content.model import Content, Reader
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.layers.model import EntryType
 from lazyfs.lazypages.memory import Level, TaskMemory
+from lazyfs.lazypages.order import Part, in_order
 
 log = logging.getLogger(__name__)
 
@@ -30,30 +34,92 @@ _IMAGE_LIMIT_BYTES = 512 << 20
 _LAZY_IN_PARENT = PageFlags.LAZY | PageFlags.IN_PARENT
 
 
+Job: TypeAlias = Callable[[], Awaitable[None]]
+
+
 class PagesFile(Protocol):
     """A pages file: bytes by offset."""
+
+    path: str
+    """In the image's tree."""
 
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         """Return bytes if they are here; never waits."""
 
+    def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
+        """Reserve what is neither here nor on its way; who calls has to run what is returned.
+
+        It may be more than there is of the file. Jobs raise as `read`.
+        """
+
     async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
-        """Return bytes, fetched if need be; what follows is fetched ahead."""
+        """Return bytes, fetched if need be.
+
+        For a fault (`Lane.DEMAND`) just these; beside them, what follows is fetched ahead.
+        """
+
+    async def wait(self, offset: int, size_bytes: int) -> None:
+        """Come back when more of it may be here; fetches nothing. Raises as `read`."""
 
 
 class _StoredPages:
     """A pages file of a checkpoint that is open."""
 
-    def __init__(self, content: Content, start: int, reader: Reader) -> None:
-        self._content = content
-        self._start = start
+    def __init__(self, path: str, layer: OpenedLayer, node: Node, reader: Reader) -> None:
+        self.path = path
+        self._layer = layer
+        self._content: Content = layer.content
+        self._start = node.content_start
+        self._stop = node.content_start + node.size_bytes
         self._reader = reader
 
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         start = self._start + offset
         return self._content.peek(ByteRange(start, start + size_bytes))
 
+    def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
+        if not isinstance(self._content, LayerContent):
+            return ()  # all of it is on its way
+        content, wanted = self._content, self._range(offset, size_bytes)
+        if not content.holdings.keeps_all:  # it would have to go before it is wanted
+            return ()
+        if self._is_replayed(content, self._range(offset, mmap.PAGESIZE)):
+            return ()
+        most_bytes = content.settings.readahead_request_bytes
+        jobs: list[Job] = []
+        while content.poison is None and (run := content.next_run(wanted, most_bytes)) is not None:
+            jobs.append(partial(content.conduct, content.take_off(run, Lane.DEMAND)))
+        return jobs
+
     async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
-        return await self._reader.read(offset, size_bytes, lane)
+        if lane is not Lane.DEMAND:
+            return await self._reader.read(offset, size_bytes, lane)
+        wanted = self._range(offset, size_bytes)
+        prefetch = self._layer.prefetched
+        foreseen = False
+        if prefetch is not None and self._content.peek(wanted) is None:
+            prefetch.note_wait(wanted)
+            foreseen = prefetch.foresees(wanted)
+        return await self._content.read(wanted, lane, out_of_the_blue=not foreseen)
+
+    async def wait(self, offset: int, size_bytes: int) -> None:
+        wanted = self._range(offset, size_bytes)
+        if isinstance(self._content, LayerContent):
+            await self._content.wait_change(wanted)
+            self._content.raise_if_condemned()
+        else:
+            await self._content.ensure(wanted, Lane.READAHEAD)
+
+    def _is_replayed(self, content: LayerContent, page: ByteRange) -> bool:
+        """Whether a trace names a page, and so whatever will be wanted with it is on its way."""
+        prefetch = self._layer.prefetched
+        if prefetch is None or not prefetch.foresees(page):
+            return False
+        return prefetch.is_replaying or content.is_coming(page)
+
+    def _range(self, offset: int, size_bytes: int) -> ByteRange:
+        start = min(self._start + offset, self._stop)
+        return ByteRange(start, min(start + size_bytes, self._stop))
 
 
 class LazyMemory:
@@ -88,6 +154,18 @@ class Images:
             except MalformedError as error:  # a zombie; else CRIU will hear of it
                 log.debug("%s", error)
         return len(processes)
+
+    async def foreseen(self) -> list[Part]:
+        """Return what a trace says will be wanted, first wanted first, once that is known."""
+        await self._checkpoint.plan_known.wait()
+        plan = self._checkpoint.plan
+        if plan is None or not plan.traced:
+            return []
+        await self.prepare()
+        memories = [
+            (lazy.memory, [file.path for file in lazy.files]) for lazy in self._known.values()
+        ]
+        return await trio.to_thread.run_sync(in_order, plan.traced, memories, mmap.PAGESIZE)
 
     async def memory_of(self, pid: int) -> LazyMemory:
         """Return the lazy memory of a task, by its pid in the images.
@@ -127,8 +205,8 @@ class Images:
             return Level(pagemap, 0), _NoPages()
         node = await self._file(directory, criu.pages_image(pagemap.pages_id))
         reader = self._checkpoint.reader(node)
-        content = self._checkpoint.layers[node.layer].content
-        return Level(pagemap, node.size_bytes), _StoredPages(content, node.content_start, reader)
+        layer = self._checkpoint.layers[node.layer]
+        return Level(pagemap, node.size_bytes), _StoredPages(path_of(node), layer, node, reader)
 
     def _images(self) -> ImagesDirectory:
         images = self._checkpoint.images
@@ -154,8 +232,16 @@ class Images:
 
 
 class _NoPages:
+    path = ""
+
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         raise AssertionError("there is nothing in it")
 
+    def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
+        raise AssertionError("there is nothing in it")
+
     async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
+        raise AssertionError("there is nothing in it")
+
+    async def wait(self, offset: int, size_bytes: int) -> None:
         raise AssertionError("there is nothing in it")

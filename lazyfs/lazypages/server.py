@@ -20,6 +20,7 @@ from lazyfs.lazypages.guard import Guard
 from lazyfs.lazypages.pages import Images
 from lazyfs.lazypages.protocol import SOCKET_NAME
 from lazyfs.lazypages.session import Session
+from lazyfs.lazypages.task import Desk
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +36,24 @@ class LazyPages:
         self._checkpoint = checkpoint
         self._guard = guard
         self._images = Images(checkpoint)
-        self._counts = Counts()
+        self._desk = Desk(Counts(), checkpoint.counters.journal)
         self._sessions: list[Session] = []
         self._restores = 0
         self._failed: str | None = None
+        self._failures = 0
+        self._last_failure: str | None = None
         self._is_held = False
         self._news = trio.Event()
         self._path: Path | None = None
+
+    def be_precise(self) -> None:
+        """Bring just what is wanted, until `be_whole`: somebody records that."""
+        self._desk.precise = True
+
+    def be_whole(self) -> None:
+        """Bring all the rest too, behind what is wanted."""
+        self._desk.precise = False
+        self._desk.whole.set()
 
     # -- what is told -----------------------------------------------------------------------
 
@@ -80,10 +92,12 @@ class LazyPages:
             "state": state,
             "failed": self._failed,
             "guard_pid": self._guard.pid or None,
+            "failures": self._failures,
+            "last_failure": self._last_failure,
             "restores": self._restores,
             "tasks": sum(len(session.tasks) for session in self._sessions),
             "missing_bytes": self.missing_bytes,
-            **self._counts.as_json(),
+            **self._desk.counts.as_json(),
         }
 
     async def wait_home(self) -> None:
@@ -150,7 +164,7 @@ class LazyPages:
 
     async def _serve(self, link: trio.socket.SocketType) -> None:
         """Serve a restore; whatever happens to it, the mount goes on."""
-        session = Session(self._images, self._guard, self._counts)
+        session = Session(self._images, self._guard, self._desk)
         with link:
             if not _is_welcome(link):
                 return
@@ -189,7 +203,8 @@ class LazyPages:
 
     def _fail(self, why: str) -> None:
         log.critical("a restore has failed, and its tasks have been killed: %s", why)
-        self._failed = why
+        self._failed = self._last_failure = why
+        self._failures += 1
 
     def _tell(self) -> None:
         news, self._news = self._news, trio.Event()

@@ -9,11 +9,12 @@ import logging
 import os
 import socket
 import struct
+import time
 
 import trio
 
 from lazyfs.ground.errors import LazyfsError, MalformedError
-from lazyfs.lazypages.counts import Counts
+from lazyfs.lazypages.ahead import Ahead
 from lazyfs.lazypages.ending import end_tasks
 from lazyfs.lazypages.guard import Guard
 from lazyfs.lazypages.missing import Missing
@@ -25,7 +26,7 @@ from lazyfs.lazypages.protocol import (
     Finished,
     parse_announcement,
 )
-from lazyfs.lazypages.task import Task
+from lazyfs.lazypages.task import Desk, Task
 from lazyfs.lazypages.uffd import Userfaultfd, userfaultfds
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,10 @@ _PATIENCE_S = 30.0
 class Session:
     """One restore; `run` it."""
 
-    def __init__(self, images: Images, guard: Guard, counts: Counts) -> None:
+    def __init__(self, images: Images, guard: Guard, desk: Desk) -> None:
         self._images = images
         self._guard = guard
-        self._counts = counts
+        self._desk = desk
         self.tasks: list[Task] = []
         """Those that are not over, in the order of their coming."""
         self.is_restored = False
@@ -55,6 +56,7 @@ class Session:
         """Of all tasks until the end of the restore: a child may miss what its parent has."""
         self._news = trio.Event()
         self._nursery: trio.Nursery | None = None
+        self._foresight = trio.CancelScope()
 
     @property
     def missing_bytes(self) -> int:
@@ -71,6 +73,7 @@ class Session:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._send)
+                nursery.start_soon(self._send_foreseen)
                 await self._hear_of_tasks(link)
         finally:
             self._nursery = None
@@ -95,6 +98,10 @@ class Session:
                     raise MalformedError(f"process {said.pid} comes without its userfaultfd")
                 await self._take_in(said.pid, sender, self._uffds[-1])
         log.info("restored: %d bytes are still to come", self.missing_bytes)
+        if self._desk.journal is not None:
+            self._desk.journal.mark("restored", time.monotonic())
+        for task in list(self.tasks):
+            task.check_registered()
         for task in list(self.tasks):
             task.may_end()
         self._news.set()
@@ -116,7 +123,7 @@ class Session:
         self._guard.protect(pidfd)
         lazy = await self._images.memory_of(pid)
         missing = Missing(lazy.memory.ranges)
-        task = Task(f"process {pid}", uffd, lazy, missing, self._counts, self._on_fork)
+        task = Task(f"process {pid}", uffd, lazy, missing, self._desk, self._on_fork)
         log.info("process %d (%d here): %d bytes come lazily", pid, host_pid, task.missing_bytes)
         self._start(task, pidfd)
 
@@ -126,7 +133,7 @@ class Session:
         uffd = Userfaultfd(descriptor)
         self._uffds.append(uffd)
         name = f"a child of {parent.name}"
-        child = Task(name, uffd, parent.lazy, parent.missing(), self._counts, self._on_fork)
+        child = Task(name, uffd, parent.lazy, parent.missing(), self._desk, self._on_fork)
         log.debug("%s: it misses %d bytes", name, child.missing_bytes)
         self._start(child, None)
         if self.is_restored:
@@ -153,15 +160,29 @@ class Session:
     async def _send(self) -> None:
         """Send what nobody has asked for: of one task after the other, until all is sent."""
         while True:
+            if self._desk.precise:
+                await self._desk.whole.wait()
             waiting = [task for task in self.tasks if task.missing_bytes]
             if not waiting:
                 if self.is_restored and not self.tasks:
+                    self._foresight.cancel()
                     return
                 self._news = trio.Event()
                 await self._news.wait()
                 continue
             for task in waiting if not self.is_restored else waiting[:1]:
                 await task.send_some()
+
+    async def _send_foreseen(self) -> None:
+        """Send what a trace says will be wanted, beside all the rest and before it."""
+        with self._foresight:
+            try:
+                parts = await self._images.foreseen()
+            except LazyfsError as error:
+                log.info("what a trace foretells cannot be told of memory: %s", error)
+                return
+            if parts and not self._desk.precise:
+                await Ahead(parts, self.tasks).run(lambda: self.is_restored)
 
     # -- the end ----------------------------------------------------------------------------
 

@@ -6,56 +6,38 @@ be looked up in `_missing` after the last read of messages, with no checkpoint i
 messages that were read together the faults come last. Both are the case since all of this runs on
 the trio thread, and `_missing` is asked anew after every `await`.
 
-A thread of the task waits until its message has been read, so messages that are read together are
-of different threads, and their order says little: the kernel lets go of the task's memory before
-it queues them. So what is unmapped is forgotten last: a child that was made at the same time may
-have it still, and what has been moved there is what came after it. And mremap(2) tells twice: that
-memory has moved, and, once that has been read, that there is none where it was; by then another
-thread may have moved its own there.
-
-Source: Linux, fs/userfaultfd.c (mmap_changing), mm/mremap.c (the order of its messages); CRIU,
-criu/uffd.c (handle_page_fault, handle_remove, handle_remap, handle_fork, uffd_check_op_error).
+Source: Linux, fs/userfaultfd.c (mmap_changing); CRIU, criu/uffd.c (handle_page_fault,
+uffd_check_op_error).
 """
 
 import logging
-import mmap
-import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import Enum
+from functools import partial
 
 import trio
 
 from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
-from lazyfs.ground.settings import KIB, MIB
+from lazyfs.ground.journal import Journal, ReadNote
+from lazyfs.ground.settings import MIB
+from lazyfs.lazypages.changes import Changes
 from lazyfs.lazypages.counts import Counts
+from lazyfs.lazypages.filling import PAGE, Filling
+from lazyfs.lazypages.memory import Place
 from lazyfs.lazypages.missing import Missing, Range
-from lazyfs.lazypages.pages import LazyMemory
-from lazyfs.lazypages.protocol import (
-    Fault,
-    Forked,
-    Moved,
-    Unmapped,
-    Zeroed,
-    parse_messages,
-)
-from lazyfs.lazypages.uffd import Copied, Outcome, Userfaultfd
+from lazyfs.lazypages.pages import Job, LazyMemory
+from lazyfs.lazypages.protocol import parse_messages
+from lazyfs.lazypages.uffd import Outcome, Userfaultfd
+from lazyfs.lazypages.walks import LEAST_BYTES, PRECISE_BYTES, Walk, Walks
 
 log = logging.getLogger(__name__)
 
-_PAGE = mmap.PAGESIZE
-_LEAST_WINDOW_BYTES = max(64 * KIB, _PAGE)
-_FIRST_WINDOW_BYTES = 512 * KIB
-_MOST_WINDOW_BYTES = 2 * MIB
-_BEFORE_BYTES = _LEAST_WINDOW_BYTES
 _MOST_ZEROS_BYTES = MIB
 _STEP_BYTES = MIB
 """What is sent in the background at a time: a fault waits for the rest of it, 0.3 ms."""
-_LEFT_MOST = 64
-"""Moves that are remembered until the rest of them is told; of MREMAP_DONTUNMAP it never is."""
 _SETTLE_S = 0.0003
 _SETTLE_MOST_S = 0.02
 """A task that is frozen in the middle of mremap(2) or fork(2) keeps it busy for as long."""
@@ -71,6 +53,30 @@ class _Served(Enum):
     """Its bytes are not here."""
 
 
+class Sent(Enum):
+    """What became of memory that was foreseen."""
+
+    ALL = "all"
+    """It is there, or is left to others."""
+    ABSENT = "absent"
+    """Bytes of it are not here."""
+    LATER = "later"
+    """The kernel does not take it yet."""
+
+
+class Desk:
+    """What the tasks of a mount share."""
+
+    def __init__(self, counts: Counts, journal: Journal | None = None) -> None:
+        """`journal`: where faults are noted, if somebody records."""
+        self.counts = counts
+        self.journal = journal
+        self.precise = False
+        """Whether just what is wanted is brought, for as long as somebody records that."""
+        self.whole = trio.Event()
+        """Set when that is over, and all the rest may be brought."""
+
+
 class Task:
     """A task; `run` it. Its descriptor is open until nothing is missing, or nobody is left."""
 
@@ -80,7 +86,7 @@ class Task:
         uffd: Userfaultfd,
         lazy: LazyMemory,
         missing: Missing,
-        counts: Counts,
+        desk: Desk,
         on_fork: Callable[["Task", int], None],
     ) -> None:
         """`on_fork` is told of a child: its parent, and its descriptor. It must not raise."""
@@ -88,26 +94,24 @@ class Task:
         self.uffd = uffd
         self.lazy = lazy
         self._missing = missing
-        self._counts = counts
+        self._filling = Filling(name, uffd, missing)
+        self._desk = desk
+        self._counts = desk.counts
         self._on_fork = on_fork
         self._may_end = False
-        self._gone = False
-        """Nothing more can be filled, or need be."""
-        self._window_bytes = _FIRST_WINDOW_BYTES
-        self._near = range(0)
-        self._zeros_bytes = _PAGE
+        self._walks = Walks()
+        self._zeros_bytes = PAGE
         self._zeros_end = 0
         self._settle_s = _SETTLE_S
         self._cursor = 0
-        self._left: deque[tuple[Unmapped, list[tuple[int, int]]]] = deque(maxlen=_LEFT_MOST)
-        """What will be told to be unmapped since it has moved, and what has moved there since."""
+        self._changes = Changes(missing)
         self._bringing: set[int] = set()
         self._nursery: trio.Nursery | None = None
 
     @property
     def missing_bytes(self) -> int:
         """How much has still to come; 0 when nobody is left to want it."""
-        return 0 if self._gone else self._missing.size_bytes
+        return 0 if self._filling.gone else self._missing.size_bytes
 
     @property
     def is_over(self) -> bool:
@@ -122,6 +126,26 @@ class Task:
         """All is set up: once nothing is missing, the kernel can have it."""
         self._may_end = True
         self._end_if_done()
+
+    def check_registered(self) -> None:
+        """See that all that comes lazily is memory that waits for us. Before the task runs.
+
+        CRIU registers a mapping as it moves it to its place; one that the kernel happened to make
+        there in the first place it passes over, and its pages would read as zeros.
+
+        Source: CRIU, criu/pie/restorer.c (vma_remap), the same in 4.1.1 and 4.2.
+
+        Raises:
+            LazyfsError: there is some that does not.
+        """
+        self.hear()
+        for page in self.lazy.memory.firsts:
+            found = None if self._filling.gone else self._missing.at(page)
+            if found is not None and found.origin == found.start and not self.uffd.may_fill(page):
+                raise LazyfsError(
+                    f"{self.name}: CRIU has not registered its memory at {page:#x}, which would "
+                    "read as zeros; restore it again, or without --lazy-pages"
+                )
 
     async def run(self) -> None:
         """Serve faults until the task has all of its memory, or has ended.
@@ -141,7 +165,7 @@ class Task:
     def note_exit(self) -> None:
         """The process has ended; its memory, if nobody else runs in it."""
         if not self.is_over and not self.uffd.is_alive():
-            self._gone = True
+            self._filling.gone = True
             self._end_if_done()
 
     def hear(self) -> None:
@@ -149,108 +173,95 @@ class Task:
         if self.is_over:
             return
         began_s = time.monotonic()
-        faults: list[int] = []
-        moved: list[tuple[int, int]] = []
-        unmapped: list[Unmapped] = []
-        for event in list(parse_messages(self.uffd.read())):
-            if isinstance(event, Fault):
-                faults.append(event.address & -_PAGE)
-            elif isinstance(event, Forked):
-                self._on_fork(self, event.descriptor)
-            elif isinstance(event, Moved):
-                self._missing.move(*event)
-                moved.append((event.to, event.to + event.length))
-                for left, since in self._left:
-                    if event.to < left.stop and left.start < event.to + event.length:
-                        since.append(moved[-1])
-                self._left.append((Unmapped(event.source, event.source + event.length), []))
-            elif isinstance(event, Zeroed):
-                self._missing.drop(*event)
-            else:
-                unmapped.append(event)
-        for each in unmapped:
-            for start, stop in _without(each, moved + self._moved_after(each)):
-                self._missing.drop(start, stop)
-        for page in faults:
-            if self._gone:
+        messages = parse_messages(self.uffd.read())
+        for address in self._changes.apply(messages, partial(self._on_fork, self)):
+            page = address & -PAGE
+            if self._filling.gone:
                 break
-            self._counts.faults += 1
-            if self._serve(page) is _Served.YES:
-                self._counts.note_served(time.monotonic() - began_s)
-            elif page not in self._bringing and self._nursery is not None:
-                self._bringing.add(page)
-                self._nursery.start_soon(self._bring, page, began_s)
+            self._hear_fault(page, began_s)
         self._end_if_done()
-
-    def _moved_after(self, unmapped: Unmapped) -> list[tuple[int, int]]:
-        """Return what has moved since this was unmapped, where a move has already told of that."""
-        for number, (left, since) in enumerate(self._left):
-            if left == unmapped:
-                del self._left[number]
-                return since
-        return []
 
     # -- faults -----------------------------------------------------------------------------
 
-    def _serve(self, page: int) -> _Served:
+    def _hear_fault(self, page: int, began_s: float) -> None:
+        self._counts.faults += 1
+        if page in self._bringing:
+            return
+        place = self._place(page)
+        walk = self._walks.note(place.level, place.offset) if place is not None else None
+        if self._serve(page, walk) is _Served.YES:
+            self._note_served(place, walk, began_s, waited=False)
+        elif self._nursery is not None:
+            self._bringing.add(page)
+            self._nursery.start_soon(self._bring, page, walk, began_s)
+        if place is not None and walk is not None:
+            self._fetch_ahead(place, walk)
+
+    def _place(self, page: int) -> Place | None:
+        """Return where the bytes of a page are, if it is missing."""
+        found = self._missing.at(page)
+        if found is None:
+            return None
+        origin = found.origin + page - found.start
+        return next(self.lazy.memory.places(origin, origin + min(found.stop - page, LEAST_BYTES)))
+
+    def _serve(self, page: int, walk: Walk | None) -> _Served:
         """Fill a page, and what lies around it, if its bytes are here."""
-        while not self._gone:
+        filling = self._filling
+        while not filling.gone:
             found = self._missing.at(page)
             if found is None:
                 return self._serve_zeros(page)
-            window = self._window(found, page)
+            window = self._window(found, page, walk)
             if window is None:
                 return _Served.ABSENT
             start, datas = window
             before_bytes = self._missing.size_bytes
-            outcome = self._fill_all(start, datas)
-            self._counts.bytes_faulted += before_bytes - self._missing.size_bytes
+            outcome = filling.fill_all(start, datas)
             if outcome is Outcome.UNMAPPED:
-                outcome = self._fill_one(found, page)
+                datas = self._peek(found.origin + page - found.start, PAGE) or []
+                outcome = filling.fill_page(page, datas[0]) if datas else outcome
+            self._counts.bytes_faulted += before_bytes - self._missing.size_bytes
             if outcome is Outcome.BUSY:
                 return _Served.BUSY
+            self._settle_s = _SETTLE_S
         return _Served.YES
 
     def _serve_zeros(self, page: int) -> _Served:
         """Fill a page that the checkpoint has nothing for, and more if that goes on."""
-        self._zeros_bytes = (
-            min(2 * self._zeros_bytes, _MOST_ZEROS_BYTES) if page == self._zeros_end else _PAGE
-        )
+        goes_on = page == self._zeros_end and not self._desk.precise
+        self._zeros_bytes = min(2 * self._zeros_bytes, _MOST_ZEROS_BYTES) if goes_on else PAGE
         after = self._missing.after(page)
-        stop = (
-            page + self._zeros_bytes
-            if after is None
-            else min(page + self._zeros_bytes, after.start)
-        )
-        result = self._check(self.uffd.zero(page, stop - page))
-        if result.outcome is Outcome.UNMAPPED and stop - page > _PAGE:
-            result = self._check(self.uffd.zero(page, _PAGE))
+        stop = page + self._zeros_bytes
+        result = self._filling.zero(page, stop if after is None else min(stop, after.start))
         if result.size_bytes:
             self._counts.faults_zero += 1
             self._zeros_end = page + result.size_bytes
         elif result.outcome is Outcome.BUSY:
             return _Served.BUSY
-        elif not self._gone:
-            self.uffd.wake(page, _PAGE)
+        elif not self._filling.gone:
+            self.uffd.wake(page, PAGE)
         return _Served.YES
 
-    def _window(self, found: Range, page: int) -> tuple[int, list[Data]] | None:
+    def _window(self, found: Range, page: int, walk: Walk | None) -> tuple[int, list[Data]] | None:
         """Return where to begin, and the bytes: as many around a page as are here."""
-        if page in self._near:
-            self._window_bytes = min(2 * self._window_bytes, _MOST_WINDOW_BYTES)
-        else:
-            self._window_bytes = max(self._window_bytes // 2, _LEAST_WINDOW_BYTES)
-        size_bytes = self._window_bytes
+        is_first = walk is None or walk.is_first
+        size_bytes = walk.fill_bytes if walk is not None else LEAST_BYTES
+        start = max(found.start, page & -LEAST_BYTES) if is_first else page
+        if self._desk.precise:
+            size_bytes, start = PAGE if is_first else PRECISE_BYTES, page
         while True:
-            start = max(found.start, page & -min(size_bytes, _BEFORE_BYTES))
             stop = min(found.stop, start + size_bytes)
-            datas = self._peek(found.origin + start - found.start, stop - start)
-            if datas is not None:
-                self._near = range(start - size_bytes, stop + size_bytes)
-                return start, datas
-            if size_bytes <= _PAGE:
+            if stop > page:
+                datas = self._peek(found.origin + start - found.start, stop - start)
+                if datas is not None:
+                    return start, datas
+            if size_bytes > PAGE:
+                size_bytes = max(size_bytes // 2 & -PAGE, PAGE)
+            elif start < page:
+                start, size_bytes = page, LEAST_BYTES
+            else:
                 return None
-            size_bytes = max(size_bytes // 4, _PAGE)
 
     def _peek(self, origin: int, size_bytes: int) -> list[Data] | None:
         datas: list[Data] = []
@@ -261,36 +272,64 @@ class Task:
             datas.append(data)
         return datas
 
-    async def _bring(self, page: int, began_s: float) -> None:
+    def _fetch_ahead(self, place: Place, walk: Walk) -> None:
+        """Have what follows a fault fetched, the page itself first if it is not here."""
+        if self._nursery is None or self._desk.precise:
+            return
+        wanted = walk.wants(place.offset)
+        if wanted is not None:
+            start, stop = wanted
+            for job in self.lazy.files[place.level].begin(start, stop - start):
+                self._nursery.start_soon(_do, job)
+
+    async def _bring(self, page: int, walk: Walk | None, began_s: float) -> None:
         """Fetch what a fault waits for, and fill it in."""
+        first = self._place(page)
         try:
-            while (served := self._serve(page)) is not _Served.YES:
+            while (served := self._serve(page, walk)) is not _Served.YES:
                 if served is _Served.BUSY:
                     await self._settle()
                     continue
-                self._counts.faults_fetched += 1
-                found = self._missing.at(page)
-                if found is None:
+                place = self._place(page)
+                if place is None:
                     raise AssertionError("it was missing a moment ago")
-                size_bytes = min(found.stop - page, self._window_bytes)
-                await self._fetch(found.origin + page - found.start, size_bytes, page)
+                self._counts.faults_fetched += 1
+                if walk is not None and not self._desk.precise:
+                    walk.note_wait()
+                    self._fetch_ahead(place, walk)
+                await self._fetch(page, place, walk)
         finally:
             self._bringing.discard(page)
-        self._counts.note_served(time.monotonic() - began_s)
+        self._note_served(first, walk, began_s, waited=True)
         self._end_if_done()
 
-    async def _fetch(self, origin: int, size_bytes: int, address: int) -> Outcome:
-        """Fetch bytes by their origin, and fill them in where they are wanted by then."""
-        place = next(self.lazy.memory.places(origin, origin + size_bytes))
+    async def _fetch(self, page: int, place: Place, walk: Walk | None) -> None:
+        """Fetch what a fault waits for; fill it in where only memory holds it."""
         file = self.lazy.files[place.level]
-        data = await file.read(place.offset, place.size_bytes, Lane.DEMAND)
-        found = None if self._gone else self._missing.at(address)
-        if found is None or found.origin + address - found.start != origin:
-            return Outcome.DONE
-        before_bytes = self._missing.size_bytes
-        outcome = self._fill(address, memoryview(data)[: found.stop - address])
-        self._counts.bytes_faulted += before_bytes - self._missing.size_bytes
-        return outcome
+        size_bytes = PAGE if self._desk.precise else place.size_bytes
+        data = await file.read(place.offset, size_bytes, Lane.DEMAND)
+        found = None if self._filling.gone else self._missing.at(page)
+        if found is None or file.peek(place.offset, PAGE) is not None:
+            return  # which is looked at anew, with what lies around it
+        now = self._place(page)
+        if now is not None and (now.level, now.offset) == (place.level, place.offset):
+            before_bytes = self._missing.size_bytes
+            self._filling.fill(page, memoryview(data)[: found.stop - page])
+            self._counts.bytes_faulted += before_bytes - self._missing.size_bytes
+
+    def _note_served(
+        self, place: Place | None, walk: Walk | None, began_s: float, *, waited: bool
+    ) -> None:
+        """Count a fault that has been served, and note it if somebody records."""
+        now_s = time.monotonic()
+        self._counts.note_served(now_s - began_s)
+        if self._desk.journal is not None and place is not None and walk is not None:
+            size_bytes = PAGE if walk.is_first else min(PRECISE_BYTES, place.size_bytes)
+            path = self.lazy.files[place.level].path
+            note = ReadNote(
+                path, place.offset, size_bytes, began_s, now_s, is_fault=True, waited=waited
+            )
+            self._desk.journal.note_read(note)
 
     async def _settle(self) -> None:
         """Let the kernel say what it is waiting to say."""
@@ -300,6 +339,31 @@ class Task:
             self.hear()
 
     # -- the background ---------------------------------------------------------------------
+
+    def send(self, start: int, stop: int) -> Sent:
+        """Fill what is missing of memory, by addresses at the dump; never waits. Raises as `run`.
+
+        What has moved since is left to `send_some`.
+        """
+        before_bytes = self._missing.size_bytes
+        try:
+            while not self._filling.gone:
+                found = self._missing.after(start)
+                if found is None or found.start >= stop:
+                    break
+                start = min(found.stop, stop)
+                if found.origin != found.start:
+                    continue
+                datas = self._peek(found.start, start - found.start)
+                if datas is None:
+                    return Sent.ABSENT
+                outcome = self._filling.fill_all(found.start, datas)
+                if outcome is Outcome.BUSY or (outcome is Outcome.UNMAPPED and not self._may_end):
+                    return Sent.LATER
+        finally:
+            self._counts.bytes_background += before_bytes - self._missing.size_bytes
+        self._end_if_done()
+        return Sent.ALL
 
     async def send_some(self) -> None:
         """Fill some of what is missing; a checkpoint. Raises as `run`."""
@@ -319,9 +383,9 @@ class Task:
                 return
             data = memoryview(data)[: now.stop - found.start]
         before_bytes = self._missing.size_bytes
-        outcome = self._fill(found.start, data)
+        outcome = self._filling.fill(found.start, data)
         if outcome is Outcome.UNMAPPED and self._may_end:
-            outcome = self._fill_by_page(found.start, data)
+            outcome = self._filling.fill_by_page(found.start, data)
         self._counts.bytes_background += before_bytes - self._missing.size_bytes
         self._cursor = found.start
         self._end_if_done()
@@ -330,87 +394,21 @@ class Task:
         elif outcome is Outcome.UNMAPPED:
             await trio.sleep(_NOT_YET_S)
         else:
-            await trio.lowlevel.checkpoint()
-
-    # -- filling ----------------------------------------------------------------------------
-
-    def _fill_all(self, start: int, datas: list[Data]) -> Outcome:
-        for data in datas:
-            outcome = self._fill(start, data)
-            if outcome is not Outcome.DONE:
-                return outcome
-            start += len(data)
-        return Outcome.DONE
-
-    def _fill_one(self, found: Range, page: int) -> Outcome:
-        """Fill one page, where the mapping has been split since the dump."""
-        datas = self._peek(found.origin + page - found.start, _PAGE)
-        if datas is None:
-            raise AssertionError("it was here a moment ago")
-        outcome = self._fill(page, datas[0])
-        if outcome is Outcome.UNMAPPED:
-            self._missing.drop(page, page + _PAGE)
-            self.uffd.wake(page, _PAGE)
-        return outcome
-
-    def _fill_by_page(self, start: int, data: Data) -> Outcome:
-        """Fill what can be, where mappings have been split, or are not there any more."""
-        for each, piece in _pages(data):
-            outcome = self._fill(start + each, piece)
-            if outcome is Outcome.UNMAPPED:
-                self._missing.drop(start + each, start + each + _PAGE)
-            elif outcome is not Outcome.DONE:
-                return outcome
-        return Outcome.DONE
-
-    def _fill(self, start: int, data: Data) -> Outcome:
-        """Fill missing memory of one mapping; what is filled is missing no more."""
-        view = memoryview(data)
-        done = 0
-        while done < len(view):
-            result = self._check(self.uffd.copy(start + done, view[done:]))
-            size_bytes = result.size_bytes
-            if result.outcome is Outcome.THERE:
-                size_bytes = _PAGE
-                self.uffd.wake(start + done, _PAGE)
-            elif not size_bytes:
-                return result.outcome
-            self._missing.drop(start + done, start + done + size_bytes)
             self._settle_s = _SETTLE_S
-            done += size_bytes
-        return Outcome.DONE
-
-    def _check(self, result: Copied) -> Copied:
-        if result.outcome is Outcome.GONE:
-            self._gone = True
-        elif result.outcome is Outcome.FAILED:
-            why = os.strerror(result.errno)
-            raise LazyfsError(f"{self.name}: its memory cannot be filled: {why}")
-        return result
+            await trio.lowlevel.checkpoint()
 
     def _end_if_done(self) -> None:
         if self.is_over:
             return
-        if self._gone or (self._may_end and not self._missing.size_bytes):
-            self._gone = True
+        if self._filling.gone or (self._may_end and not self._missing.size_bytes):
+            self._filling.gone = True
             trio.lowlevel.notify_closing(self.uffd.descriptor)
             self.uffd.close()
 
 
-def _without(whole: Unmapped, holes: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
-    """Yield what is left of a range."""
-    start = whole.start
-    for begin, end in sorted(holes):
-        if begin >= whole.stop:
-            break
-        if start < begin:
-            yield start, begin
-        start = max(start, end)
-    if start < whole.stop:
-        yield start, whole.stop
-
-
-def _pages(data: Data) -> Iterator[tuple[int, memoryview]]:
-    view = memoryview(data)
-    for offset in range(0, len(view), _PAGE):
-        yield offset, view[offset : offset + _PAGE]
+async def _do(job: Job) -> None:
+    """Fetch ahead; what cannot be had is told to whoever wants it, and asks again."""
+    try:
+        await job()
+    except LazyfsError as error:
+        log.debug("what follows a fault has not come: %s", error)

@@ -133,10 +133,20 @@ class Userfaultfd:
 
         Asked by an attempt to fill a page from one of ours that cannot be read.
         """
+        return self._try(_lowest_page()).outcome is not Outcome.GONE
+
+    def may_fill(self, page: int) -> bool:
+        """Whether a page is of a mapping that is registered, as far as can be told now.
+
+        Changes nothing: asked like `is_alive`. The kernel looks for the mapping first, and refuses
+        before that while memory is being changed (mm/userfaultfd.c, mfill_atomic).
+        """
+        return self._try(page).outcome is not Outcome.UNMAPPED
+
+    def _try(self, page: int) -> Copied:
         with address_of(_UNREADABLE) as source:
-            fields = bytearray(_COPY.pack(_lowest_page(), source, mmap.PAGESIZE, 0, 0))
-            result = self._fill(_UFFDIO_COPY, fields, _COPY.size - 8, mmap.PAGESIZE)
-        return result.outcome is not Outcome.GONE
+            fields = bytearray(_COPY.pack(page, source, mmap.PAGESIZE, 0, 0))
+            return self._fill(_UFFDIO_COPY, fields, _COPY.size - 8, mmap.PAGESIZE)
 
     def wake(self, start: int, size_bytes: int) -> None:
         """Wake who waits for pages that are there, or will not come."""

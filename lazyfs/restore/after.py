@@ -37,15 +37,22 @@ def wait_for_own_pages(watch: Watch, served: Served) -> None:
     """Wait until the mount's daemon has brought the last page."""
     patient_until_s = time.monotonic() + _CONNECT_TIMEOUT_S
     while True:
-        pages = status_of(served).get("lazy_pages") or {}
+        status = status_of(served)
+        pages = status.get("lazy_pages") or {}
         if pages.get("state") == "waiting" and time.monotonic() > patient_until_s:
             _lose(served, "whoever restored did not ask for them; restore without --lazy-pages")
-        if pages.get("failed") is not None:
-            _lose(served, str(pages["failed"]), of_source=True)
+        raise_if_lost(served, status)
         if pages.get("state") == "home":
             return
         if served.fileno() in watch.wait([served.fileno()], served, _OWN_TICK_S):
             raise LazyfsError(DAEMON_GONE)
+
+
+def raise_if_lost(served: Served, status: Mapping[str, Any]) -> None:
+    """Raise why the mount's daemon could not bring memory, if that is so."""
+    pages = status.get("lazy_pages") or {}
+    if pages.get("failed") is not None:
+        _lose(served, str(pages["failed"]), of_source=True)
 
 
 def _lose(served: Served, lost: str, *, of_source: bool = False) -> NoReturn:

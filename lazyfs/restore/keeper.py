@@ -18,7 +18,7 @@ import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lazyfs.ground.errors import (
     LazyfsError,
@@ -46,6 +46,9 @@ from lazyfs.restore.processes import (
 from lazyfs.restore.served import Abandoned, Job, Served, serve
 from lazyfs.restore.verdict import exit_code_of, judge
 from lazyfs.restore.watch import DAEMON_GONE, Watch, status_of
+
+if TYPE_CHECKING:
+    from lazyfs.restore.recorded import Recorded
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,7 @@ class _Keeper:
         self._watch = Watch(telling, (front, woken))
         self._spared: set[int] = set()
         self._work = Path()
+        self._recorded: Recorded | None = None
         self._denied: str | None = None
         self._warnings: list[str] = []
 
@@ -139,6 +143,8 @@ class _Keeper:
         lazy = self._start_lazy_pages(stack, served)
         self._expect_new_name()
         stack.callback(self._undo)
+        if self._recorded is not None:
+            self._recorded.begin()
         program = self._start(served, gate)
         self._wait_for(program, served, gate, lazy)
         resumed_s = time.monotonic() - plan.started_s
@@ -147,6 +153,8 @@ class _Keeper:
         if not gate.asked:
             believe(status_of(served))
         self._watch.tell(event="resumed", pid=gate.root_pid or None, after_s=resumed_s)
+        if self._recorded is not None:
+            self._recorded.last(self._watch, served, gate.root_pid)
         if lazy is not None and not self._pages_are_home:
             wait_for_pages(self._watch, served, lazy)
         if self._has_own_pages:
@@ -203,6 +211,10 @@ class _Keeper:
     def _serve(self, stack: ExitStack, reference: str) -> Served:
         plan = self._plan
         check_with = " ".join(plan.criu) if plan.container is None else "criu"
+        if plan.recording is not None:
+            from lazyfs.restore.recorded import Recorded
+
+            self._recorded = Recorded(plan.recording, self._work, plan.way)
         job = Job(
             reference,
             plan.opening,
@@ -210,6 +222,7 @@ class _Keeper:
             plan.restores,
             check_with,
             self._work if self._has_own_pages else None,
+            self._recorded.config if self._recorded is not None else None,
         )
         served = serve(job, abandon=self._watch.stops)
         stack.callback(self._end_mount, served)
@@ -217,6 +230,8 @@ class _Keeper:
         return served
 
     def _end_mount(self, served: Served) -> None:
+        if self._recorded is not None:
+            self._recorded.end(self._watch)
         if served.has_ended:
             served.end()
             return

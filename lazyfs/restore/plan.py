@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.desk import OpenConfig
+    from lazyfs.until import Until
 
 LOG = "restore.log"
 """CRIU's log, in the work directory; runc and crun call it so too."""
@@ -24,6 +25,19 @@ class Container:
     bundle: Path
     name: str
     """Its id, as the runtime will know it."""
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What is needed, to be written to a file."""
+
+    file: Path
+    until: "Until"
+    """What it lasts until, from when the tasks run."""
+    began_s: float
+    """When the command's process was started, by time.monotonic()."""
+    is_precise: bool = True
+    """Whether only what is wanted is brought meanwhile; else all goes as it would otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +63,20 @@ class Plan:
     """What CRIU or the runtime prints goes to standard error: the caller's output is JSON."""
     started_s: float = 0.0
     """By time.monotonic()."""
+    recording: "Recording | None" = None
+    """What is to be recorded, if anything is."""
 
     @property
     def restores(self) -> str:
         """Return what `lazyfs status` calls it."""
         return self.container.name if self.container is not None else self.reference
+
+    @property
+    def way(self) -> str:
+        """Return how memory comes, as a recording has it."""
+        if not self.lazy_pages:
+            return "eager"
+        return "criu lazy-pages" if self.pages_by_criu else "lazy pages"
 
     @property
     def keeps_terminal(self) -> bool:

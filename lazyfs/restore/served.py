@@ -29,6 +29,7 @@ from lazyfs.restore.verdict import judge
 if TYPE_CHECKING:
     from lazyfs.checkpoint.desk import OpenConfig
     from lazyfs.mount import Ready
+    from lazyfs.trace_file import RecordConfig
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Job:
     """The CRIU that will restore it, for `Served.findings`; None: they are not looked for."""
     lazy_pages: Path | None = None
     """The work directory of a restore with lazy pages, which the daemon is to serve."""
+    recording: "RecordConfig | None" = None
+    """Where to write what is needed of it, if that is wanted."""
 
 
 class Served:
@@ -254,6 +257,8 @@ def _live(job: Job, place: Place, telling: int, watching: int) -> None:
         for descriptor in (0, 1, 2):
             os.dup2(null, descriptor)
         kept = {telling, watching, place.fuse}
+        if job.recording is not None and job.recording.link is not None:
+            kept.add(job.recording.link)
         close_inherited(kept)
         os.chdir("/")
         log_to(job.log_file)
@@ -320,6 +325,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
             check_with=job.check_with,
             lazy_pages=job.lazy_pages,
             guard=guard,
+            recording=job.recording,
         )
         trio.run(main)
     except LazyfsError as error:

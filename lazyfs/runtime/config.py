@@ -69,6 +69,8 @@ class RuntimeConfig(
     authfile: _AbsolutePath | None = None
     mirrors: str = "auto"
     verify: Literal["background", "full", "strict"] = "background"
+    trace: Literal["auto", "off"] = "auto"
+    """Whether to follow a trace that is attached to the image, of what to fetch first."""
     deadline: Annotated[float, msgspec.Meta(gt=0, le=86_400)] = 90.0
     connections: Annotated[int, msgspec.Meta(ge=0, le=10_000)] = 64
     log: Log = Log()

@@ -15,6 +15,7 @@ from lazyfs.ground.errors import LazyfsError, UsageError
 from lazyfs.runtime.config import RuntimeConfig
 
 LAZY_ANNOTATION = "io.lazyfs.lazy-pages"
+WORKLOAD_ANNOTATION = "io.lazyfs.workload"
 _BUNDLE_LIMIT_BYTES = 16 << 20
 _YES, _NO = ("true", "1", "yes"), ("false", "0", "no")
 
@@ -28,6 +29,11 @@ class Bundle(msgspec.Struct, frozen=True):
 
     annotations: dict[str, str] = {}
     linux: _Linux | None = None
+
+    @property
+    def workload(self) -> str:
+        """Whose trace to follow, of several that are attached to the image; or ""."""
+        return self.annotations.get(WORKLOAD_ANNOTATION, "")
 
     @property
     def cgroups_path(self) -> str:

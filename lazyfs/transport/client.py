@@ -163,8 +163,14 @@ class HttpClient:
         self._idle: dict[Origin, list[Connection]] = {}
         self._proxies: dict[Origin, str | None] = {}
         self._guard = LocalGuard(allow=settings.allow_local_redirects)
-        self._contexts: dict[TlsConfig, tuple[object, ssl.SSLContext]] = {}
+        self._contexts = _Contexts()
         self._closed = False
+
+    def with_settings(self, settings: TransportSettings) -> "HttpClient":
+        """Return another client, of other timeouts, that need not read certificates again."""
+        other = HttpClient(settings, endpoints=self._endpoints)
+        other._contexts = self._contexts
+        return other
 
     def open(
         self,
@@ -389,18 +395,26 @@ class HttpClient:
         from lazyfs.transport import http
 
         endpoint = self._endpoints(origin)
-        context = self._context(endpoint.tls) if origin.scheme == "https" else None
+        context = self._contexts.of(endpoint.tls) if origin.scheme == "https" else None
         return http.Connection(origin, self.settings, context, endpoint.headers)
 
-    def _context(self, tls: TlsConfig) -> ssl.SSLContext:
+
+class _Contexts:
+    """What TLS is spoken with: reading the authorities takes longer than a round trip."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: dict[TlsConfig, tuple[object, ssl.SSLContext]] = {}
+
+    def of(self, tls: TlsConfig) -> ssl.SSLContext:
         """Return a context that is made once, and anew when one of its files is another."""
         from lazyfs.transport.http import context_for
 
         stamp = tls.stamp()
         with self._lock:
-            kept = self._contexts.get(tls)
+            kept = self._kept.get(tls)
             if kept is None or kept[0] != stamp:
-                kept = self._contexts[tls] = (stamp, context_for(tls))
+                kept = self._kept[tls] = (stamp, context_for(tls))
         return kept[1]
 
 

@@ -24,7 +24,7 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.files import FileBlob
 from lazyfs.transport.place import Health
-from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
+from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, Referrers
 
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
 _DIRECTORY = os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY
@@ -105,9 +105,18 @@ class DirectorySource:
         digest.check(data, what)
         return data
 
-    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+    def referrers(self, digest: Digest, *artifact_types: str) -> Referrers:
         """Return nothing: skopeo copies one image, and not what refers to it."""
-        return []
+        return Referrers()
+
+    def read_offer(self, digest: Digest, size_bytes: int, *, is_manifest: bool = False) -> bytes:
+        """Return what a referrer offers. See `ImageSource.read_offer`."""
+        return self.read_blob(digest, size_bytes)
+
+    @property
+    def is_settled(self) -> bool:
+        """Yes. See `ImageSource.is_settled`."""
+        return True
 
     def healths(self) -> Sequence[Health]:
         """Return nothing: there is no place but this machine. See `ImageSource.healths`."""

@@ -22,8 +22,13 @@ from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError, So
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.place import Health
-from lazyfs.transport.referrers import fallback_tag, is_fallback_tag, parse_referrers, refers
-from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
+from lazyfs.transport.referrers import (
+    fallback_tag,
+    is_fallback_tag,
+    parse_referrers,
+    referring_as,
+)
+from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor, Referrers
 
 _log = logging.getLogger(__name__)
 
@@ -214,7 +219,7 @@ class LayoutSource:
         digest.check(data, what)
         return data
 
-    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+    def referrers(self, digest: Digest, *artifact_types: str) -> Referrers:
         """Return what refers to the manifest: what `index.json` lists, or the fallback tag.
 
         See `ImageSource.referrers`. Only so many manifests are read; blobs that nothing lists are
@@ -226,26 +231,36 @@ class LayoutSource:
             listed = [
                 each
                 for each in self._index_entries()
-                if each.tag == tag or each.artifact_type in (None, "", artifact_type)
+                if each.tag == tag or each.artifact_type in (None, "", *artifact_types)
             ]
         except LazyfsError as error:
             _log.info("%s: its referrers are taken to be none: %s", self.name, error)
-            return []
-        listed.sort(key=lambda each: each.tag != tag and each.artifact_type != artifact_type)
+            return Referrers(is_known=False)
+        listed.sort(key=lambda each: each.tag != tag and each.artifact_type not in artifact_types)
         for each in listed[:_REFERRERS_READ_MOST]:
             try:
                 item = Digest.parse(each.digest)
                 data = self.read_blob(item, each.size)
                 if each.tag == tag:
-                    found |= {other.digest: other for other in parse_referrers(data, artifact_type)}
-                elif refers(data, digest, artifact_type):
+                    others = parse_referrers(data, *artifact_types)
+                    found |= {other.digest: other for other in others}
+                elif (kind := referring_as(data, digest)) in artifact_types:
                     annotations: Mapping[str, str] = each.annotations or {}
                     found[item] = ReferrerDescriptor(
-                        item, each.media_type, each.size, artifact_type, annotations
+                        item, each.media_type, each.size, kind, annotations
                     )
             except LazyfsError as error:
                 _log.info("%s: %s is taken to be no referrer: %s", self.name, each.digest, error)
-        return list(found.values())
+        return Referrers(found.values())
+
+    def read_offer(self, digest: Digest, size_bytes: int, *, is_manifest: bool = False) -> bytes:
+        """Return what a referrer offers. See `ImageSource.read_offer`."""
+        return self.read_blob(digest, size_bytes)
+
+    @property
+    def is_settled(self) -> bool:
+        """Yes. See `ImageSource.is_settled`."""
+        return True
 
     def healths(self) -> Sequence[Health]:
         """Return nothing: there is no place but this machine. See `ImageSource.healths`."""

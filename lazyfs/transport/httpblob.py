@@ -11,12 +11,14 @@ for `_location` harmlessly: each value is a good place to ask or will be forgott
 """
 
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Self
 
 from lazyfs.ground.errors import FetchError, IntegrityError, LazyfsError, OddAnswer, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.answers import Question, parse_content_range, range_header, refusal
+from lazyfs.transport.begun import Begun
 from lazyfs.transport.blob import Sink
 from lazyfs.transport.client import Authorizer, HttpClient, Reply, refuse_encoding
 from lazyfs.transport.place import Health
@@ -79,6 +81,7 @@ class HttpBlob:
         self._pin = pin
         self._owns_client = owns_client
         self._location: str | None = None
+        self._begun = Begun()
         self.health = health if health is not None else Health(str(origin_of(url)))
         """How its source has behaved."""
 
@@ -102,6 +105,15 @@ class HttpBlob:
             raise SourceError(f"{self.name} has {self._size_bytes} bytes; asked for {byte_range}")
         if byte_range.size_bytes == 0:
             return
+        if self._begun.give(byte_range, sink, most_s=self._client.settings.stall_timeout_s):
+            return
+        self._receive(byte_range, sink)
+
+    def begin(self, byte_range: ByteRange) -> "Future[bytes]":
+        """Begin to receive a range. See `BeginsRanges.begin`."""
+        return self._begun.begin(byte_range, self._receive)
+
+    def _receive(self, byte_range: ByteRange, sink: Sink) -> None:
         try:
             with self._ask(byte_range) as reply:
                 skip_bytes = self._check(reply, byte_range)

@@ -15,15 +15,15 @@ import secrets
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import IntegrityError, LazyfsError, MalformedError
+from lazyfs.transport.referrers import INDEX_TYPE, entries_of, is_replaced, referring_as
 
 _REF_NAME = "org.opencontainers.image.ref.name"
-_INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 _LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 _INDEX_MOST_BYTES = 4 * 1024 * 1024
 _PIECE_BYTES = 1024 * 1024
@@ -80,8 +80,35 @@ class LayoutTarget:
                     self._enter(descriptor, tag)
         return digest
 
+    def attach(
+        self, data: bytes, subject: Digest, entry: Mapping[str, Any], key: str
+    ) -> Literal["api", "tag", "index"]:
+        """See `Target.attach`: as others write layouts, `index.json` lists what has a subject."""
+        with _told(self._name):
+            _replace(self._path(Digest.of(data)), data)
+            with self._lock():
+                index, entries = self._index()
+                index["manifests"] = [
+                    each for each in entries if not self._gives_way(each, subject, entry, key)
+                ] + [dict(entry)]
+                _replace(self._directory / "index.json", json.dumps(index).encode())
+        return "index"
+
     def close(self) -> None:
         """Do nothing: all is written."""
+
+    def _gives_way(
+        self, old: Mapping[str, Any], subject: Digest, entry: Mapping[str, Any], key: str
+    ) -> bool:
+        """Whether `entry` takes the place of what the index lists, of the same image."""
+        if not is_replaced(old, entry, key):
+            return False
+        try:
+            path = self._path(Digest.parse(str(old.get("digest"))))
+            with path.open("rb") as file:
+                return bool(referring_as(file.read(_INDEX_MOST_BYTES), subject))
+        except (MalformedError, FileNotFoundError):
+            return False
 
     def _begin(self, marker: Path) -> None:
         """Make a layout of the directory, if nobody has meanwhile."""
@@ -98,8 +125,21 @@ class LayoutTarget:
 
     def _enter(self, descriptor: dict[str, Any], tag: str) -> None:
         """Put a descriptor into the index in place of what had its tag."""
+        index, entries = self._index()
+        same = [each for each in entries if _tag_of(each) == tag]
+        if not tag:
+            same = [each for each in same if each.get("digest") == descriptor["digest"]]
+        index["manifests"] = [each for each in entries if each not in same] + [descriptor]
+        _replace(self._directory / "index.json", json.dumps(index).encode())
+
+    def _index(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return the index, and the descriptors in it.
+
+        Raises:
+            MalformedError: it is none.
+        """
         path = self._directory / "index.json"
-        index: Any = {"schemaVersion": 2, "mediaType": _INDEX_TYPE, "manifests": []}
+        index: Any = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": []}
         if path.exists():
             if path.stat().st_size > _INDEX_MOST_BYTES:
                 raise MalformedError(f"{path} is larger than {_INDEX_MOST_BYTES} bytes")
@@ -107,14 +147,10 @@ class LayoutTarget:
                 index = json.loads(path.read_bytes())
             except (ValueError, RecursionError):
                 index = None
-        entries = index.get("manifests") if isinstance(index, dict) else None
-        if not isinstance(entries, list) or not all(isinstance(each, dict) for each in entries):
+        entries = entries_of(index)
+        if entries is None:
             raise MalformedError(f"{path} is no index of an OCI layout")
-        same = [each for each in entries if _tag_of(each) == tag]
-        if not tag:
-            same = [each for each in same if each.get("digest") == descriptor["digest"]]
-        index["manifests"] = [each for each in entries if each not in same] + [descriptor]
-        _replace(path, json.dumps(index).encode())
+        return index, entries
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:

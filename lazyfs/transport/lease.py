@@ -41,6 +41,8 @@ class Lease:
         """The bytes up to here have been delivered."""
         self.heard_s = float("-inf")
         """When the last of them came (`time.monotonic`)."""
+        self.first_s: float | None = None
+        """When the first of them came."""
         self.tenant: Attempt | None = None
         self.giver: Health | None = None
         """The place that the last of them came from."""
@@ -70,6 +72,8 @@ class Lease:
             raise Detached
         if self.tenant is None and attempt.wanted.start == self.position:
             self.tenant = attempt
+            if self.first_s is None:
+                self.first_s = time.monotonic()
             attempt.note_first_byte()
         if self.tenant is not attempt:
             raise Detached

@@ -11,6 +11,8 @@ import socket
 import time
 from typing import Any
 
+from lazyfs.transport.window import Window
+
 _PATIENCE_DEFAULT_S = 60.0
 _SO_RCVBUFFORCE = 33
 """socket(7); Python has no name for it."""
@@ -84,11 +86,13 @@ class BoundedResponse(http.client.HTTPResponse):
         self.fp = _Lines(self.fp.detach(), sock.gettimeout() or _PATIENCE_DEFAULT_S)
         self._socket = sock
         _narrow(sock)
+        self._window = Window(sock)
         self._low_water_bytes = 1
         self._is_quick = False
 
     def read1(self, n: int = -1) -> bytes:
         """Return what has come of the body, once it is worth a receive."""
+        self._window.follow_wish()
         began_s = time.monotonic()
         piece = super().read1(n)
         self._is_quick = time.monotonic() - began_s < _QUICK_S

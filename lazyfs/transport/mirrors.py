@@ -12,7 +12,8 @@ What waits between attempts is the whole round, never one place: another may hav
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,12 +29,13 @@ from lazyfs.ground.errors import (
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.attempts import attempts
+from lazyfs.transport.begun import BeginsRanges
 from lazyfs.transport.blob import Blob, Sink
 from lazyfs.transport.httpblob import NoRanges
 from lazyfs.transport.mirror_files import find_addresses
 from lazyfs.transport.place import Health, ManyPlaces, Place, in_order
 from lazyfs.transport.registry import REFERRERS_MOST_S, RegistrySource
-from lazyfs.transport.source import Manifest, ReferrerDescriptor
+from lazyfs.transport.source import Manifest, Referrers
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -129,24 +131,51 @@ class MirroredSource:
             lambda source: source.ask_blob(digest, size_bytes),
         )
 
-    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+    def referrers(self, digest: Digest, *artifact_types: str) -> Referrers:
         """Return what the first place that knows of any says. See `ImageSource.referrers`.
 
         The registry itself first: many a mirror answers that there are none.
         """
         until_s = time.monotonic() + REFERRERS_MOST_S
+        is_known = False
+        for source in self._honest_ones(until_s):
+            found = source.referrers_by(digest, artifact_types, until_s)
+            if found:
+                return found
+            is_known = is_known or found.is_known
+        return Referrers(is_known=is_known)
+
+    def read_offer(self, digest: Digest, size_bytes: int, *, is_manifest: bool = False) -> bytes:
+        """Return what a referrer offers, from the first place that has it.
+
+        See `ImageSource.read_offer`.
+        """
+        until_s = time.monotonic() + REFERRERS_MOST_S
+        what = f"{self._name}@{digest}"
+        error: LazyfsError = SourceError(f"{what} is to be had nowhere")
+        for source in self._honest_ones(until_s):
+            try:
+                return source.read_offer_by(digest, size_bytes, until_s, is_manifest=is_manifest)
+            except LazyfsError as failed:
+                error = failed
+        raise error
+
+    def _honest_ones(self, until_s: float) -> Iterator[RegistrySource]:
+        """Yield who may say what refers to an image, the registry first, while there is time."""
         *mirrors, registry = self._sources
         for source in sorted((registry, *mirrors), key=lambda source: source.health.rests):
             honest = source.address.for_tags and source.health.lie is None
             if honest and time.monotonic() < until_s:
-                found = source.referrers_by(digest, artifact_type, until_s)
-                if found:
-                    return found
-        return []
+                yield source
 
     def healths(self) -> Sequence[Health]:
         """Return how each place has behaved, in the order of asking. See `ImageSource.healths`."""
         return tuple(source.health for source in self._sources)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known what each place speaks. See `ImageSource.is_settled`."""
+        return all(source.is_settled for source in self._sources)
 
     def close(self) -> None:
         """Close connections; those under way close when they end."""
@@ -226,6 +255,15 @@ class MirroredBlob(ManyPlaces):
         """
         self.places()[0].blob.read_into(byte_range, sink)
 
+    def begin(self, byte_range: ByteRange) -> "Future[bytes]":
+        """Begin to receive a range where it would be asked for. See `BeginsRanges.begin`.
+
+        Raises:
+            IntegrityError: all places have lied.
+            FetchError: that place cannot.
+        """
+        return _begin(self.places()[0].blob, byte_range)
+
     def close(self) -> None:
         """Close the blob everywhere."""
         for place in self._places:
@@ -255,9 +293,23 @@ class _AtMirror:
                 transient=True,
             ) from None
 
+    def begin(self, byte_range: ByteRange) -> "Future[bytes]":
+        """Begin to receive a range. See `BeginsRanges.begin`.
+
+        Raises:
+            FetchError: it cannot.
+        """
+        return _begin(self._blob, byte_range)
+
     def close(self) -> None:
         """Close it."""
         self._blob.close()
+
+
+def _begin(blob: Blob, byte_range: ByteRange) -> "Future[bytes]":
+    if not isinstance(blob, BeginsRanges):
+        raise FetchError(f"{blob.name} is not asked ahead", transient=True)
+    return blob.begin(byte_range)
 
 
 def _nowhere(what: str, errors: Sequence[tuple[str, LazyfsError]]) -> LazyfsError:

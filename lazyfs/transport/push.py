@@ -6,14 +6,16 @@ file, so that its size does not matter and a lost connection costs one more atte
 blob's start. No mirror is ever written to.
 
 Sources: OCI distribution-spec, "Push": "POST then PUT", "Mounting a blob from another
-repository", "Pushing Manifests"; containers-registries.conf(5), "Remapping and mirroring
-registries": a location in the place of a prefix holds for pushes too.
+repository", "Pushing Manifests", "Pushing Manifests with Subject", "Referrers Tag Schema";
+containers-registries.conf(5), "Remapping and mirroring registries": a location in the place of a
+prefix holds for pushes too.
 """
 
 import os
+import random
 import time
-from collections.abc import Callable, Sequence
-from typing import BinaryIO, TypeVar, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, Literal, TypeVar, cast
 from urllib.parse import quote
 
 from lazyfs.ground.counters import Counters
@@ -31,12 +33,15 @@ from lazyfs.transport.auth import pull_scope, push_scope
 from lazyfs.transport.client import SmallReply
 from lazyfs.transport.http import Upload
 from lazyfs.transport.mirror_files import find_addresses
+from lazyfs.transport.referrers import INDEX_TYPE, fallback_tag, with_referrer
 from lazyfs.transport.registry import RegistrySource
 from lazyfs.transport.urls import redirect_target
 
 _T = TypeVar("_T")
+_OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _OCTETS = "application/octet-stream"
 _LARGE_MANIFEST = 4 * 1024 * 1024
+_RACES_MOST, _RACE_PAUSE_S = 6, 0.2
 
 
 class RegistryTarget:
@@ -118,6 +123,35 @@ class RegistryTarget:
         self._patiently(what, lambda: self._put(what, digest, data, media_type, tag))
         return digest
 
+    def attach(
+        self, data: bytes, subject: Digest, entry: Mapping[str, Any], key: str
+    ) -> Literal["api", "tag", "index"]:
+        """See `Target.attach`. Who lists it is told by the registry's answer (`OCI-Subject`)."""
+        digest = Digest.of(data)
+        what = f"{self._name}@{digest}"
+        reply = self._patiently(what, lambda: self._put(what, digest, data, _OCI_MANIFEST, None))
+        if reply.headers.get("OCI-Subject", "").strip():
+            return "api"
+        self._list_by_tag(fallback_tag(subject), entry, key)
+        return "tag"
+
+    def _list_by_tag(self, tag: str, entry: Mapping[str, Any], key: str) -> None:
+        """Add to the list that clients keep; again, if somebody else has written it meanwhile.
+
+        No registry writes it only if it is still what was read: so it is read after it was written.
+        """
+        what = f"{self._name}:{tag}"
+        for number in range(_RACES_MOST):
+            listed = self._patiently(what, lambda: self._source.ask_tag(tag))
+            changed = with_referrer(listed, entry, key)
+            if changed is None:
+                return
+            self.put_manifest(changed, INDEX_TYPE, tag)
+            time.sleep(random.uniform(0, _RACE_PAUSE_S) * number)  # noqa: S311 - no secret
+        raise SourceError(
+            f"{what}: others write this list of referrers at the same time; try again"
+        )
+
     def close(self) -> None:
         """Close connections."""
         self._source.close()
@@ -170,7 +204,7 @@ class RegistryTarget:
 
     def _put(
         self, what: str, digest: Digest, data: bytes, media_type: str, tag: str | None
-    ) -> None:
+    ) -> SmallReply:
         where = f"manifests/{quote(tag or str(digest), safe=':')}"
         headers = {"Content-Type": media_type}
         reply = self._source.send(what, where, headers, Upload("PUT", data, len(data)))
@@ -181,6 +215,7 @@ class RegistryTarget:
             raise IntegrityError(
                 f"{what}: the registry took it for {promised[:200]!r}, though it is {digest}"
             )
+        return reply
 
     def _refused(self, what: str, reply: SmallReply) -> LazyfsError:
         """Return the error for a registry that does not take what it is given."""

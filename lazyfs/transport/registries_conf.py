@@ -8,7 +8,6 @@ done otherwise: a prefix without a port is not taken for a host with one (there 
 be a mistake not to be relied on), and version 1 of the format is refused, not converted.
 """
 
-import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -61,6 +60,8 @@ def parse_registries_conf(text: str, name: str) -> tuple[RegistryEntry, ...]:
     Raises:
         MalformedError: it is not TOML, is of version 1, or an entry contradicts itself or another.
     """
+    import tomllib  # only where there is such a file: it is 3 ms of a start
+
     try:
         document = tomllib.loads(text)
     except (ValueError, RecursionError) as error:

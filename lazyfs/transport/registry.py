@@ -46,7 +46,7 @@ from lazyfs.transport.credentials import Credentials, find_credentials
 from lazyfs.transport.httpblob import HttpBlob
 from lazyfs.transport.place import Health
 from lazyfs.transport.referrers import list_referrers
-from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, ReferrerDescriptor
+from lazyfs.transport.source import MANIFEST_LIMIT_BYTES, Manifest, Referrers
 from lazyfs.transport.tls import Endpoint, Endpoints
 from lazyfs.transport.urls import Origin, is_loopback, origin_of
 
@@ -115,19 +115,20 @@ class RegistrySource:
         self._settings = settings
         self._counters = counters
         self._told: set[str] = set()
+        self._blobs: dict[tuple[Digest, int], HttpBlob] = {}
+        """What was given, for who asks again: it knows where the registry redirects to."""
         named = settings.authfile
         self._authfile = authfile or (None if named is None else Path(named))
         endpoints = endpoints_of(address, settings)
         self._client = HttpClient(settings, endpoints=endpoints)
         # Timeouts belong to a client: what may not wait has its own.
-        self._hurried = HttpClient(
+        self._hurried = self._client.with_settings(
             replace(
                 settings,
                 connect_timeout_s=min(settings.connect_timeout_s, _HURRY_STALL_S),
                 stall_timeout_s=min(settings.stall_timeout_s, _HURRY_STALL_S),
                 deadline_s=min(settings.deadline_s, _HURRY_AGAIN_S),
-            ),
-            endpoints=endpoints,
+            )
         )
         self._schemes = address.schemes or _schemes_of(address, settings)
         self._settling = threading.Lock()
@@ -165,12 +166,34 @@ class RegistrySource:
         media_type = reply.headers.get("Content-Type", "").partition(";")[0].strip()
         return Manifest(reply.body, media_type, digest)
 
+    def ask_tag(self, tag: str) -> bytes | None:
+        """Ask once for what a tag names; None if it names nothing.
+
+        Raises: as `ImageSource.manifest`, and a transient FetchError.
+        """
+        what = _called(self.name, tag)
+        url = self._url(f"manifests/{quote(tag)}")
+        reply = self._client.get(
+            url,
+            {"Accept": _ACCEPT},
+            limit_bytes=MANIFEST_LIMIT_BYTES,
+            authorizer=self._authorizer,
+        )
+        if reply.status == 404:
+            return None
+        if reply.status != 200:
+            raise self.refusal(what, reply)
+        return reply.body
+
     def blob(self, digest: Digest, size_bytes: int) -> Blob:
         """Return the blob, to be read by range. See `ImageSource.blob`."""
         what = f"{self.name}@{digest}"
         if not self._settled:
             return _Unsettled(self, digest, size_bytes)
-        return HttpBlob(
+        known = self._blobs.get((digest, size_bytes))
+        if known is not None:
+            return known
+        blob = HttpBlob(
             self._client,
             self._url(f"blobs/{digest}"),
             question=self._question(what),
@@ -178,6 +201,7 @@ class RegistrySource:
             authorizer=self._authorizer,
             health=self.health,
         )
+        return self._blobs.setdefault((digest, size_bytes), blob)
 
     def read_blob(self, digest: Digest, size_bytes: int) -> bytes:
         """Return a small blob whole. See `ImageSource.read_blob`."""
@@ -195,23 +219,24 @@ class RegistrySource:
         digest.check(body, what)
         return body
 
-    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+    def referrers(self, digest: Digest, *artifact_types: str) -> Referrers:
         """Return what refers to the manifest. See `ImageSource.referrers`."""
-        return self.referrers_by(digest, artifact_type, time.monotonic() + REFERRERS_MOST_S)
+        return self.referrers_by(digest, artifact_types, time.monotonic() + REFERRERS_MOST_S)
 
     def referrers_by(
-        self, digest: Digest, artifact_type: str, until_s: float
-    ) -> list[ReferrerDescriptor]:
+        self, digest: Digest, artifact_types: Sequence[str], until_s: float
+    ) -> Referrers:
         """Return what refers to the manifest, as far as it has come by `until_s` (monotonic)."""
         what = f"the referrers of {self.name}@{digest}"
         try:
-            return attempts(
+            self._settle_with(self._hurried)
+            found = attempts(
                 what,
                 lambda: list_referrers(
                     lambda url: self._ask_by(url, until_s),
                     self._url,
                     digest,
-                    artifact_type,
+                    artifact_types,
                     self._question(what),
                 ),
                 settings=self._hurried.settings,
@@ -219,7 +244,36 @@ class RegistrySource:
             )
         except LazyfsError as error:
             _log.info("%s are taken to be none: %s", what, error)
-            return []
+            return Referrers(is_known=False)
+        return Referrers(found)
+
+    def read_offer(self, digest: Digest, size_bytes: int, *, is_manifest: bool = False) -> bytes:
+        """Return what a referrer offers. See `ImageSource.read_offer`."""
+        until_s = time.monotonic() + REFERRERS_MOST_S
+        return self.read_offer_by(digest, size_bytes, until_s, is_manifest=is_manifest)
+
+    def read_offer_by(
+        self, digest: Digest, size_bytes: int, until_s: float, *, is_manifest: bool
+    ) -> bytes:
+        """Return what a referrer offers, if it has come by `until_s` (monotonic).
+
+        Raises: as `ImageSource.read_offer`.
+        """
+        what = f"{self.name}@{digest}"
+        if size_bytes > MANIFEST_LIMIT_BYTES:
+            raise MalformedError(f"{what} is said to have {size_bytes} bytes: too many to be read")
+        self._settle_with(self._hurried)
+        url = self._url(f"{'manifests' if is_manifest else 'blobs'}/{digest}")
+        reply = attempts(
+            what,
+            lambda: self._ask_by(url, until_s, size_bytes),
+            settings=self._hurried.settings,
+            counters=self._counters,
+        )
+        if reply.status != 200:
+            raise self.refusal(what, reply)
+        digest.check(reply.body, what)
+        return reply.body
 
     def send(
         self, what: str, where: str, headers: Mapping[str, str], upload: "Upload"
@@ -256,6 +310,11 @@ class RegistrySource:
         """Return how it has behaved. See `ImageSource.healths`."""
         return (self.health,)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is known what it speaks. See `ImageSource.is_settled`."""
+        return self._settled
+
     def settle(self) -> None:
         """Find out what it speaks, if that is not known, by asking for the API's root.
 
@@ -263,12 +322,15 @@ class RegistrySource:
             FetchError: transient: nobody answered.
             SourceError: it speaks none of what it may.
         """
+        self._settle_with(self._client)
+
+    def _settle_with(self, client: HttpClient) -> None:
         with self._settling:
             errors: list[LazyfsError] = []
             for scheme in () if self._settled else self._schemes:
                 try:
                     url = f"{scheme}://{self.address.served_by}{self.address.root}/"
-                    with self._client.open(url, {"Accept": "*/*"}) as reply:
+                    with client.open(url, {"Accept": "*/*"}) as reply:
                         status = reply.status
                         reply.discard()
                 except LazyfsError as error:
@@ -330,7 +392,9 @@ class RegistrySource:
         what = _called(self.name, wanted)
         return attempts(what, action, settings=self._settings, counters=self._counters)
 
-    def _ask_by(self, url: str, until_s: float) -> SmallReply:
+    def _ask_by(
+        self, url: str, until_s: float, limit_bytes: int = MANIFEST_LIMIT_BYTES
+    ) -> SmallReply:
         """Return the answer to a GET, whatever its status, if it has come by `until_s`."""
         body = bytearray()
         headers = {"Accept": _ACCEPT}
@@ -338,8 +402,8 @@ class RegistrySource:
             refuse_encoding(reply)
             for piece in reply.pieces():
                 body += piece
-                if len(body) > MANIFEST_LIMIT_BYTES:
-                    raise SourceError(f"{self._host} sent more than {MANIFEST_LIMIT_BYTES} bytes")
+                if len(body) > (limit_bytes if reply.status == 200 else MANIFEST_LIMIT_BYTES):
+                    raise SourceError(f"{self._host} sent more than {limit_bytes} bytes")
                 if time.monotonic() > until_s:
                     raise SourceError(f"{self._host} takes too long for what is not needed")
             self._counters.bytes_fetched += len(body)

@@ -120,6 +120,8 @@ class Fetcher:
                 self.counters.retries += 1
         finally:
             self._under_way.discard(course)
+            if self.counters.journal is not None:
+                self.counters.journal.note_fetch(course.note(time.monotonic()))
 
 
 async def _pause(

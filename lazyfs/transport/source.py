@@ -4,7 +4,7 @@ All of it blocks and is called in worker threads. Manifests and small blobs are 
 (they are what a mount begins with); a `Blob`'s ranges are `retry.fetch`'s.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -39,12 +39,25 @@ class ReferrerDescriptor:
     annotations: Mapping[str, str] = field(default_factory=dict)
 
 
+class Referrers(list[ReferrerDescriptor]):
+    """What refers to a manifest, in any order; `is_known` says whether that was told."""
+
+    def __init__(self, found: Iterable[ReferrerDescriptor] = (), *, is_known: bool = True) -> None:
+        """`is_known`: False if nobody could be asked, and there may be more."""
+        super().__init__(found)
+        self.is_known = is_known
+
+
 class ImageSource(Protocol):
     """One repository of a registry, or one layout directory."""
 
     @property
     def name(self) -> str:
         """What a person calls it in messages."""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether two things can be asked at once: it is known what protocol is spoken there."""
 
     def manifest(self, reference: str | None) -> Manifest:
         """Return the manifest or index with this tag or digest; None for the source's default.
@@ -71,11 +84,19 @@ class ImageSource(Protocol):
             IntegrityError: its bytes are not what the digest promised.
         """
 
-    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
-        """Return what refers to the manifest with this digest and is of the type, in any order.
+    def referrers(self, digest: Digest, *artifact_types: str) -> Referrers:
+        """Return what refers to the manifest with this digest and is of one of the types.
 
         An offer, never a need: what cannot be had within a few seconds is as good as none, and
         is only logged. Whoever may push can refer: take nothing of it on trust.
+        """
+
+    def read_offer(self, digest: Digest, size_bytes: int, *, is_manifest: bool = False) -> bytes:
+        """Return whole, proven, what a referrer offers: a small blob, or its own manifest.
+
+        As `referrers`, it is given up after a few seconds.
+
+        Raises: as `read_blob`, and a FetchError.
         """
 
     def healths(self) -> Sequence[Health]:

@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from lazyfs.ground.journal import FetchNote
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.transport.blob import Sink
 from lazyfs.transport.lease import Lease
@@ -45,6 +46,20 @@ class Course:
         """Attempts that were silent for too long."""
         self.last_error: Exception | None = None
         self.began_s = time.monotonic()
+
+    def note(self, now_s: float) -> FetchNote:
+        """Return what a journal keeps of it, now that it has ended: of its range, what has come."""
+        lease = self.lease
+        return FetchNote(
+            self.blob,
+            lease.wanted.start,
+            lease.position,
+            self.began_s,
+            lease.first_s if lease.first_s is not None else now_s,
+            now_s,
+            self.why,
+            self.attempts,
+        )
 
     def waiting(self, now_s: float) -> Waiting:
         """Return what may be told of it."""

@@ -19,7 +19,7 @@ from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.place import Health
-from lazyfs.transport.source import Manifest, ReferrerDescriptor
+from lazyfs.transport.source import Manifest, Referrers
 
 REPOSITORY = "registry.example/team/web"
 OCI = "application/vnd.oci.image.manifest.v1+json"
@@ -49,9 +49,16 @@ class Registry:
         self.asked.append(str(digest))
         return CONFIG
 
-    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
+    def referrers(self, digest: Digest, *artifact_types: str) -> Referrers:
         self.asked.append("referrers")
-        return []
+        return Referrers()
+
+    def read_offer(self, digest: Digest, size_bytes: int, *, is_manifest: bool = False) -> bytes:
+        raise NotImplementedError
+
+    @property
+    def is_settled(self) -> bool:
+        return True
 
     def healths(self) -> Sequence[Health]:
         return ()

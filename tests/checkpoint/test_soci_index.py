@@ -27,7 +27,7 @@ from lazyfs.transport.blob import Blob
 from lazyfs.transport.files import LayoutSource
 from lazyfs.transport.place import Health
 from lazyfs.transport.registry import RegistrySource
-from lazyfs.transport.source import Manifest, ReferrerDescriptor
+from lazyfs.transport.source import Manifest, ReferrerDescriptor, Referrers
 from tests.faults import OCI_INDEX, OCI_MANIFEST, FaultServer, digest_of
 
 SAMPLE = Path(__file__).parent.parent / "data" / "soci"
@@ -62,13 +62,20 @@ class Fake:
             raise SourceError("404")
         return Manifest(self.manifests[reference], OCI_MANIFEST, Digest.parse(reference))
 
-    def referrers(self, digest: Digest, artifact_type: str) -> list[ReferrerDescriptor]:
-        assert (digest, artifact_type) == (IMAGE, INDEX_V1)
+    def referrers(self, digest: Digest, *artifact_types: str) -> Referrers:
+        assert (digest, artifact_types) == (IMAGE, (INDEX_V1,))
         self.asked.append("referrers")
-        return [
+        return Referrers(
             ReferrerDescriptor(Digest.parse(self.add(data)), OCI_MANIFEST, len(data), INDEX_V1)
             for data in self.referring
-        ]
+        )
+
+    def read_offer(self, digest: Digest, size_bytes: int, *, is_manifest: bool = False) -> bytes:
+        raise NotImplementedError
+
+    @property
+    def is_settled(self) -> bool:
+        return True
 
     def blob(self, digest: Digest, size_bytes: int) -> Blob:
         raise NotImplementedError
@@ -100,7 +107,7 @@ def soci_index(*rows: Any, kind: str = INDEX_V1, **more: Any) -> bytes:
 
 
 def found_in(source: Fake, annotations: Mapping[str, str] = {}) -> dict[Digest, ZtocRef]:
-    return find_ztocs(source, IMAGE, annotations, LAYERS)
+    return find_ztocs(source, IMAGE, annotations, LAYERS, referrers=source.referrers)
 
 
 @pytest.mark.parametrize("kind", [INDEX_V2, INDEX_V1])
@@ -251,7 +258,9 @@ def test_a_registry_that_soci_has_pushed_to(
     digest = Digest.parse(server.add_manifest(read("manifest.json"), "v1"))
     server.add_manifest(read("index.json"))
     server.add_manifest(read("referrers.json"), f"sha256-{digest.hex}", OCI_INDEX)
-    check_sample(find_ztocs(source, digest, {}, layers_of_sample()), pinned=False)
+    check_sample(
+        find_ztocs(source, digest, {}, layers_of_sample(), referrers=source.referrers), pinned=False
+    )
 
 
 def test_an_image_that_soci_has_converted(registry: tuple[FaultServer, RegistrySource]) -> None:
@@ -263,7 +272,10 @@ def test_an_image_that_soci_has_converted(registry: tuple[FaultServer, RegistryS
     annotations = {INDEX_DIGEST_KEY: server.add_manifest(index)}
     manifest = {**json.loads(read("manifest.json")), "annotations": annotations}
     digest = Digest.parse(server.add_manifest(manifest))
-    check_sample(find_ztocs(source, digest, annotations, layers_of_sample()), pinned=True)
+    check_sample(
+        find_ztocs(source, digest, annotations, layers_of_sample(), referrers=source.referrers),
+        pinned=True,
+    )
     assert server.count("/referrers/") == 0
 
 
@@ -278,5 +290,7 @@ def test_a_layout_that_oras_has_copied_to(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": rows}))
     source = LayoutSource(tmp_path, counters=Counters())
     digest = Digest.of(read("manifest.json"))
-    check_sample(find_ztocs(source, digest, {}, layers_of_sample()), pinned=False)
+    check_sample(
+        find_ztocs(source, digest, {}, layers_of_sample(), referrers=source.referrers), pinned=False
+    )
     source.close()

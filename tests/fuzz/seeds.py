@@ -4,11 +4,15 @@ import gzip
 import json
 import tarfile
 
+import msgspec
 import zstandard
 
+from lazyfs.checkpoint.trace import dump_trace
 from lazyfs.layers.deflate import best_engine
 from lazyfs.layers.gzip import GzipDecoder
 from tests.checkpoint import sample
+from tests.checkpoint.test_criu_phases import LOG as CRIU_LOG
+from tests.checkpoint.test_trace import SMALL
 from tests.fuzz.targets import FILES, decode
 from tests.images import tar_bytes, zstd_chunked
 from tests.layers.indexed import DATA
@@ -73,6 +77,8 @@ def seeds() -> dict[str, list[bytes]]:
             b'[{"name":"pages-1.img","size_bytes":1}],"lazy_pages":true}',
             b'{"rootfs":{"type":"layers","diff_ids":["sha256:0"]},"history":[]}',
         ],
+        "trace_document": [b"p" + dump_trace(SMALL), msgspec.json.encode(SMALL)],
+        "criu_log": [CRIU_LOG.encode()],
         "headers": [
             b"bytes 0-9/100",
             b"120",

@@ -10,9 +10,12 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from lazyfs.checkpoint import criu, criu_cpu, criu_memory, engines, manifest
+import zstandard
+
+from lazyfs.checkpoint import criu, criu_cpu, criu_memory, engines, manifest, trace
 from lazyfs.checkpoint.archive import read_members
 from lazyfs.checkpoint.containerd import parse_config
+from lazyfs.checkpoint.criu_phases import length_ms, phases_of
 from lazyfs.checkpoint.overlay import lay_over
 from lazyfs.checkpoint.placed import place_layers
 from lazyfs.checkpoint.reference import RegistryReference, parse_reference
@@ -44,6 +47,7 @@ from lazyfs.layers.table import choose
 from lazyfs.layers.tar import walk_tar, walk_tar_stream
 from lazyfs.layers.zstd_chunked import POSITION_KEY, ZstdChunked
 from lazyfs.layers.ztoc import read_files, read_ztoc
+from lazyfs.restore.criulog import diagnose
 from lazyfs.transport import (
     address,
     answers,
@@ -209,6 +213,26 @@ def stub(data: bytes) -> None:
     assert real_reference(read_stub(data)).digest is not None
 
 
+def trace_document(data: bytes) -> None:
+    """A trace that somebody has attached: packed, or what is in the frame."""
+    packed = data[1:] if data[:1] == b"p" else zstandard.compress(data)
+    with suppress(MalformedError):
+        found = trace.parse_trace(packed, "it")
+        assert trace.parse_trace(trace.dump_trace(found), "again") == found
+    hint = trace.parse_hint(packed, "it")
+    assert trace.parse_hint(trace.dump_trace(hint), "again") == hint
+
+
+def criu_log(data: bytes) -> None:
+    """What CRIU logged; names in it are the checkpoint's."""
+    text = data.decode("utf-8", "replace")
+    phases = phases_of(text, 5.0)
+    moments = [moment for phase in phases for moment in (phase.began_ms, phase.ended_ms)]
+    assert moments == sorted(moments)
+    assert not phases or moments[-1] <= 5.001 + length_ms(text)
+    diagnose(text)
+
+
 def archive(data: bytes) -> None:
     """An archive of images."""
     if data:
@@ -285,7 +309,7 @@ def host_servers(data: bytes) -> None:
 def referrers_list(data: bytes) -> None:
     """What a registry says that refers to an image."""
     referrers.parse_referrers(data, "")
-    referrers.refers(data, Digest.of(b""), "")
+    referrers.referring_as(data, Digest.of(b""))
 
 
 TARGETS: dict[str, Target] = {
@@ -308,6 +332,8 @@ TARGETS: dict[str, Target] = {
         dumps,
         archive,
         stub,
+        trace_document,
+        criu_log,
         headers,
         token,
         auth_file,

@@ -4,19 +4,24 @@ import errno
 import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from lazyfs.checkpoint.criu_memory import PageExtent, PageFlags, Pagemap, Vma
 from lazyfs.content.lanes import Lane
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import FetchError, LazyfsError
+from lazyfs.ground.journal import Journal
+from lazyfs.lazypages.ahead import Ahead
 from lazyfs.lazypages.counts import Counts
 from lazyfs.lazypages.memory import Level, TaskMemory
 from lazyfs.lazypages.missing import Missing
-from lazyfs.lazypages.pages import LazyMemory
-from lazyfs.lazypages.task import Task
+from lazyfs.lazypages.order import Part
+from lazyfs.lazypages.pages import Job, LazyMemory
+from lazyfs.lazypages.task import Desk, Sent, Task
 from lazyfs.lazypages.uffd import Copied, Outcome, Userfaultfd
 
 PAGE = 4096
@@ -64,11 +69,16 @@ class Kernel(Userfaultfd):
     def zero(self, start: int, size_bytes: int) -> Copied:
         return self.fill_in(start, bytes(size_bytes))
 
+    def may_fill(self, page: int) -> bool:
+        return page // PAGE in self.mapped
+
     def wake(self, start: int, size_bytes: int) -> None:
         self.woken.add(start // PAGE)
 
     def fill_in(self, to: int, data: bytes) -> Copied:
         self.calls += 1
+        assert not to % PAGE
+        assert not len(data) % PAGE
         if self.refusals:
             number = self.refusals.pop(0)
             outcomes = {
@@ -95,7 +105,12 @@ class File:
 
     def __init__(self, here: Sequence[int]) -> None:
         self.here = set(here)
+        self.path = "pages-1.img"
         self.reads: list[tuple[int, int]] = []
+        self.begun: list[tuple[int, int]] = []
+        self.flying: set[int] = set()
+        self.run = 0
+        self.gates_reads = self.fails_reads = True
         self.gate = trio.Event()
         self.gate.set()
         self.error: LazyfsError | None = None
@@ -106,10 +121,31 @@ class File:
             return None
         return b"".join(map(content, pages))
 
-    async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
-        self.reads.append((offset // PAGE, size_bytes // PAGE))
+    def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
+        pages = set(range(offset // PAGE, (offset + size_bytes) // PAGE))
+        if not pages - self.here - self.flying:
+            return ()
+        self.begun.append((offset // PAGE, size_bytes // PAGE))
+        self.flying |= pages
+        return (partial(self.bring, pages),)
+
+    async def bring(self, pages: set[int]) -> None:
+        self.run += 1
         await self.gate.wait()
         if self.error is not None:
+            raise self.error
+        self.here |= pages
+
+    async def wait(self, offset: int, size_bytes: int) -> None:
+        if self.error is not None:
+            raise self.error
+        await trio.sleep(0.001)
+
+    async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
+        self.reads.append((offset // PAGE, size_bytes // PAGE))
+        if self.gates_reads:
+            await self.gate.wait()
+        if self.error is not None and self.fails_reads:
             raise self.error
         self.here.update(range(offset // PAGE, (offset + size_bytes) // PAGE))
         return b"".join(map(content, range(offset // PAGE, (offset + size_bytes) // PAGE)))
@@ -124,6 +160,8 @@ class World:
         self.kernel = Kernel()
         self.file = File(here)
         self.counts = Counts()
+        self.journal = Journal()
+        self.desk = Desk(self.counts, self.journal)
         self.children: list[int] = []
         self.inherited: list[Missing] = []
         flags = PageFlags.LAZY | PageFlags.PRESENT
@@ -135,7 +173,7 @@ class World:
             self.kernel,
             LazyMemory(memory, [self.file]),
             Missing(memory.ranges),
-            self.counts,
+            self.desk,
             self.on_fork,
         )
 
@@ -439,3 +477,168 @@ async def test_memory_that_cannot_be_filled_is_an_error(world: World) -> None:
     with pytest.RaisesGroup(LazyfsError):
         await world.task.run()
     assert not world.task.is_over
+
+
+async def test_a_fault_goes_on_before_all_that_is_fetched_with_it_has_come(
+    nursery: trio.Nursery,
+) -> None:
+    world = World(here=range(0))
+    world.file.gate = trio.Event()  # what is fetched ahead does not come
+    world.file.gates_reads = False
+    nursery.start_soon(world.task.run)
+    world.kernel.fault(100)
+    await until(lambda: 100 in world.kernel.filled)
+    assert world.file.begun
+    assert len(world.kernel.filled) <= 16
+    assert world.all_right()
+    nursery.cancel_scope.cancel()
+
+
+async def test_what_was_reserved_is_fetched_or_given_back(nursery: trio.Nursery) -> None:
+    world = World(here=range(0))
+    world.file.gate = trio.Event()
+    async with trio.open_nursery() as inner:
+        inner.start_soon(world.task.run)
+        world.kernel.fault(100)
+        await until(lambda: bool(world.file.begun))
+        inner.cancel_scope.cancel()
+    assert world.file.run == len(world.file.begun)
+
+
+async def test_ahead_of_a_walk_more_is_fetched_and_what_fails_there_fails_nobody(
+    nursery: trio.Nursery,
+) -> None:
+    world = World(here=range(0))
+    nursery.start_soon(world.task.run)
+    for page in (16, 144):
+        if page not in world.kernel.filled:
+            world.kernel.fault(page)
+            await until(lambda: page in world.kernel.filled)  # noqa: B023
+    asked = sum(size for _, size in world.file.begun)
+    assert asked >= 256
+    world.file.here.clear()
+    world.file.flying.clear()
+    world.file.error = FetchError("no", transient=True)
+    world.file.gates_reads = False
+    world.file.fails_reads = False
+    page = next(each for each in range(300, 528) if each not in world.kernel.filled)
+    world.kernel.fault(page)
+    await until(lambda: page in world.kernel.filled)
+    assert world.all_right()
+    nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize("event", ["move", "unmap", "drop", "fork"])
+async def test_what_becomes_of_memory_while_it_is_fetched_is_not_undone(
+    nursery: trio.Nursery, event: str
+) -> None:
+    world = World(here=range(0))
+    world.file.gate = trio.Event()
+    nursery.start_soon(world.task.run)
+    world.kernel.fault(100)
+    await until(lambda: bool(world.file.reads))
+    if event == "move":
+        world.kernel.tell(0x14, 0, 1000 * PAGE, 1000 * PAGE)
+        world.kernel.mapped -= set(range(1000))
+    elif event == "unmap":
+        world.kernel.tell(0x16, 96 * PAGE, 112 * PAGE)
+        world.kernel.mapped -= set(range(96, 112))
+    elif event == "drop":
+        world.kernel.tell(0x15, 96 * PAGE, 112 * PAGE)
+    else:
+        world.kernel.tell(0x13, 77)
+    await until(lambda: not world.kernel.queue)
+    world.file.gate.set()
+    await until(lambda: 100 in world.kernel.woken)
+    world.task.may_end()
+    while not world.task.is_over:
+        await world.task.send_some()
+    shift = 1000 if event == "move" else 0
+    for page, data in world.kernel.filled.items():
+        dropped = event == "drop" and 96 <= page < 112
+        assert data == (ZEROS if dropped else world.right(page - shift)), page
+    gone = set(range(96, 112)) if event in ("unmap", "drop") else set()
+    assert set(world.kernel.filled) - {100} == set(range(16 + shift, 528 + shift)) - gone - {100}
+    assert (100 in world.kernel.filled) == (event in ("drop", "fork"))
+    if event == "fork":
+        assert world.inherited[0].size_bytes == 512 * PAGE
+
+
+async def test_while_somebody_records_a_fault_brings_its_page_and_is_noted(world: World) -> None:
+    world.desk.precise = True
+    for page in (300, 16, 17, 600):
+        world.kernel.fault(page)
+        world.task.hear()
+    assert set(world.kernel.filled) == {300, 16, 17, 18, 19, 20, 600}
+    assert world.all_right()
+    notes = [
+        (note.path, note.offset // PAGE, note.size_bytes // PAGE) for note in world.journal.reads
+    ]
+    assert notes == [("pages-1.img", 284, 1), ("pages-1.img", 0, 1), ("pages-1.img", 1, 4)]
+    assert all(note.is_fault and not note.waited for note in world.journal.reads)
+
+
+async def test_what_is_foreseen_is_filled_as_far_as_it_is_here_and_has_not_moved(
+    world: World,
+) -> None:
+    assert world.task.send(100 * PAGE, 110 * PAGE) is Sent.ALL
+    assert set(world.kernel.filled) == set(range(100, 110))
+    assert world.task.send(90 * PAGE, 112 * PAGE) is Sent.ALL
+    assert set(world.kernel.filled) == set(range(90, 112))
+    world.kernel.tell(0x14, 200 * PAGE, 1000 * PAGE, 10 * PAGE)
+    world.task.hear()
+    assert world.task.send(195 * PAGE, 215 * PAGE) is Sent.ALL
+    assert not set(range(200, 210)) & set(world.kernel.filled)
+    world.file.here -= {400}
+    assert world.task.send(410 * PAGE, 420 * PAGE) is Sent.ABSENT
+    world.kernel.mapped -= {501}
+    assert world.task.send(500 * PAGE, 502 * PAGE) is Sent.LATER
+    world.task.may_end()
+    assert world.task.send(500 * PAGE, 502 * PAGE) is Sent.ALL
+    assert world.all_right()
+
+
+async def test_memory_that_nobody_registered_is_an_error_before_the_task_runs(
+    world: World,
+) -> None:
+    world.task.check_registered()
+    world.kernel.mapped -= {16}
+    with pytest.raises(LazyfsError, match="not registered"):
+        world.task.check_registered()
+    world.kernel.tell(0x16, 16 * PAGE, 17 * PAGE)
+    world.task.check_registered()
+
+
+async def test_a_trace_is_filled_in_as_it_comes_in_its_order(nursery: trio.Nursery) -> None:
+    world = World(here=range(0))
+    nursery.start_soon(world.task.run)
+    memory = world.task.lazy.memory
+    parts = [Part(memory, page * PAGE, (page + 2) * PAGE) for page in (300, 100, 200)]
+    done = trio.Event()
+
+    async def run() -> None:
+        await Ahead(parts, [world.task]).run(lambda: True)
+        done.set()
+
+    nursery.start_soon(run)
+    world.file.here |= set(range(84, 86))
+    await until(lambda: {100, 101} <= set(world.kernel.filled))
+    assert not done.is_set()
+    world.file.here |= set(range(512))
+    await until(done.is_set)
+    assert set(world.kernel.filled) == {100, 101, 200, 201, 300, 301}
+    assert list(world.kernel.filled)[2] == 300
+    assert not world.file.reads
+    assert not world.counts.faults
+    assert world.all_right()
+    nursery.cancel_scope.cancel()
+
+
+async def test_what_a_trace_foretells_and_nobody_fetches_is_given_up(
+    nursery: trio.Nursery, autojump_clock: MockClock
+) -> None:
+    world = World(here=range(0))
+    parts = [Part(world.task.lazy.memory, 100 * PAGE, 101 * PAGE)]
+    world.file.error = FetchError("no", transient=True)
+    await Ahead(parts, [world.task]).run(lambda: True)
+    assert not world.kernel.filled

@@ -54,6 +54,22 @@ def told(**more: Any) -> dict[str, Any]:
     }
 
 
+LAZILY = {
+    "state": "transferring",
+    "failed": None,
+    "failures": 2,
+    "last_failure": "no more",
+    "restores": 3,
+    "tasks": 1,
+    "missing_bytes": GIB // 2,
+    "faults": 40,
+    "faults_fetched": 7,
+    "faults_zero": 1,
+    "bytes_faulted": 5,
+    "bytes_background": 6,
+}
+
+
 def known(number: int = 0, state: Any = "serving", **more: Any) -> Known:
     if state in ("dead", "stuck", "silent"):
         return Known(f"/mnt/{number}", REFERENCE, state, {})
@@ -132,6 +148,19 @@ def test_metrics_follow_prometheus_conventions() -> None:
 def test_every_counter_is_a_metric() -> None:
     text = exposition(told()).decode()
     assert text.count("_total ") >= len(Counters().snapshot())
+
+
+def test_lazy_pages_are_metrics_where_there_are_any() -> None:
+    assert "lazyfs_lazy" not in exposition(told(lazy_pages=None)).decode()
+    text = exposition(told(lazy_pages=LAZILY)).decode()
+    values = {
+        each.name: each.value
+        for family in text_string_to_metric_families(text)
+        for each in family.samples
+    }
+    assert values["lazyfs_lazy_missing_bytes"] == GIB // 2
+    assert values["lazyfs_lazy_restores_failed_total"] == 2
+    assert values["lazyfs_lazy_faults_fetched_total"] == 7
 
 
 # -- for people ---------------------------------------------------------------------------------
@@ -222,3 +251,10 @@ def test_a_daemon_that_lies_hurts_no_terminal() -> None:
         assert len(list(status_text.plain([mount]))) == 1
         status_text.print_list([mount])
         status_text.print_detail(mount)
+
+
+def test_how_it_is_with_the_memory_of_those_who_are_restored() -> None:
+    assert "Memory" not in text_of(known(lazy_pages=None))
+    text = text_of(known(lazy_pages=LAZILY))
+    assert "Memory: transferring, 1 task without 512 MiB; 40 faults, 7 of them for" in text
+    assert "Memory: 2 restores failed, the last one: no more" in text

@@ -96,7 +96,9 @@ def test_whoever_says_something_else_has_failed_and_the_next_has_not(
     assert mount.status()["failed"] is None
     say(work, struct.pack("=i", 0x52535446))
     wait_until(lambda: lazily(mount)["state"] == "home", "the next has not")
-    assert lazily(mount)["failed"] is None
+    told = lazily(mount)
+    assert (told["failed"], told["failures"], told["restores"]) == (None, 1, 1)
+    assert why in told["last_failure"], "it is told of still"
 
 
 def test_a_descriptor_of_something_else_ends_the_restore(

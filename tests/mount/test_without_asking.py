@@ -25,7 +25,7 @@ from tests.mount.published import (
 )
 
 FILES = checkpoint_files(2 * MIB)
-KINDS = {"manifest", "blob", "index"}
+KINDS = {"manifest", "blob", "index", "trace"}
 
 
 def read_everything(mount: Mount) -> None:
@@ -84,7 +84,9 @@ def test_a_tag_is_asked_for_each_time(server: FaultServer, mounts: Mounts) -> No
     warm(mounts, reference)
     server.seen.clear()
     assert mounts.mount(reference).umount().code == 0
-    assert [seen.path.rpartition("/")[2] for seen in server.seen] == ["1"]
+    base = f"/v2/{server.repository}/"
+    asked = [seen.path.removeprefix(base).partition("sha256")[0] for seen in server.seen]
+    assert asked == ["manifests/1", "referrers/", "manifests/"], "and what has been attached since"
     other = publish(server, tar_layer({"checkpoint/inventory.img": b"new"}))
     assert other == reference
     mount = mounts.mount(reference)
@@ -222,14 +224,14 @@ def test_the_caches_commands_know_them(server: FaultServer, mounts: Mounts) -> N
     pinned = warm(mounts, publish_files(server, FILES, "zstd:chunked"))
     option = f"--cache-dir={mounts.cache_dir}"
     listed = json.loads(lazyfs("cache", "ls", "--json", option).out)
-    assert listed["documents"] == 3
+    assert listed["documents"] == 4
     assert 0 < listed["documents_bytes"] < listed["used_bytes"]
     assert lazyfs("cache", "verify", option).code == 0
     flip(documents_in(mounts)[0])
     done = lazyfs("cache", "verify", option)
     assert done.code == 5
     assert "1 damaged document" in done.out
-    assert len(documents_in(mounts)) == 2
+    assert len(documents_in(mounts)) == 3
     old_s = time.time() - 3600
     os.utime(documents_in(mounts)[0], (old_s, old_s))
     done = lazyfs("cache", "prune", "--older-than=30m", option)

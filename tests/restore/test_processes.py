@@ -3,7 +3,7 @@ import select
 import subprocess
 import sys
 
-from lazyfs.restore.processes import descendants
+from lazyfs.restore.processes import descendants, has_ended
 
 _ORPHANS = """
 import os, signal, subprocess, sys, time
@@ -46,3 +46,11 @@ def test_a_program_dies_with_who_started_it() -> None:
 
     assert select.select([pidfd], [], [], 20)[0]
     os.close(pidfd)
+
+
+def test_a_process_has_ended_when_it_waits_to_be_reaped_or_is_gone() -> None:
+    assert not has_ended(os.getpid())
+    with subprocess.Popen(["true"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert has_ended(process.pid)
+    assert has_ended(process.pid)

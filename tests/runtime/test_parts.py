@@ -259,6 +259,16 @@ def test_a_bundle_is_read_as_far_as_it_can_be(tmp_path: Path) -> None:
     assert read_bundle(tmp_path).cgroups_path == ""
 
 
+def test_whose_trace_to_follow_is_the_containers_to_say(tmp_path: Path) -> None:
+    assert read_bundle(tmp_path).workload == ""
+    (tmp_path / "config.json").write_text('{"annotations": {"io.lazyfs.workload": "web"}}')
+    assert read_bundle(tmp_path).workload == "web"
+    assert RuntimeConfig().trace == "auto"
+    assert parse_config(b'trace = "off"', Path("x")).trace == "off"
+    with pytest.raises(UsageError, match="trace"):
+        parse_config(b'trace = "/a/file"', Path("x"))
+
+
 def test_what_was_logged_before_stays_and_our_error_is_the_only_new_line(tmp_path: Path) -> None:
     path = tmp_path / "log.json"
     path.write_text('{"level":"error","msg":"old"}\n')

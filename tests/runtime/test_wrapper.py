@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from lazyfs.checkpoint.stub import MARKER, Stub, write_stub
+from lazyfs.checkpoint.trace import dump_trace
 from tests.faults import FaultServer, status
 from tests.mount.published import FEW
 from tests.runtime.scripts import write_program
 from tests.runtime.wrapping import ID, TIMEOUT_S, Wrapped, wait_until
+from tests.traces import annotations_of, attach, listed, trace_of
 
 pytestmark = [
     pytest.mark.mount,
@@ -364,3 +366,22 @@ def test_the_kubelet_s_credential_providers_are_asked(wrapped: Wrapped) -> None:
     assert wrapped.sums == wrapped.right_sums
     wrapped.wait_alone()
     assert "secret" not in wrapped.own_words()
+
+
+def test_the_trace_that_is_attached_is_followed_by_the_containers_workload(
+    wrapped: Wrapped,
+) -> None:
+    subject = wrapped.reference.rpartition("@")[2]
+    rows = []
+    for name in ("web", "job"):
+        document = dump_trace(trace_of(wrapped.layer.digest, workload=name))
+        wrapped.server.add_blob(document)
+        rows.append(listed(annotations_of(document, name), name.encode()))
+    attach(wrapped.server, subject, *rows)
+    config = wrapped.bundle / "config.json"
+    config.write_text(json.dumps({"annotations": {"io.lazyfs.workload": "job"}}))
+    assert wrapped.run() == (0, "")
+    wait_until(lambda: "follows the trace" in wrapped.own_words(), wrapped.own_words)
+    assert " of job, " in wrapped.own_words()
+    wrapped.wait_alone()
+    assert wrapped.alarms() == []

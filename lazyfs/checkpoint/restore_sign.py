@@ -1,0 +1,48 @@
+"""By what a restore is told from somebody who looks around: the order in which files are opened.
+
+CRIU opens the inventory before any other image, then the tree of tasks, then what belongs to tasks,
+all from one process. Who walks a directory opens files by name or as they lie there, tasks' files
+(`core-`) before the inventory; `crit` and `checkpointctl` need no inventory for what they show of
+tasks; who looks at single files has a process for each.
+
+It is a hint that costs bytes at most: who imitates CRIU has fetched what a trace names.
+
+Source: CRIU, criu/cr-restore.c: cr_restore_tasks (check_img_inventory, prepare_pstree, then the
+tasks'); of others: criu, crit/crit/__main__.py (explorers), checkpointctl, internal/.
+"""
+
+from collections import OrderedDict
+
+from lazyfs.checkpoint.criu import INVENTORY, PSTREE, task_of
+
+_OPENERS_MOST = 64
+_STEPS = (INVENTORY, PSTREE)
+
+
+class RestoreSign:
+    """Watches who opens what in an images directory."""
+
+    def __init__(self) -> None:
+        self._steps: OrderedDict[int, int] = OrderedDict()
+        """By process: how many of CRIU's first steps it has taken; -1: it has gone another way."""
+
+    def opened(self, name: str, pid: int) -> bool:
+        """Take note of a file that process `pid` has opened; say if a restore has just begun.
+
+        `pid`: 0 for processes that cannot be told apart.
+        """
+        step = self._steps.pop(pid, 0)
+        has_begun = False
+        if name == INVENTORY:
+            step = 1 if step >= 0 else step
+        elif step == 0:
+            step = -1
+        elif 0 < step < len(_STEPS):
+            step = step + 1 if name == _STEPS[step] else step
+        elif step == len(_STEPS) and task_of(name) is not None:
+            has_begun = True
+            step = -1
+        self._steps[pid] = step
+        while len(self._steps) > _OPENERS_MOST:
+            self._steps.popitem(last=False)
+        return has_begun

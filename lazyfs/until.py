@@ -1,0 +1,272 @@
+"""When a recording is over: what `--until` names, looked at gently.
+
+Whoever started the work looks: the process that keeps a restore, or for a mount one of the user's
+that is forked beside the daemon. Nothing here blocks for long, and only light things are imported:
+it is used between forks.
+"""
+
+import math
+import os
+import select
+import shlex
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from lazyfs.ground.errors import UsageError
+
+FORMS = "port:[HOST:]PORT, http://HOST:PORT/PATH, exec:COMMAND, SECONDS"
+_HTTP_PORT = 80
+_TRY_S = 10.0
+"""For one try."""
+_PAUSE_FIRST_S = 0.05
+_PAUSE_MOST_S = 0.5
+_SECONDS_MOST = 24 * 3600.0
+_HEAD_BYTES = 12
+"""`HTTP/1.1 200`. Source: RFC 9112, section 4."""
+
+
+class Check(Protocol):
+    """One look after the other, until it is so."""
+
+    def poll(self) -> str | None:
+        """Return how it came to be, once it is; never waits."""
+
+    def close(self) -> None:
+        """Look no more."""
+
+
+@dataclass(frozen=True)
+class Until:
+    """What a recording lasts until."""
+
+    text: str
+    """As it was given."""
+
+    @property
+    def name(self) -> str:
+        """What others may read: what follows a command's name, or a URL's port, may be secret."""
+        kind, _, rest = self.text.partition(":")
+        if kind == "exec":
+            return f"{PurePath(_words(rest)[0]).name} succeeded"
+        if kind == "port":
+            return f"port {_host_and_port(rest, self.text)[1]} answered"
+        if kind == "http":
+            return f"port {urlsplit(self.text).port or _HTTP_PORT} answered over HTTP"
+        return f"{float(self.text):g} s passed"
+
+    def begin(self) -> Check:
+        """Begin to look."""
+        kind, _, rest = self.text.partition(":")
+        if kind == "exec":
+            return _Tries(_Command(_words(rest)), self.name)
+        if kind == "port":
+            return _Tries(_Connection(*_host_and_port(rest, self.text)), self.name)
+        if kind == "http":
+            parts = urlsplit(self.text)
+            path = parts.path + (f"?{parts.query}" if parts.query else "") or "/"
+            ask = _Connection(parts.hostname or "", parts.port or _HTTP_PORT, path)
+            return _Tries(ask, self.name)
+        return _Pause(float(self.text), self.name)
+
+
+def parse_until(text: str) -> Until:
+    """Return what `--until` says.
+
+    Raises:
+        UsageError: nothing that is known.
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "exec":
+        if not _words(rest):
+            raise UsageError("--until exec: names no command: --until 'exec:curl -f localhost'")
+    elif kind == "port":
+        _host_and_port(rest, text)
+    elif kind == "http":
+        try:
+            parts = urlsplit(text)
+            found = parts.hostname and (parts.port is None or parts.port > 0)
+        except ValueError:
+            found = None
+        if not found or not text.isascii() or any(each.isspace() for each in text):
+            raise UsageError(f"--until {text}: no URL; http://localhost:8080/health is one")
+    else:
+        try:
+            seconds = float(text)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds <= _SECONDS_MOST:
+            raise UsageError(f"--until {text}: it is one of {FORMS}")
+    return Until(text)
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UsageError(f"--until exec:{text} is no command: {error}") from None
+
+
+def _host_and_port(text: str, given: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+        raise UsageError(f"--until {given}: no port; port:8080 or port:HOST:8080 is one")
+    return host.strip("[]") or "localhost", int(port)
+
+
+# -- the checks ------------------------------------------------------------------------------
+
+
+class _Pause:
+    """So many seconds."""
+
+    def __init__(self, seconds: float, text: str) -> None:
+        self._text = text
+        self._end_s = time.monotonic() + seconds
+
+    def poll(self) -> str | None:
+        return self._text if time.monotonic() >= self._end_s else None
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
+class _Try(Protocol):
+    """What is tried again and again."""
+
+    def begin(self) -> None:
+        """Begin a try."""
+
+    def look(self) -> bool | None:
+        """Return how it ended; None while it goes on."""
+
+    def end(self) -> None:
+        """Be rid of it."""
+
+
+class _Tries:
+    """Tries one after the other, with pauses that grow."""
+
+    def __init__(self, attempt: _Try, text: str) -> None:
+        self._try = attempt
+        self._text = text
+        self._is_on = False
+        self._pause_s = _PAUSE_FIRST_S
+        self._next_s = self._until_s = 0.0
+
+    def poll(self) -> str | None:
+        now_s = time.monotonic()
+        if not self._is_on:
+            if now_s < self._next_s:
+                return None
+            self._is_on, self._until_s = True, now_s + _TRY_S
+            self._try.begin()
+        found = self._try.look()
+        if found is None and now_s < self._until_s:
+            return None
+        self.close()
+        self._next_s = now_s + self._pause_s
+        self._pause_s = min(2 * self._pause_s, _PAUSE_MOST_S)
+        return self._text if found else None
+
+    def close(self) -> None:
+        self._is_on = False
+        self._try.end()
+
+
+class _Command:
+    """A command that is to exit with 0, without a shell and without our descriptors."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def begin(self) -> None:
+        with suppress(OSError):
+            self._process = subprocess.Popen(
+                self._words,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    def look(self) -> bool | None:
+        if self._process is None:
+            return False
+        code = self._process.poll()
+        return None if code is None else code == 0
+
+    def end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+class _Connection:
+    """A port that is to take a connection; and, if asked for a path, to answer well over HTTP."""
+
+    def __init__(self, host: str, port: int, path: str | None = None) -> None:
+        self._address = host, port
+        self._path = path
+        self._link: socket.socket | None = None
+        self._has_asked = False
+        self._heard = b""
+
+    def begin(self) -> None:
+        self._has_asked, self._heard = False, b""
+        with suppress(OSError):
+            family, kind, number, _, address = socket.getaddrinfo(
+                *self._address, type=socket.SOCK_STREAM
+            )[0]
+            self._link = socket.socket(family, kind | socket.SOCK_NONBLOCK, number)
+            with suppress(BlockingIOError):
+                self._link.connect(address)
+
+    def look(self) -> bool | None:
+        link = self._link
+        if link is None:
+            return False
+        wanted = select.POLLIN if self._has_asked else select.POLLOUT
+        poll = select.poll()
+        poll.register(link, wanted)
+        if not poll.poll(0):
+            return None
+        if link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return False
+        if self._path is None:
+            return True
+        try:
+            return self._converse(link)
+        except OSError:
+            return False
+
+    def _converse(self, link: socket.socket) -> bool | None:
+        if not self._has_asked:
+            host, port = self._address
+            name = f"[{host}]" if ":" in host else host
+            link.sendall(
+                f"GET {self._path} HTTP/1.1\r\nHost: {name}:{port}\r\n"
+                "Connection: close\r\n\r\n".encode()
+            )
+            self._has_asked = True
+            return None
+        piece = link.recv(_HEAD_BYTES)
+        self._heard += piece
+        if len(self._heard) < _HEAD_BYTES and piece:
+            return None
+        return self._heard.startswith(b"HTTP/1.") and self._heard[9:10] in (b"2", b"3")
+
+    def end(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        self._link = None

@@ -1,0 +1,44 @@
+"""What a person hears while a registry does not answer; and that a script hears nothing."""
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+from testbed.registry import free_port
+
+TIMEOUT_S = 60
+
+
+def ls(cache: Path, stderr: int) -> subprocess.Popen[bytes]:
+    """List a checkpoint of a registry that is not there, with little patience."""
+    reference = f"127.0.0.1:{free_port()}/team/checkpoint:1"
+    command = [sys.executable, "-m", "lazyfs", "ls", f"--cache-dir={cache}", "--deadline=3"]
+    return subprocess.Popen([*command, reference], stderr=stderr, stdout=subprocess.DEVNULL)
+
+
+def test_a_person_at_a_terminal_hears_why_nothing_happens(tmp_path: Path) -> None:
+    master, slave = pty.openpty()
+    with ls(tmp_path, slave) as process:
+        os.close(slave)
+        seen = b""
+        while True:
+            try:
+                seen += os.read(master, 65536)
+            except OSError:  # EIO: the other side has closed it
+                break
+        assert process.wait(TIMEOUT_S) == 3
+    os.close(master)
+    first, *_, last = seen.decode().splitlines()
+    assert first.startswith("lazyfs: still waiting: 127.0.0.1:")
+    assert "asking again in" in first
+    assert "connection refused" in first
+    assert "gave up" in last
+
+
+def test_a_script_hears_of_the_end_alone(tmp_path: Path) -> None:
+    with ls(tmp_path, subprocess.PIPE) as process:
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
+    (line,) = stderr.decode().splitlines()
+    assert "gave up" in line
