@@ -1,11 +1,8 @@
 """The command `lazyfs`, also as `python -m lazyfs`; and mount(8)'s helper `mount.lazyfs`."""
 
-import contextlib
 import gc
 import os
 import sys
-import threading
-from typing import NoReturn
 
 _INTERRUPTED = 130
 _STANDARD_ERROR = 2
@@ -43,20 +40,22 @@ def _leave_to_standby(program: str) -> None:
     except KeyboardInterrupt:
         code = _INTERRUPTED
     if code is not None:
-        sys.exit(code)
+        os._exit(code)  # nothing was printed here that is not out
 
 
-def _leave(code: int) -> NoReturn:
+def _leave(code: int) -> None:
     """End with `code`, and at once, unless there is somebody to wait for.
 
     The interpreter frees what was imported piece by piece, 10 ms of it, while whoever asked for a
     mount waits; the kernel frees it at once.
     """
+    import contextlib  # imported by now; who leaves all to a standby does without
+    import logging
+    import threading
+
     here = threading.current_thread()
     if any(not each.daemon for each in threading.enumerate() if each is not here):
         sys.exit(code)
-    import logging
-
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # `run` has told it, if it could

@@ -27,8 +27,8 @@ _COMMANDS = frozenset(
 )
 _OWN_PROCESS = frozenset(["--foreground", "--shell-job", "-j"])
 """Words that ask for this very process, or its session."""
-_ANSWER_TIMEOUT_S = 1.0
-"""After that the standby is stopped, or stuck; a fork takes milliseconds."""
+_ANSWER_TIMEOUT_S = 3.0
+"""After that the standby is stopped, or stuck. A fork takes milliseconds, but hosts are busy."""
 _FAILED = 1
 _SIGNALLED = 128
 _TO_STOP = (_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU)
@@ -147,11 +147,14 @@ def _expect(wanted: bytes, answer: bytes) -> None:
 
 
 def _inheritable_descriptors() -> list[int]:
-    """Return those that a program which is started gets: all that our caller gave us."""
-    found = []
+    """Return those that a program which is started gets: all that our caller gave us.
+
+    And the standard ones, which he may have closed, and which are /dev/null then.
+    """
+    found = [0, 1, 2]
     for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - as above
         try:
-            if os.get_inheritable(int(name)):
+            if int(name) > found[2] and os.get_inheritable(int(name)):
                 found.append(int(name))
         except OSError:  # of the listing itself
             continue

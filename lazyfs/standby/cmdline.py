@@ -35,7 +35,7 @@ def show_as(client: int, variables: bytes) -> None:
         with open(f"/proc/{client}/cmdline", "rb") as file:
             words = file.read()
         with open(f"/proc/{client}/comm", "rb") as file:
-            name = file.read(_COMMAND_MOST_BYTES)
+            name = file.read(_COMMAND_MOST_BYTES).rstrip(b"\n")
         with open("/proc/self/comm", "wb") as file:
             file.write(name)
         if words:

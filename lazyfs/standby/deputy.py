@@ -39,18 +39,20 @@ _WITHOUT_NUMBER = 2
 
 
 class Origin:
-    """What a standby is, to compare a request with; from before it serves."""
+    """What a standby is, to compare a request with."""
 
     def __init__(self) -> None:
         """Look."""
         self.identity = wire.identity()
         self.read_at_start = wire.read_at_start(wire.variables())
-        self._parent = os.getppid()
-        self._adopter = adopter()
+        self.parent = os.getppid()
+        self.adopter = adopter()
 
-    def adopter(self) -> int:
-        """Return whose children our orphans become: known, unless our own parent has ended."""
-        return self._adopter if os.getppid() == self._parent else adopter()
+    def look_again(self) -> None:
+        """See whose children its orphans become, if its own parent has ended."""
+        if os.getppid() != self.parent:
+            self.parent = os.getppid()
+            self.adopter = adopter()
 
 
 def become(link: socket, client: int, origin: Origin, commands: Mapping[str, Command]) -> NoReturn:
@@ -60,50 +62,52 @@ def become(link: socket, client: int, origin: Origin, commands: Mapping[str, Com
         signal.set_wakeup_fd(-1)
         link.settimeout(_REQUEST_TIMEOUT_S)
         try:
-            command, link = _prepare(link, client, origin, commands)
+            request, given = _receive(link)
+            command = _check(request, origin, commands)
+            lifeline, here, *files = given
+            os.fchdir(here)
+            kept = [link.fileno(), lifeline]
+            moved, lifeline = takeover.put_descriptors(files, request.descriptors, kept)
+            link.detach()
+            link = socket(fileno=moved)
+            _take_on(request, client)
+            takeover.die_with(lifeline)
+            _say_ready(link)
         except (CannotBe, ValueError, OSError) as problem:
             with suppress(OSError):
                 link.send(wire.NO + f"it cannot be {problem}".encode()[: wire.REASON_MOST_BYTES])
-            os._exit(0)
-        code = _run(command, sys.argv[1:])
-        with suppress(OSError):
-            link.send(wire.ENDED + code.to_bytes(4, sys.byteorder))
+            os._exit(_FAILED)
+        link.settimeout(None)  # who has seen READY is waited for, and we are killed if he goes
+        if link.recv(1) == wire.GO:
+            code = _run(command, sys.argv[1:], request.blocked)
+            with suppress(OSError):
+                link.send(wire.ENDED + code.to_bytes(4, sys.byteorder))
     finally:
         os._exit(code)
 
 
-def _prepare(
-    link: socket, client: int, origin: Origin, commands: Mapping[str, Command]
-) -> tuple[Command, socket]:
-    """Take on what the client is; return its command, once it says GO."""
-    request, given = _receive(link)
+def _check(request: wire.Request, origin: Origin, commands: Mapping[str, Command]) -> Command:
+    """Return the command, if a child of the standby can be it."""
     if request.identity != origin.identity:
         raise CannotBe("another lazyfs, or in another Python, than the standby is")
     if wire.read_at_start(request.environment) != origin.read_at_start:
         raise CannotBe("with other settings of Python than the standby has")
-    if request.adopter and request.adopter != origin.adopter():
+    if request.adopter and request.adopter != origin.adopter:
         raise CannotBe("one whose restored tasks become children of who is to have them")
     command = commands.get(request.program.decode())
     if command is None:
         raise CannotBe("a program that the standby does not know")
+    return command
+
+
+def _take_on(request: wire.Request, client: int) -> None:
+    """Be what the client is, with all signals blocked."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     os.setsid()
     takeover.take_on_groups(client)
-    ignored = _ignored_by(client)
-    lifeline, here, *files = given
-    os.fchdir(here)
-    ours = takeover.put_descriptors(files, request.descriptors, [link.fileno(), lifeline])
-    link.detach()
-    link = socket(fileno=ours[0])
-    link.settimeout(_REQUEST_TIMEOUT_S)
     takeover.take_on_limits(client)
     show_as(client, b"\0".join(request.environment) + b"\0")
-    _begin_anew(request, ignored)
-    takeover.die_with(ours[1])
-    _say_ready(link)
-    if link.recv(1) != wire.GO:
-        os._exit(0)
-    link.settimeout(None)
-    return command, link
+    _begin_anew(request, _ignored_by(client))
 
 
 def _receive(link: socket) -> tuple[wire.Request, list[int]]:
@@ -150,7 +154,6 @@ def _begin_anew(request: wire.Request, ignored: int) -> None:
             signal.signal(number, signal.default_int_handler)
         elif signal.getsignal(number) != handler:
             signal.signal(number, handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, request.blocked)
 
 
 def _open_streams(words: Sequence[str]) -> None:
@@ -183,9 +186,10 @@ def _ignored_by(client: int) -> int:
     raise CannotBe("told which signals are ignored")
 
 
-def _run(command: Command, arguments: Sequence[str]) -> int:
-    """Run it to its end, whatever that is; return the exit code."""
+def _run(command: Command, arguments: Sequence[str], blocked: Sequence[int]) -> int:
+    """Run it to its end, whatever that is, with these signals blocked; return the exit code."""
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         code = command(arguments)
     except KeyboardInterrupt:
         code = _INTERRUPTED

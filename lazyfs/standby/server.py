@@ -13,6 +13,7 @@ Source: unix(7), SO_PEERCRED; socket(7), SO_PEERPIDFD (Linux 6.5); sd_listen_fds
 import fcntl
 import logging
 import os
+import resource
 import select
 import signal
 import sys
@@ -114,6 +115,8 @@ class Standby:
     def serve(self, on_ready: Callable[[], None]) -> None:
         """Serve until a signal ends it, or lazyfs has changed."""
         self._listener.setblocking(False)
+        _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # any that a client has is had
         woken, wake = os.pipe()
         for end in (woken, wake):
             os.set_blocking(end, False)
@@ -145,6 +148,7 @@ class Standby:
             return
         try:
             client = self._judge(link)
+            self._origin.look_again()
             link.send(wire.WELCOME)
             pid = os.fork()
         except (_Declined, Gone, OSError) as reason:
@@ -205,6 +209,8 @@ class Standby:
             kind = wire.ENDED if code >= 0 else wire.KILLED
             with link, suppress(OSError):
                 link.setblocking(False)
+                with suppress(BlockingIOError):  # what it has not read would be all that is heard
+                    link.recv(wire.REQUEST_MOST_BYTES)
                 link.send(kind + abs(code).to_bytes(4, sys.byteorder))
 
 

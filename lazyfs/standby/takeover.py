@@ -99,9 +99,7 @@ def die_with(lifeline: int) -> None:
         os._exit(1)
 
 
-def put_descriptors(
-    given: Sequence[int], numbers: Sequence[int], kept: Sequence[int]
-) -> tuple[int, ...]:
+def put_descriptors(given: Sequence[int], numbers: Sequence[int], kept: Sequence[int]) -> list[int]:
     """Give descriptors the numbers that the client has them by; return new ones of those kept.
 
     Nothing else stays open. What is kept is closed on exec, as what has a number is not.
@@ -122,7 +120,7 @@ def put_descriptors(
         if int(name) not in wanted:
             with suppress(OSError):  # the listing's own
                 os.close(int(name))
-    return tuple(ours)
+    return ours
 
 
 def _groups_of(process: int | str) -> dict[str, str]:

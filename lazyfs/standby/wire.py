@@ -40,6 +40,14 @@ _READ_AT_START = (
 """Variables with such names are read by an interpreter or a library as it starts, once."""
 
 
+_FLAGS = (
+    *("debug", "inspect", "interactive", "optimize", "dont_write_bytecode", "no_user_site"),
+    *("no_site", "ignore_environment", "verbose", "bytes_warning", "quiet", "hash_randomization"),
+    *("isolated", "dev_mode", "warn_default_encoding", "safe_path", "int_max_str_digits"),
+)
+"""All but utf8_mode: whether it is that, or the locale, makes no difference to the encoding."""
+
+
 class Request:
     """A command line, and what it is to be run with."""
 
@@ -158,7 +166,7 @@ def identity() -> list[bytes]:
     texts = [
         *(lazyfs.__version__, str(lazyfs.__file__), sys.version, sys.prefix, sys.base_prefix),
         *(sys.getfilesystemencoding(), sys.getfilesystemencodeerrors()),
-        *map(str, sys.flags),
+        *(str(getattr(sys.flags, name, None)) for name in _FLAGS),
         *sys.warnoptions,
         *(f"{name}={value}" for name, value in sorted(sys._xoptions.items())),
         *sys.path[1:],
