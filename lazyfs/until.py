@@ -9,6 +9,7 @@ import math
 import os
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,6 +63,11 @@ class Until:
             return f"port {urlsplit(self.text).port or _HTTP_PORT} answered over HTTP"
         return f"{float(self.text):g} s passed"
 
+    @property
+    def aim(self) -> str:
+        """What is waited for, for who has asked."""
+        return self.text if ":" in self.text else self.name
+
     def begin(self) -> Check:
         """Begin to look."""
         kind, _, rest = self.text.partition(":")
@@ -85,8 +91,11 @@ def parse_until(text: str) -> Until:
     """
     kind, _, rest = text.partition(":")
     if kind == "exec":
-        if not _words(rest):
+        words = _words(rest)
+        if not words:
             raise UsageError("--until exec: names no command: --until 'exec:curl -f localhost'")
+        if "/" not in words[0] and shutil.which(words[0]) is None:
+            raise UsageError(f"--until {text}: there is no program {words[0]}")
     elif kind == "port":
         _host_and_port(rest, text)
     elif kind == "http":

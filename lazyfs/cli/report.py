@@ -32,11 +32,11 @@ def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> N
 
     TRACE is what `lazyfs restore --record` or `lazyfs mount --record` wrote. The page needs no
     network and no server: a timeline, the map of each pages file, the longest waits and why. What
-    can be said in words is said here as well. Wants plotly: pip install 'lazyfs[report]'.
+    can be said in words is said here as well. The page wants plotly, beside lazyfs: pip install
+    plotly.
     """
     from lazyfs.checkpoint.trace import RECORDING_LIMIT_BYTES, parse_trace
     from lazyfs.report.analysis import analyse, phases_by
-    from lazyfs.report.page import page
     from lazyfs.report.words import told
     from lazyfs.trace_file import write_whole
 
@@ -45,10 +45,12 @@ def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> N
     if criu_log is not None and not phases:
         raise UsageError(f"{criu_log} is no log of a restore by CRIU")
     analysis = analyse(read, phases)
-    text = page(analysis, version=lazyfs.__version__).encode("utf-8", "surrogateescape")
     to_stdout = str(output) == "-"
     for line in told(analysis):
         click.echo(printable(line), err=to_stdout)
+    from lazyfs.report.page import page  # which wants plotly; the words do not
+
+    text = page(analysis, version=lazyfs.__version__).encode("utf-8", "surrogateescape")
     if to_stdout:
         sys.stdout.buffer.write(text)
         return

@@ -82,6 +82,8 @@ def _is_for_a_standby(program: str, arguments: list[str]) -> bool:
 def _without(wanted: str, problem: Exception) -> int | None:
     if wanted != "must":
         return None
+    if isinstance(problem, FileNotFoundError | ConnectionRefusedError):
+        problem = _NoStandby("there is none; `lazyfs standby &` starts one")
     sys.stderr.write(f"lazyfs: no standby runs this: {problem}\n")
     return _FAILED
 

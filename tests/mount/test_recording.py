@@ -85,6 +85,8 @@ def test_what_was_read_is_what_was_needed(
 def test_it_is_over_when_a_command_says_so(mounts: Mounts, local: str, tmp_path: Path) -> None:
     file, flag = tmp_path / "a.trace", tmp_path / "flag"
     mount = mounts.mount(local, "--record", file, "--until", f"exec:test -e {flag}")
+    said = f"recording what is needed (until exec:test -e {flag}): {file}\n"
+    assert mount.said.err == said
     read_at(mount / "mm-1.img", 0, 100)
     assert not file.exists()
     flag.touch()

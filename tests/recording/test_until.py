@@ -158,6 +158,7 @@ def test_a_command_gets_none_of_our_descriptors() -> None:
         "port:a:b",
         "exec:",
         "exec:'",
+        "exec:no-such-program --at-all",
         "http:",
         "http://",
         "http://a b/",
