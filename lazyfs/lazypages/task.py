@@ -276,12 +276,13 @@ class Task:
 
     def _fetch_ahead(self, place: Place, walk: Walk) -> None:
         """Have what follows a fault fetched, the page itself first if it is not here."""
-        if self._nursery is None or self._desk.precise:
+        file = self.lazy.files[place.level]
+        if self._nursery is None or self._desk.precise or file.is_foreseen(place.offset):
             return
         wanted = walk.wants(place.offset)
         if wanted is not None:
             start, stop = wanted
-            for job in self.lazy.files[place.level].begin(start, stop - start):
+            for job in file.begin(start, stop - start):
                 self._nursery.start_soon(_do, job)
 
     async def _bring(self, page: int, walk: Walk | None, began_s: float) -> None:

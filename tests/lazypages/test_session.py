@@ -61,6 +61,9 @@ class Lost:
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         return None
 
+    def is_foreseen(self, offset: int) -> bool:
+        return False
+
     def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
         return ()
 

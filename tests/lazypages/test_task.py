@@ -113,6 +113,8 @@ class File:
         self.reads: list[tuple[int, int]] = []
         self.begun: list[tuple[int, int]] = []
         self.flying: set[int] = set()
+        self.foreseen: set[int] = set()
+        """Pages that somebody else brings, with all that is wanted beside them."""
         self.run = 0
         self.gates_reads = self.fails_reads = True
         self.gate = trio.Event()
@@ -124,6 +126,9 @@ class File:
         if not self.here.issuperset(pages):
             return None
         return b"".join(map(content, pages))
+
+    def is_foreseen(self, offset: int) -> bool:
+        return offset // PAGE in self.foreseen
 
     def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
         pages = set(range(offset // PAGE, (offset + size_bytes) // PAGE))
@@ -717,5 +722,22 @@ async def test_bytes_that_only_memory_holds_wait_for_what_the_kernel_has_to_say(
     world.kernel.fault(100)
     await until(lambda: 100 in world.kernel.filled)
     assert len(file.reads) == 2
+    assert world.all_right()
+    nursery.cancel_scope.cancel()
+
+
+async def test_behind_what_a_trace_foretells_nothing_is_fetched_until_a_fault_is_there(
+    nursery: trio.Nursery,
+) -> None:
+    world = World(here=range(256))
+    world.file.foreseen = set(range(256))
+    nursery.start_soon(world.task.run)
+    for page in range(16, 272, 16):
+        world.kernel.fault(page)
+        await until(lambda page=page: page in world.kernel.filled)  # type: ignore[misc]
+    assert not world.file.begun
+    world.kernel.fault(272)
+    await until(lambda: 272 in world.kernel.filled)
+    assert world.file.begun[0][0] == 256
     assert world.all_right()
     nursery.cancel_scope.cancel()
