@@ -103,9 +103,10 @@ class _StoredPages:
         return jobs
 
     async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
-        if lane is not Lane.DEMAND:
-            return await self._reader.read(offset, size_bytes, lane)
         wanted = self._range(offset, size_bytes)
+        if lane is not Lane.DEMAND:
+            await self._layer.wait_replayed(wanted)
+            return await self._reader.read(offset, size_bytes, lane)
         prefetch = self._layer.prefetched
         foreseen = False
         if prefetch is not None and self._content.peek(wanted) is None:
