@@ -68,7 +68,7 @@ class Lanes:
 
     def _be_gentle(self, for_s: float) -> None:
         for_s = min(max(for_s, _YIELD_LEAST_S), self._settings.yield_s)
-        self._gentle_until_s = max(self._gentle_until_s, time.monotonic() + for_s)
+        self._gentle_until_s = time.monotonic() + for_s
 
     @property
     def is_gentle(self) -> bool:

@@ -172,6 +172,10 @@ class Images:
         ]
         return await trio.to_thread.run_sync(in_order, plan.traced, memories, mmap.PAGESIZE)
 
+    def expect_faults(self) -> None:
+        """Have the background make room: tasks are about to run whose memory is not here."""
+        self._checkpoint.desk.lanes.expect_faults()
+
     async def memory_of(self, pid: int) -> LazyMemory:
         """Return the lazy memory of a task, by its pid in the images.
 
