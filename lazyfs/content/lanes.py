@@ -1,10 +1,9 @@
 """Who asks: the three lanes on which bytes are fetched, and the connections each may use.
 
 A demand read never queues behind background work: each lane has its own limiter. The lanes
-share the link all the same, so while faults come out of the blue the background keeps to one
-connection with a narrow window (measured at 20 ms: p90 of a fault 60 ms beside one background
-connection, 400 ms beside eight). It does so for as long as another fault is likely, by how quickly
-the latest followed each other.
+share the link all the same, so while faults come out of the blue the background keeps to few
+connections (`ContentSettings.gentle_connections`) with little on their way (`transport/window.py`),
+for as long as another fault is likely, by how quickly the latest followed each other.
 """
 
 import time

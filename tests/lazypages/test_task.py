@@ -654,6 +654,35 @@ async def test_what_a_trace_foretells_and_nobody_fetches_is_given_up(
     assert not world.kernel.filled
 
 
+async def test_what_a_trace_foretells_is_awaited_as_long_as_it_is_fetched(
+    autojump_clock: MockClock,
+) -> None:
+    world = World(here=range(0))
+    world.file.foreseen = {84}
+    parts = [Part(world.task.lazy.memory, 100 * PAGE, 101 * PAGE)]
+    with trio.fail_after(600):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Ahead(parts, [world.task]).run, lambda: True)
+            await trio.sleep(60)
+            world.file.here = {84}
+    assert world.kernel.filled == {100: world.right(100)}
+    os.close(world.kernel.bell)
+    world.kernel.close()
+
+
+async def test_a_fault_does_not_wait_for_what_lies_beside_its_page(nursery: trio.Nursery) -> None:
+    world = World(here=range(0))
+    nursery.start_soon(world.task.run)
+    world.file.gate = trio.Event()
+    world.file.gates_reads = False
+    world.kernel.fault(100)
+    await until(lambda: 100 in world.kernel.filled)
+    assert world.file.reads == [(84, 1)]
+    assert set(world.kernel.filled) == {100}
+    world.file.gate.set()
+    nursery.cancel_scope.cancel()
+
+
 class Transient(File):
     """A pages file whose bytes are in memory alone: to be read, and not looked at."""
 
@@ -721,7 +750,7 @@ async def test_bytes_that_only_memory_holds_wait_for_what_the_kernel_has_to_say(
     nursery.start_soon(world.task.run)
     world.kernel.fault(100)
     await until(lambda: 100 in world.kernel.filled)
-    assert len(file.reads) == 2
+    assert file.reads == [(84, 1), (84, 16)] * 2
     assert world.all_right()
     nursery.cancel_scope.cancel()
 
