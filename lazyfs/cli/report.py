@@ -25,7 +25,8 @@ _LOG_LIMIT_BYTES = 64 << 20
     "--criu-log",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="CRIU's restore.log, for its phases, if a mount was recorded.",
+    help="CRIU's log, for its phases, if a mount was recorded: of `criu restore -v3 -o FILE`, "
+    "below its work directory.",
 )
 def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> None:
     """Show where the seconds of a recorded restore went.
@@ -43,7 +44,10 @@ def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> N
     read = parse_trace(_read(trace, RECORDING_LIMIT_BYTES), str(trace))
     phases = phases_by(_read(criu_log, _LOG_LIMIT_BYTES), read) if criu_log is not None else ()
     if criu_log is not None and not phases:
-        raise UsageError(f"{criu_log} is no log of a restore by CRIU")
+        raise UsageError(
+            f"{criu_log} is no log of a restore by CRIU that tells what it was at: that takes "
+            "`criu restore -v3 -o LOG`"
+        )
     analysis = analyse(read, phases)
     to_stdout = str(output) == "-"
     for line in told(analysis):

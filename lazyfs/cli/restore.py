@@ -174,8 +174,8 @@ def restore_command(
     except LazyfsError as error:
         end = {"exit_code": error.exit_code, "error": str(error)}
     code = int(end["exit_code"])
-    if not code and source.given_trace is not None and (recording is None or as_usual):
-        _say_if_unfollowed(end, source.trace)
+    if not code and (recording is None or as_usual) and end.get("followed_trace") is None:
+        _say_unfollowed(source)
     if code and front.stopped_by:
         code = _SIGNALLED + front.stopped_by
     if as_json:
@@ -225,12 +225,15 @@ def _object(end: Mapping[str, Any], code: int, name: str | None) -> dict[str, An
     }
 
 
-def _say_if_unfollowed(end: Mapping[str, Any], trace: object) -> None:
-    if end.get("followed_trace") is None:
-        text = (
-            f"lazyfs: the trace {trace} is of other layers than this image's: it was not followed"
-        )
-        click.echo(printable(text), err=True)
+def _say_unfollowed(source: SourceOptions) -> None:
+    """Tell that a trace which was asked for was not followed."""
+    why = None
+    if source.given_trace is not None:
+        why = f"the trace {source.trace} is of other layers than this image's: it was not followed"
+    elif source.workload and source.trace == "auto":
+        why = f"no trace of {source.workload} was found in time: none was followed"
+    if why is not None:
+        click.echo(printable(f"lazyfs: {why}"), err=True)
 
 
 def _say_why(end: Mapping[str, Any]) -> None:

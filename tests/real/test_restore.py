@@ -100,6 +100,17 @@ def test_a_trace_of_another_image_is_told_of_and_not_followed(
     assert ended.err == said
 
 
+def test_a_workload_without_a_trace_is_told_of(
+    store: Store, image: str, dumped: Checkpoint, restorer: Restorer
+) -> None:
+    started_s = time.time()
+    ended = restorer.run(f"{store.address}/{image}", "--json", "--workload", "nobody")
+    with alive(dumped.root_pid, dumped, started_s) as restored:
+        dumped.before.assert_goes_on(restored)
+    assert ended.code == 0, ended
+    assert ended.err == "lazyfs: no trace of nobody was found in time: none was followed\n"
+
+
 @pytest.mark.parametrize("kind", ["./", "oci:"])
 def test_a_path_is_one_of_the_callers_directory(
     dumped: Checkpoint, restorer: Restorer, kind: str
