@@ -162,7 +162,10 @@ def restore_command(
         started_s=started_s,
         recording=recording,
     )
-    source.cache()  # what is wrong with its directory is said here
+    kept_in = source.cache().directory  # what is wrong with it is said here, not in a log
+    if kept_in is not None and not os.access(kept_in, os.W_OK | os.X_OK):
+        told = f"lazyfs: no cache in {kept_in}: what is read is kept in memory"
+        click.echo(printable(told), err=True)
     shown: _Shown = _Silent() if as_json else Bar() if sys.stderr.isatty() else _Lines()
     front = Front(plan)
     end: Event = {}
