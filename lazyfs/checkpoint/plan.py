@@ -54,17 +54,26 @@ async def plan_of(
 
 
 def traced_stretches(trace: "Trace", checkpoint: "OpenedCheckpoint") -> tuple[Stretch, ...]:
-    """Return what a trace says of files that are here, of the same layers as then."""
+    """Return what a trace says of files that are here, of the same layers as then.
+
+    No byte is needed for the first time twice. A trace that has it so is nobody's recording, and
+    could name whole files a million times: once it has named as much as a file has, no more is
+    taken of that file.
+    """
     is_known = [_is_same(trace, number, checkpoint) for number in range(len(trace.files))]
-    found = tuple(
-        Stretch(trace.files[need.file].path, need.offset, need.size_bytes)
-        for need in trace.needs
-        if is_known[need.file] and need.size_bytes
-    )
+    left = {file.path: file.size_bytes for file in trace.files}
+    stretches = []
+    for need in trace.needs:
+        path = trace.files[need.file].path
+        if is_known[need.file] and 0 < need.size_bytes <= left[path]:
+            left[path] -= need.size_bytes
+            stretches.append(Stretch(path, need.offset, need.size_bytes))
+    found = tuple(stretches)
     dropped = len(trace.needs) - len(found)
     if dropped:
         log.info(
-            "the trace is not of %s alone: %d of its %d ranges are of other layers or files",
+            "the trace is not of %s alone: %d of its %d ranges are of other layers or files, or "
+            "named again",
             checkpoint.reference,
             dropped,
             len(trace.needs),

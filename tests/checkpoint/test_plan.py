@@ -191,6 +191,23 @@ async def test_a_trace_is_followed_where_it_is_of_these_files(
         assert len(caplog.records) == 3
 
 
+async def test_a_trace_that_names_a_file_again_and_again_is_followed_once(tmp_path: Path) -> None:
+    """Whoever may attach one would else keep a restore busy with it for hours."""
+    data = some_bytes(10 * PAGE)
+    reference = layout(tmp_path / "layout", in_directory({"inventory.img": data}))
+    path = "checkpoint/inventory.img"
+    async with open_checkpoint(reference, config()) as checkpoint:
+        honest = trace_of(checkpoint, (path, 0, 2 * PAGE), (path, 2 * PAGE, 8 * PAGE))
+        hostile = Trace(
+            layers=honest.layers,
+            files=[honest.files[0]] * 1000,
+            needs=[Need(number, 0, 10 * PAGE - 1, 0.0) for number in range(1000)] * 100,
+        )
+        assert len((await plan_of(honest, checkpoint, everything=False)).traced) == 2
+        plan = await plan_of(hostile, checkpoint, everything=False)
+    assert plan.traced == (Stretch(path, 0, 10 * PAGE - 1),)
+
+
 async def test_while_somebody_records_nothing_is_foreseen(tmp_path: Path) -> None:
     counters = Counters()
     counters.journal = Journal()
