@@ -184,6 +184,15 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, files=files, needs=needs, recording=None)
 
 
+def can_hold(text: str) -> bool:
+    """Whether a trace can have a text in it: JSON is UTF-8, names of files need not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def dump_trace(trace: Trace) -> bytes:
     """Return the document."""
     packed: bytes = zstandard.ZstdCompressor(level=_ZSTD_LEVEL).compress(msgspec.json.encode(trace))

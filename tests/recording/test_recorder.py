@@ -13,7 +13,7 @@ from lazyfs.ground.journal import ReadNote
 from lazyfs.ground.settings import ContentSettings
 from lazyfs.recorder import Recorder
 from lazyfs.trace_file import RecordConfig
-from tests.images import zstd_chunked
+from tests.images import tar_layer, zstd_chunked
 from tests.mount.published import write_layout
 from tests.transport.gather import QUICK
 
@@ -46,6 +46,29 @@ async def test_what_was_noted_is_let_go_of_once_it_is_over(tmp_path: Path, is_re
     assert ended == [True]
     if is_read:
         assert parse_trace(file.read_bytes(), "it").until == "it was enough"
+
+
+async def test_files_whose_names_no_trace_can_hold_cost_no_recording(tmp_path: Path) -> None:
+    file = tmp_path / "a.trace"
+    odd = ["rootfs/caf\udce9", "rootfs/\udcff/a"]
+    layer = tar_layer({PATH: b"x" * 100, **dict.fromkeys(odd, b"y" * 100)})
+    reference = write_layout(tmp_path / "layout", layer)
+    recorder = Recorder(RecordConfig(file, began_s=time.monotonic()))
+    async with open_checkpoint(reference, CONFIG, recorder.counters(CONFIG)) as checkpoint:
+        recorder.opened(checkpoint, dict)
+        await recorder.mounted()
+        for path in (PATH, *odd):
+            assert await checkpoint.read_file(path, 100)
+            now_s = time.monotonic()
+            recorder.journal.note_read(
+                ReadNote(path, 0, 100, now_s, now_s, is_fault=False, waited=False)
+            )
+        written = await recorder.finish("it was enough")
+    assert written["error"] is None
+    trace = parse_trace(file.read_bytes(), "it")
+    assert [each.path for each in trace.files] == [PATH]
+    assert trace.recording is not None
+    assert trace.recording.dropped == len(odd)
 
 
 async def test_figures_that_cannot_be_had_do_not_end_the_mount(
