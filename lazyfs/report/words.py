@@ -225,7 +225,7 @@ def hints(analysis: Analysis) -> list[str]:
             _hint_of_retries(analysis),
             _hint_of_work(analysis),
         )
-        if text and gain_ms >= 0.1 * analysis.end_ms
+        if text and gain_ms > 0 and gain_ms >= 0.1 * analysis.end_ms
     ]
     found.sort(key=lambda hint: -hint[0])
     return [text for _, text in found[:_HINTS_MOST]]

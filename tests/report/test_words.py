@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import msgspec
 
-from lazyfs.checkpoint.trace import Fetch, Phase, Read
+from lazyfs.checkpoint.trace import Fetch, Phase, Read, Recording, Trace
 from lazyfs.report.analysis import analyse
 from lazyfs.report.waits import Causes, Wait
 from lazyfs.report.words import (
@@ -105,6 +105,10 @@ def test_what_is_to_be_done_next_depends_on_how_it_was_recorded() -> None:
     assert circumstances(usual).startswith("With a trace of 3.0 MiB. ")
     usual.recording.figures["trace"] = {"needed_bytes": "<b>"}
     assert circumstances(usual).startswith("Without")
+
+
+def test_of_what_nobody_waited_for_nothing_is_to_be_done() -> None:
+    assert hints(analyse(Trace(recording=Recording()))) == []
 
 
 def test_a_terminal_gets_the_sentence_the_longest_waits_and_the_hints() -> None:
