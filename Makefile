@@ -36,8 +36,9 @@ fuzz: setup
 		-rss_limit_mb=2048 -max_len=65536 -artifact_prefix=build/
 
 bench: setup testbed
-	.venv/bin/python bench/restore.py
+	.venv/bin/python bench/peers.py
 	.venv/bin/python bench/read_path.py
+	.venv/bin/python bench/decoding.py
 
 # The fault suite: real mounts and restores in bad weather, registries and mirrors that go and come
 # back, a hundred mounts behind a cache, daemons killed at random moments. FAULTS is

@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 from harness import machine, spread, write_json
-from restoring import ONE_WAY_MS, RATE_MBIT
 from rich.console import Console
 from rich.table import Table
+from stage import ONE_WAY_MS, RATE_MBIT
 from testbed import Registry, Session, Testbed, Wan, get_manifest, skopeo_copy
 from testbed.podman import Podman
 from testbed.portable import portable_lazyfs

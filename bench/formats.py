@@ -11,16 +11,30 @@ its best), and SOCI's own snapshotter on the same gzip image. Memory is compared
 """
 
 import argparse
+import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aims import Conditions, middle, table
 from harness import machine, write_json
-from restoring import ONE_WAY_MS, RATE_MBIT, Bench, Way, lazyfs, local, measure, pull, report
+from measuring import measure
+from resuming import (
+    LINKS,
+    UNPACK,
+    Case,
+    Way,
+    content_length,
+    local,
+    mounted,
+    pull,
+    soci,
+    warm_images,
+)
 from rich.console import Console
+from stage import ONE_WAY_MS, RATE_MBIT
 from testbed import (
     Layer,
     Registry,
@@ -35,53 +49,40 @@ from testbed import (
 )
 from testbed.containerd import Containerd
 from testbed.convert import skopeo_copy
-from testbed.soci import push_soci_enabled, soci_index, soci_mounted
+from testbed.soci import push_soci_enabled, soci_index
 from testbed.zstd_seekable import write_seekable
 
 ZSTD = "application/vnd.oci.image.layer.v1.tar+zstd"
 FORMATS = ("tar", "gzip", "soci-v1", "soci-v2", "estargz", "zstd", "seekable", "chunked")
-_UNPACK = {"tar": "tar -x", "gzip": "tar -xz", "zstd": "tar --zstd -x"}
+_PATIENCE_S = 120.0
 
 
-def snapshotter(bench: Bench, *, lazy: bool) -> dict[str, Any]:
-    """Mount by soci-snapshotter, and restore from what it shows.
-
-    Its programs run already, and its index comes by way of an nginx here (`testbed.soci`).
-    """
-    row: dict[str, Any] = {}  # what it fetches is not measured
-    image, index = "bench/soci-v1:1", bench.references["soci index"]
-    with soci_mounted(bench.testbed, bench.work / "soci", bench.registry, image, index) as mount:
-        began = time.time() - mount.seconds
-        with bench.resume(mount.directory / "checkpoint", lazy=lazy) as restored:
-            bench.finish(restored, began, row)
-            bench.compare(restored)
-    row["mount_s"] = mount.seconds
-    return row
-
-
-def prepare(testbed: Testbed, work: Path, stack: ExitStack, options: Any) -> Bench:
+def prepare(testbed: Testbed, work: Path, stack: ExitStack, options: Any) -> Case:
     """Checkpoint the process, push it in all formats, and put the registry beyond the link."""
-    workload = stack.enter_context(Workload(testbed, work / "status", size_mib=options.size))
-    memory = workload.memory_hash()
-    dump(testbed, workload.pid, work / "images", work / "dump")
+    status = work / "report/status"
+    status.parent.mkdir()
+    with Workload(testbed, status, size_mib=options.size) as workload:
+        memory, pid = workload.memory_hash(), workload.pid
+        dump(testbed, pid, work / "images", work / "dump")
     tar = work / "checkpoint.tar"
     tar_checkpoint(work / "images", tar)
     with Registry(testbed, work / "registry") as near, Session(testbed, [work]) as session:
         index = push_formats(session, near, tar, options.formats)
+    tar.unlink()
     wan = stack.enter_context(Wan(testbed, one_way_ms=ONE_WAY_MS, rate_mbit=RATE_MBIT))
     registry = stack.enter_context(
         Registry(testbed, work / "registry", ip=wan.far_ip, enter=wan.enter)
     )
-    bench = Bench(testbed, work, registry.address, workload, memory)
-    bench.references["soci index"] = index
+    at, images = registry.address, work / "images"
+    case = Case(testbed, work, images, status, pid, at, memory, _PATIENCE_S, soci_index=index)
     for name in options.formats:
-        bench.references[name] = f"{registry.address}/bench/{name}:1"
-    bench.references["soci-v2"] = f"{registry.address}/bench/soci-v1:enabled"
-    for name in _UNPACK.keys() & {"tar", *options.formats}:
-        _, manifest = get_manifest(registry.address, f"bench/{name}", "1")
+        case.references[name] = f"{at}/bench/{name}:1"
+    case.references["soci-v2"] = f"{at}/bench/soci-v1:enabled"
+    for name in UNPACK.keys() & {"tar", *options.formats}:
+        _, manifest = get_manifest(at, f"bench/{name}", "1")
         digest = manifest["layers"][0]["digest"]
-        bench.blobs[name] = f"http://{registry.address}/v2/bench/{name}/blobs/{digest}"
-    return bench
+        case.blobs[name] = f"http://{at}/v2/bench/{name}/blobs/{digest}"
+    return case
 
 
 def push_formats(session: Session, near: Registry, tar: Path, formats: list[str]) -> str:
@@ -118,17 +119,20 @@ def push_formats(session: Session, near: Registry, tar: Path, formats: list[str]
 
 def ways_of(options: Any) -> dict[str, Way]:
     """Return what is measured, in the order in which it is told."""
-    ways: dict[str, Way] = {"local eager": partial(local, lazy=False)}
+    ways = {"link, uncompressed": LINKS["link, uncompressed"]}
+    ways["local disk, eager"] = Way(partial(local, lazy=False), begin=warm_images)
     for name in options.formats:
-        if name in _UNPACK:
-            ways[f"pull {name}"] = partial(pull, name=name, unpack=_UNPACK[name])
-        ways[f"lazyfs {name} eager"] = partial(lazyfs, name=name, lazy=False)
-        ways[f"lazyfs {name} eager, again"] = partial(lazyfs, name=name, lazy=False, again=True)
-        ways[f"lazyfs {name} lazy-pages"] = partial(lazyfs, name=name, lazy=True)
-        ways[f"lazyfs {name} lazy-pages, again"] = partial(lazyfs, name=name, lazy=True, again=True)
+        if name in UNPACK:
+            ways[f"pull {name}"] = Way(partial(pull, name=name))
+        for words, lazy in (("eager", False), ("lazy-pages", True)):
+            way = partial(mounted, name=name, lazy=lazy, cache=f"{name}-{words}")
+            forget = partial(Case.forget, name=f"{name}-{words}")
+            ways[f"lazyfs {name} {words}"] = Way(way, begin=forget)
+            ways[f"lazyfs {name} {words}, again"] = Way(way)
     if "soci-v1" in options.formats and options.snapshotter:
-        ways["SOCI snapshotter eager"] = partial(snapshotter, lazy=False)
-        ways["SOCI snapshotter lazy-pages"] = partial(snapshotter, lazy=True)
+        for words, lazy in (("eager", False), ("lazy-pages", True)):
+            way = partial(soci, lazy=lazy, image="bench/soci-v1:1")
+            ways[f"SOCI snapshotter {words}"] = Way(way)
     return ways
 
 
@@ -142,13 +146,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     testbed = Testbed.locate()
+    console = Console(width=150)
     with ExitStack() as stack:
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lazyfs-bench-")))
-        bench = prepare(testbed, work, stack, options)
-        layer_bytes = (work / "checkpoint.tar").stat().st_size
-        link_s = layer_bytes * 8 / (RATE_MBIT * 1e6)
-        rows = measure(bench, ways_of(options), options.runs)
-        Console(width=120).print(report(rows, layer_bytes, link_s))
+        case = prepare(testbed, work, stack, options)
+        rows = measure(case, ways_of(options), console, at_once=1, runs=options.runs)
+        layer_bytes = content_length(case.blobs["tar"])
+    link_s = middle(rows["link, uncompressed"], "link_s")
+    console.print(table(Conditions(options.size, "regions", "1gbit", 1), rows, link_s=link_s))
     result = {
         "question": (__doc__ or "").splitlines()[0],
         "machine": machine(),
@@ -159,6 +164,7 @@ def main() -> None:
         "rows": rows,
     }
     write_json(options.json, result)
+    sys.exit(1 if any("failed" in row for found in rows.values() for row in found) else 0)
 
 
 if __name__ == "__main__":

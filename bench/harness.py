@@ -10,14 +10,26 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY / "contrib" / "testbed"))
 
+
+def _lazyfs_words() -> list[str]:
+    """Return the words of this clone's command, also where another clone is installed."""
+    installed = json.loads(distribution("lazyfs").read_text("direct_url.json") or "{}")
+    if installed.get("url") == REPOSITORY.as_uri():
+        return [str(Path(sys.executable).with_name("lazyfs"))]
+    os.environ["PYTHONPATH"] = str(REPOSITORY)
+    return [sys.executable, "-P", "-m", "lazyfs"]
+
+
 LAZYFS = str(Path(sys.executable).with_name("lazyfs"))
+"""The command that is installed, be it this clone's or not."""
+LAZYFS_WORDS = _lazyfs_words()
 
 
 def machine() -> dict[str, Any]:
@@ -73,13 +85,21 @@ def mounted(reference: str, work: Path, *options: str, keep_cache: bool = False)
     if not keep_cache:
         shutil.rmtree(cache, ignore_errors=True)
     began = time.monotonic()
-    command = [LAZYFS, "mount", "--cache-dir", str(cache), *options, reference, str(directory)]
+    command = [
+        *LAZYFS_WORDS,
+        "mount",
+        "--cache-dir",
+        str(cache),
+        *options,
+        reference,
+        str(directory),
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - began
     try:
         yield Mount(directory, seconds)
     finally:
-        subprocess.run([LAZYFS, "umount", str(directory)], check=True)
+        subprocess.run([*LAZYFS_WORDS, "umount", str(directory)], check=True)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

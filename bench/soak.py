@@ -32,7 +32,7 @@ from statistics import fmean, linear_regression, median
 from typing import Any
 
 from formats import push_formats
-from harness import LAZYFS, Mount, machine, write_json
+from harness import LAZYFS_WORDS, Mount, machine, write_json
 from testbed import (
     PASSING,
     Fault,
@@ -157,7 +157,7 @@ class Soak:
         each.own_cache = comes and not self._bounded
         cache = each.work / "cache" if each.own_cache else each.cache
         each.directory.mkdir(parents=True, exist_ok=True)
-        command = [LAZYFS, "mount", "--plain-http", "--cache-dir", str(cache)]
+        command = [*LAZYFS_WORDS, "mount", "--plain-http", "--cache-dir", str(cache)]
         command += ["--log-file", str(each.work / "log")]
         command += ["--cache-size", CACHE_SIZE] if self._bounded else []
         command += [reference, str(each.directory)]
@@ -171,7 +171,7 @@ class Soak:
         state = Mount(each.directory, 0).status()
         if state["failed"]:
             self.problems.append(f"mount {each.number} has failed: {state['failed']}")
-        subprocess.run([LAZYFS, "umount", str(each.directory)], check=True, timeout=120)
+        subprocess.run([*LAZYFS_WORDS, "umount", str(each.directory)], check=True, timeout=120)
         if each.own_cache:
             shutil.rmtree(each.work / "cache")
 
@@ -251,7 +251,7 @@ def _sample_of(pid: int, now_s: float) -> Sample:
 
 
 def _help() -> str:
-    command = [LAZYFS, "mount", "--help"]
+    command = [*LAZYFS_WORDS, "mount", "--help"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 

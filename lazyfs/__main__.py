@@ -1,11 +1,8 @@
 """The command `lazyfs`, also as `python -m lazyfs`; and mount(8)'s helper `mount.lazyfs`."""
 
-import contextlib
 import gc
 import os
 import sys
-import threading
-from typing import NoReturn
 
 _INTERRUPTED = 130
 _STANDARD_ERROR = 2
@@ -17,6 +14,7 @@ def main() -> None:
     """Run the command line and exit with its code."""
     gc.set_threshold(_GARBAGE_OBJECTS)
     _open_standard_descriptors()
+    _leave_to_standby("lazyfs")
     try:
         from lazyfs.cli.main import run
     except KeyboardInterrupt:  # what a command itself does with it, `run` decides
@@ -27,22 +25,37 @@ def main() -> None:
 def mount_helper() -> None:
     """Do what mount(8) asks for and exit with a code of its own."""
     _open_standard_descriptors()
+    _leave_to_standby("mount.lazyfs")
     from lazyfs.cli.mount_helper import run_helper
 
     sys.exit(run_helper(sys.argv[1:]))
 
 
-def _leave(code: int) -> NoReturn:
+def _leave_to_standby(program: str) -> None:
+    """Exit with a standby's exit code, if there is one that has been this command."""
+    try:
+        from lazyfs.standby.client import run_elsewhere
+
+        code = run_elsewhere(program)
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    if code is not None:
+        os._exit(code)  # nothing was printed here that is not out
+
+
+def _leave(code: int) -> None:
     """End with `code`, and at once, unless there is somebody to wait for.
 
     The interpreter frees what was imported piece by piece, 10 ms of it, while whoever asked for a
     mount waits; the kernel frees it at once.
     """
+    import contextlib  # imported by now; who leaves all to a standby does without
+    import logging
+    import threading
+
     here = threading.current_thread()
     if any(not each.daemon for each in threading.enumerate() if each is not here):
         sys.exit(code)
-    import logging
-
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):  # `run` has told it, if it could

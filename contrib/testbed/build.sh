@@ -11,6 +11,8 @@
 # What is built:
 #   root/           the Debian 13 root; root/.lazyfs-testbed holds the recipe it was built by
 #   bin/            wanlink, workload, mover (static), each beside the source it was built from
+# and, by bench/peers.py when it first needs it, from PyPI (testbed/ratarmount.py):
+#   ratarmount-*/   a Python environment with ratarmount
 #
 # Exit codes: 0, all is there; 3, this machine cannot have a testbed (no right to become root, or
 # not a Debian or Ubuntu); anything else, an error.

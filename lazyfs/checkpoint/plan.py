@@ -6,9 +6,11 @@ fit the tree is dropped, and said once.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from lazyfs.ground.ranges import Covered
 from lazyfs.layers.model import EntryType
 
 if TYPE_CHECKING:
@@ -54,31 +56,29 @@ async def plan_of(
 
 
 def traced_stretches(trace: "Trace", checkpoint: "OpenedCheckpoint") -> tuple[Stretch, ...]:
-    """Return what a trace says of files that are here, of the same layers as then.
+    """Return what a trace says of files that are here, of the same layers as then, each byte once.
 
-    No byte is needed for the first time twice. A trace that has it so is nobody's recording, and
-    could name whole files a million times: once it has named as much as a file has, no more is
-    taken of that file.
+    Whoever made it may have named all of a file half a million times over.
     """
     is_known = [_is_same(trace, number, checkpoint) for number in range(len(trace.files))]
-    left = {file.path: file.size_bytes for file in trace.files}
-    stretches = []
+    covered: dict[str, Covered] = defaultdict(Covered)
+    found: list[Stretch] = []
+    dropped = 0
     for need in trace.needs:
+        if not is_known[need.file] or not need.size_bytes:
+            dropped += 1
+            continue
         path = trace.files[need.file].path
-        if is_known[need.file] and 0 < need.size_bytes <= left[path]:
-            left[path] -= need.size_bytes
-            stretches.append(Stretch(path, need.offset, need.size_bytes))
-    found = tuple(stretches)
-    dropped = len(trace.needs) - len(found)
+        for start, stop in covered[path].add(need.offset, need.offset + need.size_bytes):
+            found.append(Stretch(path, start, stop - start))
     if dropped:
         log.info(
-            "the trace is not of %s alone: %d of its %d ranges are of other layers or files, or "
-            "named again",
+            "the trace is not of %s alone: %d of its %d ranges are of other layers or files",
             checkpoint.reference,
             dropped,
             len(trace.needs),
         )
-    return found
+    return tuple(found)
 
 
 def _is_same(trace: "Trace", number: int, checkpoint: "OpenedCheckpoint") -> bool:

@@ -75,6 +75,10 @@ COMMANDS: Mapping[str, _Lazy] = {
         "lazyfs.cli.runtime:runtime_command",
         "Run an OCI runtime; a restore of a stub becomes one of its real image.",
     ),
+    "standby": _Lazy(
+        "lazyfs.cli.standby:standby_command",
+        "Stay, with everything imported, and fork commands of this user that are ready at once.",
+    ),
     "completion": _Lazy(
         "lazyfs.cli.completion:completion_command", "Print the completion script for a shell."
     ),

@@ -57,6 +57,7 @@ _SCATTER_S = 2.0
 _FAMILY_FILES = 3
 """Long reads in so many files of a family within `_SCATTER_S`: they are all being read."""
 _SWEEP_STALL_S = 1.0
+_LOOK_AGAIN_S = 0.1
 _LEAST_REQUEST_BYTES = 1 << 20
 _AWAITED_MOST = 16
 """Flights of other daemons that are awaited at a time; they take no connection."""
@@ -164,6 +165,22 @@ class Readahead:
                 await self._content.wait_change(content)
             if patience.cancelled_caught and self._content.landed_bytes == landed_bytes:
                 return
+
+    async def wait_replayed(self, content: ByteRange) -> None:
+        """Let a trace have the link before what nobody waits for.
+
+        Comes back when all of it has been asked for, or `content` is here, or nothing moves.
+        """
+        landed_bytes, moved_at_s = -1, trio.current_time()
+        while self.prefetch.is_replaying and self._content.poison is None:
+            if self._content.peek(content) is not None:
+                return
+            if self._content.landed_bytes != landed_bytes:
+                landed_bytes, moved_at_s = self._content.landed_bytes, trio.current_time()
+            elif trio.current_time() - moved_at_s >= _SWEEP_STALL_S:
+                return
+            with trio.move_on_after(_LOOK_AGAIN_S):
+                await self._content.wait_change(content)
 
     def _is_ahead(self, content: ByteRange) -> bool:
         return self._sweep.start <= content.start < self._sweep.stop

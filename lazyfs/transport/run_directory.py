@@ -4,14 +4,13 @@
 believed only if it is a directory, theirs and closed to all others. `LAZYFS_RUN_DIR` names
 another.
 
-Light imports only: used by commands that import nothing else of lazyfs.
+Light imports only, not even contextlib: used before anything else is imported.
 Source: file-hierarchy(7); XDG base directory specification (XDG_RUNTIME_DIR).
 """
 
 import errno
 import os
 import stat
-from contextlib import suppress
 
 
 def run_directory() -> str:
@@ -34,8 +33,10 @@ def open_run_directory(path: str) -> int:
     Raises:
         OSError: it cannot be had, or somebody else may get at it.
     """
-    with suppress(FileExistsError):
+    try:  # noqa: SIM105 - see above
         os.mkdir(path, 0o700)  # noqa: PTH102 - the path is text, as settings are
+    except FileExistsError:
+        pass
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags)
     status = os.fstat(descriptor)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import open_cache_file
-from lazyfs.content.lanes import Lanes
+from lazyfs.content.lanes import Lane, Lanes
 from lazyfs.content.layer_content import LayerContent
 from lazyfs.content.prefetch import BATCH_BYTES, PrefetchState, batched
 from lazyfs.content.readahead import FileReader, Readahead
@@ -109,6 +109,34 @@ async def test_what_was_needed_first_is_fetched_first_and_once(tmp_path: Path) -
         assert it.prefetch.traced_bytes == it.prefetch.traced_here_bytes() == len(far) * CHUNK
         for item in chunk(*far):
             assert bytes(it.content.peek(item) or b"") == DATA[item.start : item.stop]
+
+
+async def test_what_nobody_waits_for_lets_a_trace_go_first(tmp_path: Path) -> None:
+    far = [*range(100, 116), *range(3, 19)]
+    async with opened(tmp_path) as it:
+        it.expect(chunk(*far))
+        (other,) = chunk(60)
+        with trio.fail_after(30):
+            await it.readahead.wait_replayed(other)
+            await it.content.read(other, Lane.READAHEAD)
+        assert it.blob.asked[-1] == other
+        assert len(it.blob.asked) == 9
+        it.expect(chunk(90))
+        await it.readahead.wait_replayed(other)
+        assert it.prefetch.is_replaying, "it is here: whoever wants it has nothing to wait for"
+
+
+async def test_nobody_waits_for_a_trace_that_does_not_come(tmp_path: Path) -> None:
+    async with opened(tmp_path) as it:
+        gate = Gate()
+        it.blob.before = gate
+        it.expect(chunk(100, 3))
+        try:
+            with trio.fail_after(30):
+                await it.readahead.wait_replayed(chunk(60)[0])
+            assert it.prefetch.is_replaying
+        finally:
+            gate.open()
 
 
 async def test_what_lies_together_is_one_request(tmp_path: Path) -> None:

@@ -18,14 +18,16 @@ _BLOB_CACHE = "/var/lib/containers/cache"
 CRIO_NAME = "io.kubernetes.cri-o.annotations.checkpoint.name"
 
 
-def skopeo_copy(session: Session, source: str, target: str, *options: str) -> None:
+def skopeo_copy(
+    session: Session, source: str, target: str, *options: str, timeout_s: float = 600
+) -> None:
     """Copy an image, `transport:name` to `transport:name`, as `skopeo copy` does by itself.
 
     What an earlier copy left in other compressions is forgotten first: skopeo would use it.
     """
     session.run(["rm", "-rf", _BLOB_CACHE])
     copy = ["skopeo", "copy", "--quiet", "--src-tls-verify=false", "--dest-tls-verify=false"]
-    session.run([*copy, *options, source, target], timeout_s=600)
+    session.run([*copy, *options, source, target], timeout_s=timeout_s)
 
 
 def buildah_image(
