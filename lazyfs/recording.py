@@ -33,8 +33,8 @@ from lazyfs.checkpoint.trace import (
 )
 from lazyfs.ground.journal import Journal
 from lazyfs.ground.printable import printable
-from lazyfs.ground.settings import KIB
 from lazyfs.ground.ranges import Covered
+from lazyfs.ground.settings import KIB
 from lazyfs.layers.model import EntryType
 
 _NEEDS_MOST = 100_000
