@@ -12,10 +12,12 @@ import shlex
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -244,18 +246,22 @@ class _Connection:
         if path is not None:
             head = f"GET {path} HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n"
             self._ask = head.encode()
+        self._looking: _LookUp | None = None
         self._talks: list[_Talk] = []
 
     def begin(self) -> None:
-        with suppress(OSError):
-            for family, kind, number, _, address in self._lookup(
-                *self._address, type=socket.SOCK_STREAM
-            )[:_ADDRESSES_MOST]:
+        if self._looking is None or self._looking.found is not None:
+            self._looking = _LookUp(partial(self._lookup, *self._address, type=socket.SOCK_STREAM))
+
+    def look(self) -> bool | None:
+        looking = self._looking
+        if looking is None or looking.found is None:
+            return None
+        if not self._talks:
+            for family, kind, number, _, address in looking.found[:_ADDRESSES_MOST]:
                 with suppress(OSError):
                     link = socket.socket(family, kind | socket.SOCK_NONBLOCK, number)
                     self._talks.append(_Talk(link, address, self._ask))
-
-    def look(self) -> bool | None:
         found = [talk.look() for talk in self._talks]
         if True in found:
             return True
@@ -265,6 +271,24 @@ class _Connection:
         for talk in self._talks:
             talk.close()
         self._talks.clear()
+
+
+class _LookUp:
+    """A question to whoever knows the addresses of hosts, who may take long: in a thread."""
+
+    def __init__(self, ask: Callable[[], Sequence[Any]]) -> None:
+        self.found: Sequence[Any] | None = None
+        """None: there is no answer yet."""
+        self._ask = ask
+        threading.Thread(target=self._run, name="addresses", daemon=True).start()
+
+    def _run(self) -> None:
+        found: Sequence[Any] = ()
+        try:
+            with suppress(OSError):
+                found = self._ask()
+        finally:
+            self.found = found
 
 
 class _Talk:

@@ -115,6 +115,24 @@ def test_any_address_of_a_host_will_do(form: str) -> None:
         assert wait(parse_until(form.format(port)).begin(lookup)).startswith(f"port {port} ")
 
 
+def test_who_knows_the_addresses_is_not_waited_for() -> None:
+    """Whoever looks has a restore to keep meanwhile."""
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def lookup(*_: object, **__: object) -> list[tuple[object, ...]]:
+        asked.set()
+        assert may_answer.wait(DOES_NOT_HANG_S)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))]
+
+    with listening() as port:
+        check = parse_until(f"port:far.example:{port}").begin(lookup)
+        assert check.poll() is None
+        assert asked.wait(DOES_NOT_HANG_S)
+        assert check.poll() is None
+        may_answer.set()
+        assert wait(check) == f"port {port} answered"
+
+
 def test_a_server_answers_well() -> None:
     with answering(503, 404, 200) as port:
         why = wait(parse_until(f"http://127.0.0.1:{port}/health?a=1").begin())
