@@ -149,7 +149,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     phases: list[Phase] = []
     marks: list[Mark] = []
     dropped: Count = 0
-    """Events that were too many."""
+    """Events that were too many, or of files that have no name here."""
     figures: dict[str, Any] = {}
     """The mount's counters at the end (`docs/json.md`)."""
 

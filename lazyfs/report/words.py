@@ -371,6 +371,6 @@ def told(analysis: Analysis, most: int = 5) -> Sequence[str]:
 def too_many(analysis: Analysis) -> str:
     """Say that a recording is not whole."""
     return (
-        f"{plural(analysis.recording.dropped, 'event')} were too many to be recorded: all "
-        "figures are lower bounds."
+        f"{plural(analysis.recording.dropped, 'event')} left out, too many to be recorded or of "
+        "files that no trace can name: all figures are lower bounds."
     )
