@@ -39,7 +39,7 @@ class Standby:
         self.path = home / "run" / wire.SOCKET_NAME
         self.start()
 
-    def start(self) -> None:
+    def start(self, **more: Any) -> None:
         with (self.home / "standby.log").open("a") as log:
             self.process = subprocess.Popen(
                 command("standby", "-v"),
@@ -50,6 +50,7 @@ class Standby:
                 env=self.environment,
                 cwd=self.home,
                 start_new_session=True,
+                **more,
             )
         assert self.process.stdout is not None
         self.said = self.process.stdout.readline()
@@ -422,6 +423,28 @@ def test_a_standby_ends_when_lazyfs_changes(tmp_path: Path) -> None:
     assert not standby.path.exists()
 
 
+def test_a_standby_that_is_to_ignore_a_signal_does(own: Standby) -> None:
+    """As `nohup lazyfs standby &` asks for."""
+    own.stop()
+    own.start(preexec_fn=_ignore_hangups)
+    own.process.send_signal(signal.SIGHUP)
+    assert own.lazyfs("mount", "--help").code == 0
+    assert own.process.poll() is None
+
+
+@pytest.mark.parametrize(
+    "words", [["--shell-job"], ["-j"], ["-vj"], ["-v", "4", "-Rj"]], ids=" ".join
+)
+def test_what_wants_the_session_of_its_caller_is_not_asked_for(
+    shared: Standby, local: str, words: list[str]
+) -> None:
+    served = shared.log.count("is the command of")
+    done = shared.lazyfs("restore", local, "--criu", "/nowhere/criu", "--", *words)
+    assert (done.code, done.out) == (2, "")
+    assert "there is no program /nowhere/criu" in done.err
+    assert shared.log.count("is the command of") == served
+
+
 @pytest.mark.parametrize(
     ("before", "why"),
     [
@@ -449,6 +472,15 @@ def test_whoever_has_other_rights_is_declined(
         assert why in told.err
     alone = shared.lazyfs("mount", "--help", before=before, env={"LAZYFS_STANDBY": ""}, cwd="/")
     assert (alone.code, alone.err) == (0, "")
+
+
+@pytest.mark.parametrize("groups", ["--clear-groups", f"--groups={os.getegid()}"])
+def test_whoever_has_his_own_group_twice_has_no_other_rights(shared: Standby, groups: str) -> None:
+    """A login gives it to root's shells, systemd none to its services."""
+    if shutil.which("setpriv") is None or os.geteuid() != 0:
+        pytest.skip("no groups can be set")
+    told = shared.lazyfs("mount", "--help", before=["setpriv", groups])
+    assert (told.code, told.err) == (0, "")
 
 
 def test_another_user_is_declined_by_either_side(own: Standby, tmp_path: Path) -> None:
