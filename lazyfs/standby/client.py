@@ -59,8 +59,8 @@ def run_elsewhere(program: str) -> int | None:
     held = _signal.pthread_sigmask(_signal.SIG_BLOCK, [*_PASSED_ON, *_TO_STOP])
     try:
         deputy = _ask(link, program, held)
-        _pass_signals_on(deputy)
         link.send(wire.GO)
+        _pass_signals_on(deputy)
     except (OSError, _NoStandby) as problem:
         link.close()
         return _without(wanted, problem)

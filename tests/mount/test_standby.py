@@ -563,6 +563,69 @@ print("asked", flush=True)
     assert not (tmp_path / "cache").exists()
 
 
+def test_who_has_the_pid_of_who_asked_is_not_taken_for_him(own: Standby) -> None:
+    """He may be allowed more than who has the connection."""
+    program = """
+import os, signal, socket, sys
+path, standby = sys.argv[1], int(sys.argv[2])
+link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+os.kill(standby, signal.SIGSTOP)
+asking = os.fork()
+if asking == 0:
+    link.connect(path)
+    os._exit(0)
+os.waitpid(asking, 0)
+another = 0
+while another != asking:
+    if another:
+        os.kill(another, signal.SIGKILL)
+        os.waitpid(another, 0)
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+        last.write(str(asking - 1))
+    another = os.fork()
+    if another == 0:
+        signal.pause()
+os.kill(standby, signal.SIGCONT)
+link.settimeout(20)
+print(link.recv(999).decode())
+os.kill(another, signal.SIGKILL)
+"""
+    if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
+        pytest.skip("nobody here may choose a pid")
+    words = [sys.executable, "-c", program, str(own.path), str(own.process.pid)]
+    assert run(words).out == "nwho asked has ended\n"
+
+
+def test_who_carries_on_by_himself_is_ended_by_a_signal(
+    server: FaultServer, mounts: Mounts, stalling: str
+) -> None:
+    """Also where the standby is lost when all but GO has been said."""
+    directory = mounts.home / "run"
+    directory.mkdir(mode=0o700)
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+        subprocess.Popen(["sleep", "60"]) as deputy,
+    ):
+        listener.bind(str(directory / wire.SOCKET_NAME))
+        listener.listen()
+        pidfd = os.pidfd_open(deputy.pid)
+        environment = {**os.environ, "LAZYFS_RUN_DIR": str(directory), "LAZYFS_STANDBY": ""}
+        words = command("warm", *mounts.options(), stalling)
+        with subprocess.Popen(words, env=environment) as process:
+            link, _ = listener.accept()
+            with link:
+                link.send(wire.WELCOME)
+                assert link.recv(wire.REQUEST_MOST_BYTES)
+                link.shutdown(socket.SHUT_RD)
+                socket.send_fds(link, [wire.READY], [pidfd])
+                server.wait_count("/blobs/", 1, timeout_s=30)
+                process.terminate()
+                assert process.wait(20) == -signal.SIGTERM
+        os.close(pidfd)
+        assert deputy.poll() is None
+        deputy.kill()
+
+
 def test_systemd_may_hold_the_socket(tmp_path: Path) -> None:
     """It keeps who connects until a standby is there, and clears up after it."""
     (tmp_path / "run").mkdir(mode=0o700)
