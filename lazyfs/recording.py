@@ -9,7 +9,7 @@ Must not: change what it is given, which may go on growing meanwhile; it is look
 """
 
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from lazyfs.checkpoint.trace import (
     TracedLayer,
 )
 from lazyfs.ground.journal import Journal
+from lazyfs.ground.ranges import Covered
 from lazyfs.layers.model import EntryType
 
 _NEEDS_MOST = 100_000
@@ -177,10 +178,10 @@ def needs_of(wanted: Iterable[Wanted], most: int = _NEEDS_MOST) -> tuple[list[Ne
     `wanted`: in the order of time. Ranges of one file do not overlap, and cover all that was
     wanted, unless there were too many.
     """
-    covered: dict[int, _Covered] = {}
+    covered: dict[int, Covered] = {}
     needs: list[Need] = []
     for item in wanted:
-        known = covered.setdefault(item.file, _Covered())
+        known = covered.setdefault(item.file, Covered())
         for start, stop in known.add(item.offset, item.offset + item.size_bytes):
             needs.append(Need(item.file, start, stop - start, item.at_ms))
     for within_ms in _TOGETHER_MS:
@@ -220,34 +221,6 @@ def _joined(needs: Sequence[Need], within_ms: float) -> list[Need]:
             parts[number] = joined
         begins[need.file, start] = ends[need.file, stop] = number
     return [need for need in parts if need is not None]
-
-
-class _Covered:
-    """Ranges that do not touch, in order."""
-
-    def __init__(self) -> None:
-        self._starts: list[int] = []
-        self._stops: list[int] = []
-
-    def add(self, start: int, stop: int) -> list[tuple[int, int]]:
-        """Cover a range; return the parts of it that were not covered."""
-        if start >= stop:
-            return []
-        first = bisect_left(self._stops, start)
-        last = bisect_right(self._starts, stop)
-        fresh, position = [], start
-        for begin, end in zip(self._starts[first:last], self._stops[first:last], strict=True):
-            if position < begin:
-                fresh.append((position, min(begin, stop)))
-            position = max(position, end)
-        if position < stop:
-            fresh.append((position, stop))
-        if first < last:
-            start = min(start, self._starts[first])
-            stop = max(stop, self._stops[last - 1])
-        self._starts[first:last] = [start]
-        self._stops[first:last] = [stop]
-        return fresh
 
 
 class _Noted:

@@ -251,6 +251,11 @@ class OpenedLayer:
         else:
             await self._readahead.wait_long_read()
 
+    async def wait_replayed(self, content: ByteRange) -> None:
+        """Let a trace be fetched before `content`, for which nobody waits; see `Readahead`."""
+        if self._readahead is not None:
+            await self._readahead.wait_replayed(content)
+
     @property
     def prefetched(self) -> Prefetch | None:
         """What is fetched of it ahead of all readers; None for a stream."""

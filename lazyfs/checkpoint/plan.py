@@ -6,9 +6,11 @@ fit the tree is dropped, and said once.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from lazyfs.ground.ranges import Covered
 from lazyfs.layers.model import EntryType
 
 if TYPE_CHECKING:
@@ -54,14 +56,21 @@ async def plan_of(
 
 
 def traced_stretches(trace: "Trace", checkpoint: "OpenedCheckpoint") -> tuple[Stretch, ...]:
-    """Return what a trace says of files that are here, of the same layers as then."""
+    """Return what a trace says of files that are here, of the same layers as then, each byte once.
+
+    Whoever made it may have named all of a file half a million times over.
+    """
     is_known = [_is_same(trace, number, checkpoint) for number in range(len(trace.files))]
-    found = tuple(
-        Stretch(trace.files[need.file].path, need.offset, need.size_bytes)
-        for need in trace.needs
-        if is_known[need.file] and need.size_bytes
-    )
-    dropped = len(trace.needs) - len(found)
+    covered: dict[str, Covered] = defaultdict(Covered)
+    found: list[Stretch] = []
+    dropped = 0
+    for need in trace.needs:
+        if not is_known[need.file] or not need.size_bytes:
+            dropped += 1
+            continue
+        path = trace.files[need.file].path
+        for start, stop in covered[path].add(need.offset, need.offset + need.size_bytes):
+            found.append(Stretch(path, start, stop - start))
     if dropped:
         log.info(
             "the trace is not of %s alone: %d of its %d ranges are of other layers or files",
@@ -69,7 +78,7 @@ def traced_stretches(trace: "Trace", checkpoint: "OpenedCheckpoint") -> tuple[St
             dropped,
             len(trace.needs),
         )
-    return found
+    return tuple(found)
 
 
 def _is_same(trace: "Trace", number: int, checkpoint: "OpenedCheckpoint") -> bool:

@@ -76,7 +76,7 @@ class Landing:
     """
 
     def __init__(self, chunks: ChunkMap, shore: Shore, check: Callable[[], None]) -> None:
-        """`check` is called for every piece received and may raise to end the fetch."""
+        """`check` is called ahead of all pieces, and for each; it may raise to end the fetch."""
         first, last = shore.first, shore.last
         self._chunks = chunks
         self._next = first
@@ -94,6 +94,10 @@ class Landing:
     def byte_range(self) -> ByteRange:
         """The blob bytes that are still wanted."""
         return ByteRange(self._base + self._fill, self._chunks.blob_range(self._last - 1).stop)
+
+    def begin(self) -> None:
+        """See `WishingSink`."""
+        self._check()
 
     def space(self) -> memoryview:
         """Room for the next bytes."""

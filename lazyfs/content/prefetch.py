@@ -32,9 +32,8 @@ BATCH_BYTES = 4 * MIB
 """
 _BRIDGE_BYTES = 64 * KIB
 """Gaps up to this size are fetched along; larger ones gain nothing."""
-_LEAST_REQUEST_BYTES = 256 * KIB
 _TRACED_REQUEST_BYTES = MIB
-"""At most: the faults that come first wait for little else, and all connections take part."""
+"""At most: the faults that come first wait for little else."""
 _REST_FIRST_BYTES = MIB
 _JUDGED_WAITS = 32
 _WORTH_WAITS = _JUDGED_WAITS // 4
@@ -155,15 +154,14 @@ class Prefetch:
 
     # -- what is next -----------------------------------------------------------------------
 
-    def next_traced(self, connections: int, room_bytes: int) -> tuple[int, int] | None:
+    def next_traced(self, room_bytes: int) -> tuple[int, int] | None:
         """Return the next run of chunks of the trace, if any of it is still to be asked for.
 
         No more of it than `room_bytes` in all.
         """
         while self._next_traced < len(self._traced) and self._taken_bytes < room_bytes:
             item = self._traced[self._next_traced]
-            share_bytes = max(_LEAST_REQUEST_BYTES, item.size_bytes // connections)
-            run = self._content.next_run(item, min(share_bytes, _TRACED_REQUEST_BYTES))
+            run = self._content.next_run(item, _TRACED_REQUEST_BYTES)
             if run is not None:
                 self._taken_bytes += self._size_bytes(run)
                 return run

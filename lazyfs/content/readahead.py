@@ -25,6 +25,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -36,6 +37,7 @@ from lazyfs.content.width import Width
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.ranges import ByteRange
+from lazyfs.transport.window import SHARED_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,13 @@ _SCATTER_S = 2.0
 _FAMILY_FILES = 3
 """Long reads in so many files of a family within `_SCATTER_S`: they are all being read."""
 _SWEEP_STALL_S = 1.0
+_LOOK_AGAIN_S = 0.1
 _LEAST_REQUEST_BYTES = 1 << 20
+_TRACED_ON_THE_WAY_BYTES = 4 << 20
+"""Of what a trace names: three times what is on its way at 1 Gbit/s and 10 ms."""
+_ENDING_BYTES = 1 << 20
+"""A flight with so much left to come gives its place to the next one: at 1 Gbit/s, shared by two,
+that is the 17 ms which its first byte takes."""
 _AWAITED_MOST = 16
 """Flights of other daemons that are awaited at a time; they take no connection."""
 
@@ -78,7 +86,8 @@ class Readahead:
         self._content = content
         self._settings = content.settings
         self._streams: deque[_Stream] = deque(maxlen=_STREAMS_MOST)
-        self._active = 0
+        self._under_way: dict[Flight, int] = {}
+        """Flights that must land for the next one to take off, and how much content each brings."""
         self._awaited = 0
         self._width = Width(
             self._settings.readahead_connections_least, self._settings.readahead_connections
@@ -165,6 +174,22 @@ class Readahead:
             if patience.cancelled_caught and self._content.landed_bytes == landed_bytes:
                 return
 
+    async def wait_replayed(self, content: ByteRange) -> None:
+        """Let a trace have the link before what nobody waits for.
+
+        Comes back when all of it has been asked for, or `content` is here, or nothing moves.
+        """
+        landed_bytes, moved_at_s = -1, trio.current_time()
+        while self.prefetch.is_replaying and self._content.poison is None:
+            if self._content.peek(content) is not None:
+                return
+            if self._content.landed_bytes != landed_bytes:
+                landed_bytes, moved_at_s = self._content.landed_bytes, trio.current_time()
+            elif trio.current_time() - moved_at_s >= _SWEEP_STALL_S:
+                return
+            with trio.move_on_after(_LOOK_AGAIN_S):
+                await self._content.wait_change(content)
+
     def _is_ahead(self, content: ByteRange) -> bool:
         return self._sweep.start <= content.start < self._sweep.stop
 
@@ -199,7 +224,7 @@ class Readahead:
                 await self._wanted.wait()
                 self._wanted = trio.Event()
                 while (flight := self._next()) is not None:
-                    self._count(flight, 1)
+                    self._depart(flight)
                     nursery.start_soon(self._conduct, flight)
 
     def _next(self) -> Flight | None:
@@ -218,16 +243,18 @@ class Readahead:
         if run is not None:
             self._width.idle()
             flight = self._content.take_off(run, Lane.READAHEAD)
-            flight.is_gentle = True  # there are many of them
+            flight.window_bytes = SHARED_BYTES
             return flight
         sweeping = keeps_all and self._sweep.start < self._sweep.stop
-        if self._content.lanes.yielding:  # the windows are narrow then
+        request_bytes = settings.readahead_request_bytes
+        if self._content.lanes.is_gentle:  # the windows are narrow then
             self._width.idle()
             connections = min(settings.gentle_connections, settings.readahead_connections)
+            request_bytes = min(_LEAST_REQUEST_BYTES, request_bytes)
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
             connections = self._width.connections
-        if self._active >= connections or self._awaited >= _AWAITED_MOST:
+        if len(self._under_way) >= connections or self._awaited >= _AWAITED_MOST:
             return None
         most_bytes = settings.readahead_window_bytes
         if not keeps_all:  # what is fetched too far ahead has to go before it is read
@@ -237,37 +264,38 @@ class Readahead:
             window_bytes = min(stream.window_bytes, most_bytes)
             ahead = ByteRange(stream.position, min(stream.position + window_bytes, stream.limit))
             share_bytes = max(_LEAST_REQUEST_BYTES, window_bytes // connections)
-            run = self._content.next_run(ahead, min(share_bytes, settings.readahead_request_bytes))
+            run = self._content.next_run(ahead, min(share_bytes, request_bytes))
             if run is not None:
                 return self._content.take_off(run, Lane.READAHEAD)
         if sweeping:
-            run = self._content.next_run(self._sweep, settings.readahead_request_bytes)
+            run = self._content.next_run(self._sweep, request_bytes)
             if run is not None:
                 flight = self._content.take_off(run, Lane.READAHEAD)
                 start = self._content.chunks.content_start(flight.last)
                 self._sweep = ByteRange(min(start, self._sweep.stop), self._sweep.stop)
                 return flight
             self._sweep = self._swept_family = ByteRange(0, 0)
-        run = self.prefetch.next_rest(settings.readahead_request_bytes) if keeps_all else None
+        run = self.prefetch.next_rest(request_bytes) if keeps_all else None
         if run is not None:
             return self._content.take_off(run, Lane.READAHEAD)
-        if keeps_all and (self._fill_eagerly or self._active < settings.completion_connections):
-            run = self._content.next_run(self._fill, settings.readahead_request_bytes)
+        if keeps_all and (
+            self._fill_eagerly or len(self._under_way) < settings.completion_connections
+        ):
+            run = self._content.next_run(self._fill, request_bytes)
             if run is not None:
                 return self._content.take_off(run, Lane.COMPLETION)
         self._width.idle()
         return None
 
     def _next_traced(self, *, keeps_all: bool) -> tuple[int, int] | None:
-        """Return what a trace wants next, if a connection is free for it."""
+        """Return what a trace wants next, if it may be on its way by now."""
         settings = self._settings
-        connections = settings.readahead_connections
-        if self._content.lanes.yielding:
-            connections = min(settings.gentle_connections, connections)
-        if self._active >= connections or self._awaited >= _AWAITED_MOST:
+        if len(self._under_way) >= settings.readahead_connections or self._awaited >= _AWAITED_MOST:
+            return None
+        if sum(self._under_way.values()) >= _TRACED_ON_THE_WAY_BYTES:
             return None
         room_bytes = sys.maxsize if keeps_all else settings.memory_cache_bytes // 2
-        return self.prefetch.next_traced(connections, room_bytes)
+        return self.prefetch.next_traced(room_bytes)
 
     async def _conduct(self, flight: Flight) -> None:
         try:
@@ -279,14 +307,28 @@ class Readahead:
             log.exception("readahead failed: please report this")
             self._give_up(flight, LazyfsError(str(error)))
         finally:
-            self._count(flight, -1)
-            self._wanted.set()
+            if flight.task is Task.AWAIT:
+                self._awaited -= 1
+            self._end(flight)
 
-    def _count(self, flight: Flight, change: int) -> None:
+    def _depart(self, flight: Flight) -> None:
+        """Count a flight that has taken off, until little of it is left to come.
+
+        The next one is asked for by then, so the link has something to carry meanwhile.
+        """
         if flight.task is Task.AWAIT:
-            self._awaited += change
-        else:
-            self._active += change
+            self._awaited += 1
+            return
+        chunks = self._content.chunks
+        start, stop = chunks.content_start(flight.first), chunks.content_start(flight.last)
+        self._under_way[flight] = stop - start
+        left_bytes = min(_ENDING_BYTES, (stop - start) // 4)
+        flight.ending_at = chunks.index_at(stop - left_bytes) if left_bytes else flight.last
+        flight.on_ending = partial(self._end, flight)
+
+    def _end(self, flight: Flight) -> None:
+        self._under_way.pop(flight, None)
+        self._wanted.set()
 
     def _give_up(self, flight: Flight, error: LazyfsError) -> None:
         """Forget what was wanted, or it would be asked for again at once."""

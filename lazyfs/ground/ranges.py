@@ -1,5 +1,6 @@
 """Half-open byte ranges. Only the writer of an HTTP header knows that HTTP's are closed."""
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -31,3 +32,32 @@ def coalesce(ranges: Iterable[ByteRange], gap_bytes: int = 0) -> Iterator[ByteRa
         pending = item
     if pending is not None:
         yield pending
+
+
+class Covered:
+    """Ranges that do not touch, in order."""
+
+    def __init__(self) -> None:
+        """Nothing is covered."""
+        self._starts: list[int] = []
+        self._stops: list[int] = []
+
+    def add(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Cover a range; return the parts of it that were not covered."""
+        if start >= stop:
+            return []
+        first = bisect_left(self._stops, start)
+        last = bisect_right(self._starts, stop)
+        fresh, position = [], start
+        for begin, end in zip(self._starts[first:last], self._stops[first:last], strict=True):
+            if position < begin:
+                fresh.append((position, min(begin, stop)))
+            position = max(position, end)
+        if position < stop:
+            fresh.append((position, stop))
+        if first < last:
+            start = min(start, self._starts[first])
+            stop = max(stop, self._stops[last - 1])
+        self._starts[first:last] = [start]
+        self._stops[first:last] = [stop]
+        return fresh

@@ -61,21 +61,33 @@ class Filling:
 
     def fill_page(self, page: int, data: Data) -> Outcome:
         """Fill one page; if it is mapped no more, forget it."""
-        outcome = self.fill(page, data)
+        outcome = self._fill_or_forget(page, data)
         if outcome is Outcome.UNMAPPED:
-            self.missing.drop(page, page + PAGE)
             self.uffd.wake(page, PAGE)
         return outcome
 
     def fill_by_page(self, start: int, data: Data) -> Outcome:
         """Fill what can be, where mappings have been split, or are not there any more."""
         for each, piece in _pages(data):
-            outcome = self.fill(start + each, piece)
-            if outcome is Outcome.UNMAPPED:
-                self.missing.drop(start + each, start + each + PAGE)
-            elif outcome is not Outcome.DONE:
+            outcome = self._fill_or_forget(start + each, piece)
+            if outcome not in (Outcome.DONE, Outcome.UNMAPPED):
                 return outcome
         return Outcome.DONE
+
+    def _fill_or_forget(self, page: int, data: Data) -> Outcome:
+        """Fill one page, or forget it.
+
+        It is asked twice: the kernel (since 6.8) looks for the mapping before it looks anew whether
+        memory is being changed, and whoever waits there for an mremap(2) that is under way finds
+        none. Of that we have not been told yet, and the page has only moved; asked again it says
+        so. Source: Linux, mm/userfaultfd.c (mfill_atomic, uffd_mfill_lock).
+        """
+        outcome = self.fill(page, data)
+        if outcome is Outcome.UNMAPPED:
+            outcome = self.fill(page, data)
+        if outcome is Outcome.UNMAPPED:
+            self.missing.drop(page, page + PAGE)
+        return outcome
 
     def zero(self, page: int, stop: int) -> Copied:
         """Fill memory that the checkpoint has nothing for, all of it or the first page."""

@@ -46,6 +46,9 @@ class PagesFile(Protocol):
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         """Return bytes if they are here; never waits."""
 
+    def is_foreseen(self, offset: int) -> bool:
+        """Whether whatever will be wanted with the page there comes without being begun."""
+
     def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
         """Reserve what is neither here nor on its way; who calls has to run what is returned.
 
@@ -77,13 +80,21 @@ class _StoredPages:
         start = self._start + offset
         return self._content.peek(ByteRange(start, start + size_bytes))
 
+    def is_foreseen(self, offset: int) -> bool:
+        """Whether a trace names it that is being replayed, or has been."""
+        page = self._range(offset, mmap.PAGESIZE)
+        prefetch = self._layer.prefetched
+        if prefetch is None or not isinstance(self._content, LayerContent):
+            return False
+        if not prefetch.foresees(page):
+            return False
+        return prefetch.is_replaying or self._content.is_coming(page)
+
     def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
         if not isinstance(self._content, LayerContent):
             return ()  # all of it is on its way
         content, wanted = self._content, self._range(offset, size_bytes)
         if not content.holdings.keeps_all:  # it would have to go before it is wanted
-            return ()
-        if self._is_replayed(content, self._range(offset, mmap.PAGESIZE)):
             return ()
         most_bytes = content.settings.readahead_request_bytes
         jobs: list[Job] = []
@@ -92,9 +103,10 @@ class _StoredPages:
         return jobs
 
     async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
-        if lane is not Lane.DEMAND:
-            return await self._reader.read(offset, size_bytes, lane)
         wanted = self._range(offset, size_bytes)
+        if lane is not Lane.DEMAND:
+            await self._layer.wait_replayed(wanted)
+            return await self._reader.read(offset, size_bytes, lane)
         prefetch = self._layer.prefetched
         foreseen = False
         if prefetch is not None and self._content.peek(wanted) is None:
@@ -109,13 +121,6 @@ class _StoredPages:
             self._content.raise_if_condemned()
         else:
             await self._content.ensure(wanted, Lane.READAHEAD)
-
-    def _is_replayed(self, content: LayerContent, page: ByteRange) -> bool:
-        """Whether a trace names a page, and so whatever will be wanted with it is on its way."""
-        prefetch = self._layer.prefetched
-        if prefetch is None or not prefetch.foresees(page):
-            return False
-        return prefetch.is_replaying or content.is_coming(page)
 
     def _range(self, offset: int, size_bytes: int) -> ByteRange:
         start = min(self._start + offset, self._stop)
@@ -166,6 +171,10 @@ class Images:
             (lazy.memory, [file.path for file in lazy.files]) for lazy in self._known.values()
         ]
         return await trio.to_thread.run_sync(in_order, plan.traced, memories, mmap.PAGESIZE)
+
+    def expect_faults(self) -> None:
+        """Have the background make room: tasks are about to run whose memory is not here."""
+        self._checkpoint.desk.lanes.expect_faults()
 
     async def memory_of(self, pid: int) -> LazyMemory:
         """Return the lazy memory of a task, by its pid in the images.
@@ -235,6 +244,9 @@ class _NoPages:
     path = ""
 
     def peek(self, offset: int, size_bytes: int) -> Data | None:
+        raise AssertionError("there is nothing in it")
+
+    def is_foreseen(self, offset: int) -> bool:
         raise AssertionError("there is nothing in it")
 
     def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:

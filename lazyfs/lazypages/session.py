@@ -122,6 +122,7 @@ class Session:
         self._pidfds.append(pidfd)
         self._guard.protect(pidfd)
         lazy = await self._images.memory_of(pid)
+        self._images.expect_faults()
         missing = Missing(lazy.memory.ranges)
         task = Task(f"process {pid}", uffd, lazy, missing, self._desk, self._on_fork)
         log.info("process %d (%d here): %d bytes come lazily", pid, host_pid, task.missing_bytes)
@@ -160,18 +161,29 @@ class Session:
     async def _send(self) -> None:
         """Send what nobody has asked for: of one task after the other, until all is sent."""
         while True:
-            if self._desk.precise:
-                await self._desk.whole.wait()
             waiting = [task for task in self.tasks if task.missing_bytes]
-            if not waiting:
+            if self._desk.precise or not waiting:
                 if self.is_restored and not self.tasks:
                     self._foresight.cancel()
                     return
-                self._news = trio.Event()
-                await self._news.wait()
+                await self._wait_news()
                 continue
             for task in waiting if not self.is_restored else waiting[:1]:
                 await task.send_some()
+
+    async def _wait_news(self) -> None:
+        """Come back when a task has come or gone, or more may be sent than before."""
+        self._news = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def wait_whole() -> None:
+                await self._desk.whole.wait()
+                nursery.cancel_scope.cancel()
+
+            if self._desk.precise:
+                nursery.start_soon(wait_whole)
+            await self._news.wait()
+            nursery.cancel_scope.cancel()
 
     async def _send_foreseen(self) -> None:
         """Send what a trace says will be wanted, beside all the rest and before it."""

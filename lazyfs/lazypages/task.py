@@ -225,6 +225,8 @@ class Task:
             if outcome is Outcome.BUSY:
                 return _Served.BUSY
             self._settle_s = _SETTLE_S
+            if outcome is Outcome.DONE:
+                break
         return _Served.YES
 
     def _serve_zeros(self, page: int) -> _Served:
@@ -274,12 +276,13 @@ class Task:
 
     def _fetch_ahead(self, place: Place, walk: Walk) -> None:
         """Have what follows a fault fetched, the page itself first if it is not here."""
-        if self._nursery is None or self._desk.precise:
+        file = self.lazy.files[place.level]
+        if self._nursery is None or self._desk.precise or file.is_foreseen(place.offset):
             return
         wanted = walk.wants(place.offset)
         if wanted is not None:
             start, stop = wanted
-            for job in self.lazy.files[place.level].begin(start, stop - start):
+            for job in file.begin(start, stop - start):
                 self._nursery.start_soon(_do, job)
 
     async def _bring(self, page: int, walk: Walk | None, began_s: float) -> None:
@@ -297,25 +300,31 @@ class Task:
                 if walk is not None and not self._desk.precise:
                     walk.note_wait()
                     self._fetch_ahead(place, walk)
-                await self._fetch(page, place, walk)
+                if await self._fetch(page, place, walk) is Outcome.BUSY:
+                    await self._settle()
         finally:
             self._bringing.discard(page)
         self._note_served(first, walk, began_s, waited=True)
         self._end_if_done()
 
-    async def _fetch(self, page: int, place: Place, walk: Walk | None) -> None:
+    async def _fetch(self, page: int, place: Place, walk: Walk | None) -> Outcome:
         """Fetch what a fault waits for; fill it in where only memory holds it."""
         file = self.lazy.files[place.level]
         size_bytes = PAGE if self._desk.precise else place.size_bytes
         data = await file.read(place.offset, size_bytes, Lane.DEMAND)
         found = None if self._filling.gone else self._missing.at(page)
         if found is None or file.peek(place.offset, PAGE) is not None:
-            return  # which is looked at anew, with what lies around it
+            return Outcome.DONE  # which is looked at anew, with what lies around it
         now = self._place(page)
-        if now is not None and (now.level, now.offset) == (place.level, place.offset):
-            before_bytes = self._missing.size_bytes
-            self._filling.fill(page, memoryview(data)[: found.stop - page])
-            self._counts.bytes_faulted += before_bytes - self._missing.size_bytes
+        if now is None or (now.level, now.offset) != (place.level, place.offset):
+            return Outcome.DONE
+        before_bytes = self._missing.size_bytes
+        view = memoryview(data)
+        outcome = self._filling.fill(page, view[: found.stop - page])
+        if outcome is Outcome.UNMAPPED:
+            outcome = self._filling.fill_page(page, view[:PAGE])
+        self._counts.bytes_faulted += before_bytes - self._missing.size_bytes
+        return outcome
 
     def _note_served(
         self, place: Place | None, walk: Walk | None, began_s: float, *, waited: bool

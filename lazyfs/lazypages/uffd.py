@@ -139,9 +139,10 @@ class Userfaultfd:
         """Whether a page is of a mapping that is registered, as far as can be told now.
 
         Changes nothing: asked like `is_alive`. The kernel looks for the mapping first, and refuses
-        before that while memory is being changed (mm/userfaultfd.c, mfill_atomic).
+        before that while memory is being changed (mm/userfaultfd.c, mfill_atomic): asked twice,
+        since in between that may have begun.
         """
-        return self._try(page).outcome is not Outcome.UNMAPPED
+        return any(self._try(page).outcome is not Outcome.UNMAPPED for _ in range(2))
 
     def _try(self, page: int) -> Copied:
         with address_of(_UNREADABLE) as source:

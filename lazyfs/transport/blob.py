@@ -38,6 +38,18 @@ class RewindingSink(Sink, Protocol):
         """
 
 
+@runtime_checkable
+class WishingSink(Sink, Protocol):
+    """A sink that has a say before its first byte: in how it is received, or whether at all."""
+
+    def begin(self) -> None:
+        """Say it (`window.allow_on_the_way`), in the thread that is about to ask.
+
+        Changes nothing else, since there may be several, of which others have the sink. May raise
+        anything, as `advance`.
+        """
+
+
 class Blob(Protocol):
     """Bytes that do not change."""
 

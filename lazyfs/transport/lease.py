@@ -17,9 +17,10 @@ import trio
 
 from lazyfs.ground.errors import FetchError
 from lazyfs.ground.ranges import ByteRange
-from lazyfs.transport.blob import RewindingSink, Sink
+from lazyfs.transport.blob import RewindingSink, Sink, WishingSink
 from lazyfs.transport.place import Health, Place
 from lazyfs.transport.wake import Waker
+from lazyfs.transport.window import allow_on_the_way
 
 
 class Detached(Exception):
@@ -124,8 +125,11 @@ class Attempt:
     def run(self) -> None:
         """Make the attempt, in a worker thread; `error` is how it ended."""
         self._began_s = self._heard_s = time.monotonic()
+        allow_on_the_way(None)  # whatever this thread was at before
         try:
             with self._waker:
+                if isinstance(self._lease.sink, WishingSink):
+                    self._lease.sink.begin()
                 self.place.blob.read_into(self.wanted, self)
         except BaseException as error:  # noqa: BLE001 - raised where the fetch is awaited
             self.error = error

@@ -191,6 +191,24 @@ async def test_a_trace_is_followed_where_it_is_of_these_files(
         assert len(caplog.records) == 3
 
 
+async def test_what_a_trace_names_again_and_again_is_foreseen_once(tmp_path: Path) -> None:
+    pages = "checkpoint/pages-1.img"
+    files = in_directory({"inventory.img": b"x" * 10, "pages-1.img": some_bytes(10 * PAGE)})
+    reference = layout(tmp_path / "layout", files)
+    async with open_checkpoint(reference, config()) as checkpoint:
+        trace = trace_of(
+            checkpoint, (pages, 4096, 4096), *[(pages, 0, 10 * PAGE)] * 1000, (pages, 100, 9000)
+        )
+        trace.files.append(trace.files[0])  # by another name, as it were
+        trace.needs.append(Need(1, 0, 4096, 2000.0))
+        plan = await plan_of(trace, checkpoint, everything=False)
+        assert plan.traced == (
+            Stretch(pages, 4096, 4096),
+            Stretch(pages, 0, 4096),
+            Stretch(pages, 8192, 10 * PAGE - 8192),
+        )
+
+
 async def test_while_somebody_records_nothing_is_foreseen(tmp_path: Path) -> None:
     counters = Counters()
     counters.journal = Journal()

@@ -100,7 +100,8 @@ async def test_what_a_trace_is_about_to_bring_is_not_fetched_ahead_of_a_fault(
         assert node is not None
         start = node.content_start + 4 * MIB
         await layer.expect([ByteRange(start, start + 3 * MIB)])
-        assert not file.begin(4 * MIB, 2 * MIB)
+        assert file.is_foreseen(4 * MIB)
+        assert not file.is_foreseen(8 * MIB - PAGE)
         jobs = file.begin(0, MIB)
         assert jobs, "of this it says nothing"
         async with trio.open_nursery() as nursery:

@@ -61,6 +61,9 @@ class Lost:
     def peek(self, offset: int, size_bytes: int) -> Data | None:
         return None
 
+    def is_foreseen(self, offset: int) -> bool:
+        return False
+
     def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
         return ()
 
@@ -102,8 +105,8 @@ class Restore:
         self.ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._words = words
         self.tasks: list[subprocess.Popen[bytes]] = []
-        desk = Desk(Counts())
-        self.session = Session(cast(Images, TwoTasks(file)), cast(Guard, Released()), desk)
+        self.desk = Desk(Counts())
+        self.session = Session(cast(Images, TwoTasks(file)), cast(Guard, Released()), self.desk)
 
     async def announce(self, *pids: int) -> None:
         with self._theirs:
@@ -158,6 +161,27 @@ async def test_who_has_all_of_their_memory_does_not_wait_for_what_a_trace_may_fo
                 nursery.start_soon(restore.announce, 1)
                 await restore.run()
         assert restore.tasks[0].poll() is None
+    finally:
+        restore.close()
+
+
+async def test_who_has_ended_does_not_wait_for_the_end_of_a_recording() -> None:
+    restore = Restore(Lost())
+    restore.desk.precise = True
+
+    async def end() -> None:
+        await restore.announce(2)
+        with trio.fail_after(20):
+            while not restore.session.is_restored:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+        assert restore.session.missing_bytes == 16 * PAGE
+        restore.tasks[0].kill()
+
+    try:
+        with trio.fail_after(50):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(end)
+                await restore.run()
     finally:
         restore.close()
 

@@ -46,6 +46,8 @@ class Kernel(Userfaultfd):
         self.queue: list[bytes] = []
         self.refusals: list[int] = []
         """Errnos that the next attempts fail with."""
+        self.is_strict = False
+        """Whether it fills nothing while it has something to say."""
         self.woken: set[int] = set()
         self.calls = 0
 
@@ -79,6 +81,8 @@ class Kernel(Userfaultfd):
         self.calls += 1
         assert not to % PAGE
         assert not len(data) % PAGE
+        if self.is_strict and self.queue:
+            return Copied(0, Outcome.BUSY)
         if self.refusals:
             number = self.refusals.pop(0)
             outcomes = {
@@ -109,6 +113,8 @@ class File:
         self.reads: list[tuple[int, int]] = []
         self.begun: list[tuple[int, int]] = []
         self.flying: set[int] = set()
+        self.foreseen: set[int] = set()
+        """Pages that somebody else brings, with all that is wanted beside them."""
         self.run = 0
         self.gates_reads = self.fails_reads = True
         self.gate = trio.Event()
@@ -120,6 +126,9 @@ class File:
         if not self.here.issuperset(pages):
             return None
         return b"".join(map(content, pages))
+
+    def is_foreseen(self, offset: int) -> bool:
+        return offset // PAGE in self.foreseen
 
     def begin(self, offset: int, size_bytes: int) -> Sequence[Job]:
         pages = set(range(offset // PAGE, (offset + size_bytes) // PAGE))
@@ -209,6 +218,7 @@ async def test_a_fault_is_served_with_what_lies_around_it(world: World) -> None:
     assert 100 in world.kernel.woken
     assert 16 < len(world.kernel.filled) < 200
     assert world.all_right()
+    assert world.kernel.calls == 1
 
 
 async def test_a_fault_at_the_end_stays_within_what_is_missing(world: World) -> None:
@@ -642,3 +652,92 @@ async def test_what_a_trace_foretells_and_nobody_fetches_is_given_up(
     world.file.error = FetchError("no", transient=True)
     await Ahead(parts, [world.task]).run(lambda: True)
     assert not world.kernel.filled
+
+
+class Transient(File):
+    """A pages file whose bytes are in memory alone: to be read, and not looked at."""
+
+    def __init__(self, on_read: Callable[[], None]) -> None:
+        super().__init__(())
+        self.on_read = on_read
+
+    def peek(self, offset: int, size_bytes: int) -> Data | None:
+        return None
+
+    async def read(self, offset: int, size_bytes: int, lane: Lane) -> Data:
+        self.reads.append((offset // PAGE, size_bytes // PAGE))
+        assert len(self.reads) < 1000, "it is read for ever"
+        self.on_read()
+        return b"".join(map(content, range(offset // PAGE, (offset + size_bytes) // PAGE)))
+
+
+async def test_a_page_whose_mapping_has_just_moved_is_not_forgotten(world: World) -> None:
+    world.kernel.borders = {100}
+    world.task.may_end()
+    # The range lies in two mappings; then one of its pages has moved while the kernel looked.
+    world.kernel.refusals = [errno.ENOENT, errno.ENOENT, errno.EAGAIN]
+    await world.task.send_some()
+    assert world.task.missing_bytes == 512 * PAGE
+    world.kernel.tell(0x14, 16 * PAGE, 1000 * PAGE, 512 * PAGE)
+    world.kernel.tell(0x16, 16 * PAGE, 528 * PAGE)
+    world.task.hear()
+    while not world.task.is_over:
+        await world.task.send_some()
+    assert world.kernel.filled == {page + 984: world.right(page) for page in range(16, 528)}
+
+
+async def test_a_fault_for_a_page_that_has_just_moved_does_not_forget_it(world: World) -> None:
+    world.kernel.refusals = [errno.ENOENT, errno.ENOENT, errno.EAGAIN]
+    world.kernel.fault(100)
+    world.task.hear()
+    assert world.task.missing_bytes == 512 * PAGE
+
+
+async def test_bytes_that_only_memory_holds_are_filled_in_a_mapping_that_was_split(
+    nursery: trio.Nursery,
+) -> None:
+    world = World()
+    world.task.lazy = LazyMemory(world.task.lazy.memory, [Transient(lambda: None)])
+    world.kernel.borders = {101, 104}
+    nursery.start_soon(world.task.run)
+    world.kernel.fault(100)
+    await until(lambda: 100 in world.kernel.filled)
+    assert world.all_right()
+    nursery.cancel_scope.cancel()
+
+
+async def test_bytes_that_only_memory_holds_wait_for_what_the_kernel_has_to_say(
+    nursery: trio.Nursery,
+) -> None:
+    world = World()
+    world.kernel.is_strict = True
+
+    def move() -> None:
+        if len(file.reads) == 1:
+            world.kernel.tell(0x14, 300 * PAGE, 1000 * PAGE, 10 * PAGE)
+
+    file = Transient(move)
+    world.task.lazy = LazyMemory(world.task.lazy.memory, [file])
+    nursery.start_soon(world.task.run)
+    world.kernel.fault(100)
+    await until(lambda: 100 in world.kernel.filled)
+    assert len(file.reads) == 2
+    assert world.all_right()
+    nursery.cancel_scope.cancel()
+
+
+async def test_behind_what_a_trace_foretells_nothing_is_fetched_until_a_fault_is_there(
+    nursery: trio.Nursery,
+) -> None:
+    world = World(here=range(256))
+    world.file.foreseen = set(range(256))
+    nursery.start_soon(world.task.run)
+    for page in range(16, 272, 16):
+        world.kernel.fault(page)
+        await until(lambda page=page: page in world.kernel.filled)  # type: ignore[misc]
+    assert not world.file.begun
+    world.kernel.fault(272)
+    await until(lambda: 272 in world.kernel.filled)
+    assert world.file.begun[0][0] == 256
+    assert world.all_right()
+    nursery.cancel_scope.cancel()

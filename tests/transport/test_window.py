@@ -7,7 +7,19 @@ from contextlib import contextmanager
 
 import pytest
 
+from lazyfs.ground.ranges import ByteRange
+from lazyfs.transport.lease import Attempt, Lease
+from lazyfs.transport.place import place_of
 from lazyfs.transport.window import NARROW_BYTES, Window, allow_on_the_way
+from tests.blobs import MemoryBlob
+from tests.transport.gather import Gather
+
+
+class Modest(Gather):
+    """A sink that wants little on its way."""
+
+    def begin(self) -> None:
+        allow_on_the_way(NARROW_BYTES)
 
 
 @contextmanager
@@ -69,3 +81,21 @@ def test_what_knows_no_window_is_left_alone() -> None:
         allow_on_the_way(NARROW_BYTES)
         Window(left).follow_wish()
     Window(left).follow_wish()
+
+
+def test_each_attempt_of_a_thread_is_received_as_its_own_sink_wishes() -> None:
+    blob = MemoryBlob(b"bytes")
+    clamps: list[int] = []
+    with connected() as sock:
+
+        def look(wanted: ByteRange) -> None:
+            Window(sock).follow_wish()
+            clamps.append(clamp(sock))
+
+        blob.before = look
+        for sink in (Modest(), Gather(), Modest()):
+            attempt = Attempt(Lease(sink, ByteRange(0, 5)), place_of(blob), 1)
+            attempt.run()
+            assert attempt.error is None
+            assert sink.data == b"bytes"
+    assert clamps[0] == clamps[2] == NARROW_BYTES < clamps[1]
