@@ -432,6 +432,22 @@ def test_a_standby_that_is_to_ignore_a_signal_does(own: Standby) -> None:
     assert own.process.poll() is None
 
 
+def test_children_that_nobody_is_told_of_are_no_hindrance(own: Standby, local: str) -> None:
+    """Some supervisors ignore SIGCHLD, and whatever they start does then."""
+    own.stop()
+    own.start(preexec_fn=_ignore_children)
+    assert own.said.startswith("standing by")
+    for _ in range(2):
+        done = own.lazyfs("restore", local, "--criu", "/nowhere/criu", preexec_fn=_ignore_children)
+        assert (done.code, done.err.splitlines()) == (2, [done.err.strip()])
+        assert "there is no program /nowhere/criu" in done.err
+    wait_until(lambda: not own.deputies(), "they have ended")
+
+
+def _ignore_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
 @pytest.mark.parametrize(
     "words", [["--shell-job"], ["-j"], ["-vj"], ["-v", "4", "-Rj"]], ids=" ".join
 )
