@@ -207,6 +207,18 @@ def test_a_caller_who_is_stopped_keeps_nobody_waiting_for_long(
     assert Mount(directory, Done(0, out, err)).umount().code == 0
 
 
+def test_a_caller_who_ignores_the_end_of_children_hears_how_it_failed(mounts: Mounts) -> None:
+    """Some supervisors ignore SIGCHLD, and whatever they start does then."""
+    (mounts.home / "empty").mkdir()
+    done = mounts.refuse(f"oci:{mounts.home}/empty", preexec_fn=_ignore_children)
+    assert done.code == 3
+    assert len(done.err.splitlines()) == 1
+
+
+def _ignore_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
 def test_two_at_once(mounts: Mounts, local: str, tmp_path: Path) -> None:
     """Of one image, on two directories; the second has no part in the first one's cache."""
     first = mounts.mount(local)
