@@ -41,6 +41,10 @@ def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> N
     from lazyfs.report.words import told
     from lazyfs.trace_file import write_whole
 
+    to_stdout = str(output) == "-"
+    where = output or trace.parent / f"{trace.stem}.html"
+    if not to_stdout and _is_same(where, trace):
+        raise UsageError(f"the report would take the place of {trace}: say where it goes, by -o")
     read = parse_trace(_read(trace, RECORDING_LIMIT_BYTES), str(trace))
     phases = phases_by(_read(criu_log, _LOG_LIMIT_BYTES), read) if criu_log is not None else ()
     if criu_log is not None and not phases:
@@ -58,12 +62,18 @@ def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> N
     if to_stdout:
         sys.stdout.buffer.write(text)
         return
-    where = output or trace.with_suffix(".html")
     try:
         write_whole(where, text)
     except OSError as error:
         raise LazyfsError(f"the report {where} cannot be written: {error.strerror}") from None
     click.echo(f"\n{printable(str(where))}: {human_bytes(len(text))}")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _read(path: Path, limit_bytes: int) -> bytes:

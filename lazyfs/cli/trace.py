@@ -208,6 +208,8 @@ def _facts(trace: "Trace", name: str) -> Iterator[tuple[str, str]]:
     if recording is not None:
         when = datetime.fromtimestamp(min(max(recording.began_at_s, 0), 1e11), UTC)
         yield "Recorded", f"{when.isoformat(timespec='seconds')}, of {recording.reference or '-'}"
+        if recording.dropped:
+            yield "Left out", f"{plural(recording.dropped, 'event')}: more may have been needed"
 
 
 def _as_json(trace: "Trace", name: str) -> dict[str, Any]:

@@ -308,14 +308,10 @@ class Task:
         self._end_if_done()
 
     async def _fetch(self, page: int, place: Place, walk: Walk | None) -> Outcome:
-        """Fetch what a fault waits for; fill it in where only memory holds it.
-
-        The page alone: what lies around it may be in a chunk that comes later.
-        """
+        """Fetch what a fault waits for; fill it in where only memory holds it."""
         file = self.lazy.files[place.level]
-        data = await file.read(place.offset, PAGE, Lane.DEMAND)
-        if file.peek(place.offset, PAGE) is None and not self._desk.precise:
-            data = await file.read(place.offset, place.size_bytes, Lane.DEMAND)
+        size_bytes = PAGE if self._desk.precise else place.size_bytes
+        data = await file.read(place.offset, size_bytes, Lane.DEMAND)
         found = None if self._filling.gone else self._missing.at(page)
         if found is None or file.peek(place.offset, PAGE) is not None:
             return Outcome.DONE  # which is looked at anew, with what lies around it

@@ -51,7 +51,7 @@ class Recorded:
         """
         self._link.mark("restored")
         watch.tell(event="recording", until=self._until.aim)
-        given_up_s = time.monotonic() + GIVEN_UP_S
+        given_up_s = time.monotonic() + GIVEN_UP_S + self._until.least_s
         check = self._until.begin()
         try:
             while (why := check.poll()) is None:
@@ -69,9 +69,9 @@ class Recorded:
 
     def end(self, watch: Watch) -> None:
         """Have what there is written, unless that has been done: the restore has failed."""
+        self._theirs.close()  # else a daemon that is gone seems to be there
         self._finish(watch, _FAILED)
         self._link.close()
-        self._theirs.close()
 
     _looked_s = 0.0
 
