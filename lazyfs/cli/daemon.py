@@ -1,20 +1,27 @@
 """A command that returns when its daemon is ready: fork, a pipe, and who says what to whom.
 
 The child keeps the caller's standard error until it is ready, so that what goes wrong on the
-way is said where it was asked; then it belongs to its log. If the caller goes away before that,
-the child ends too: nobody would know of it.
+way is said where it was asked; then it belongs to its log. If the caller goes away before it has
+heard, the child ends too: nobody would know of it. So the caller answers: what is in a pipe may be
+there for somebody who is being killed, and will not run again.
 """
 
+import errno
 import logging
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from pathlib import Path
 
 from lazyfs.background import close_inherited, log_to
 
 _READY_LIMIT_BYTES = 64 * 1024
+_HEARD = b"h"
+_ANSWER_TIMEOUT_S = 5.0
+"""A caller who does not answer is stopped; he will hear it when he goes on."""
 _INTERRUPTED = 130
 
 
@@ -32,14 +39,19 @@ def run_detached(
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
+    hearing, answering = os.pipe()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        _live(serve, writing, log_file, kept)
+        os.close(answering)
+        _live(serve, writing, hearing, log_file, kept)
     os.close(writing)
+    os.close(hearing)
     try:
-        with open(reading, "rb") as pipe:
+        with open(reading, "rb") as pipe, open(answering, "wb", buffering=0) as answer:
             message = pipe.read(_READY_LIMIT_BYTES)
+            with suppress(BrokenPipeError):  # it has failed, or waits no longer
+                answer.write(_HEARD)
     except KeyboardInterrupt:
         os.kill(child, signal.SIGTERM)
         os.waitpid(child, 0)
@@ -54,17 +66,23 @@ def run_detached(
 
 
 def _live(
-    serve: Callable[[Callable[[str], None]], int], pipe: int, log_file: Path, kept: Collection[int]
+    serve: Callable[[Callable[[str], None]], int],
+    pipe: int,
+    hearing: int,
+    log_file: Path,
+    kept: Collection[int],
 ) -> None:
     """Be the child; never returns."""
     code = 1
     try:
         os.setsid()
-        close_inherited({pipe, *kept})
+        close_inherited({pipe, hearing, *kept})
 
         def ready(message: str) -> None:
             os.write(pipe, message.encode())
             os.close(pipe)
+            _await_answer(hearing)
+            os.close(hearing)
             os.chdir("/")  # the caller's directory may want to be removed or unmounted
             null = os.open(os.devnull, os.O_RDWR)
             for descriptor in (0, 1, 2):
@@ -80,3 +98,15 @@ def _live(
     finally:
         logging.shutdown()
         os._exit(code)
+
+
+def _await_answer(hearing: int) -> None:
+    """Come back when the caller has heard, or has not gone within some seconds.
+
+    Raises:
+        BrokenPipeError: he is gone, and has not.
+    """
+    poll = select.poll()
+    poll.register(hearing, select.POLLIN)
+    if poll.poll(_ANSWER_TIMEOUT_S * 1000) and not os.read(hearing, 1):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import signal
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,6 +115,7 @@ def mount_command(
     State: `lazyfs status DIR`.
     """
     parse_reference(reference)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides how children end
     if log_file is not None:
         _check_writable(log_file)
     if log_file is None or source.cache_kind == "disk":

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 
+from lazyfs.cli.options import is_verbose
 from lazyfs.ground.printable import printable
 
 _SILENT_S = 1.0
@@ -17,12 +18,12 @@ _EVERY_S = 5.0
 def tell_of_waiting() -> None:
     """From now on say on standard error what is waited for, if that is a terminal."""
     logger = logging.getLogger("lazyfs.transport.patience")
-    every = logging.getLogger("lazyfs")
     told = any(isinstance(handler, _Waiting) for handler in logger.handlers)
-    if told or every.isEnabledFor(logging.INFO) or not sys.stderr.isatty():
+    if told or is_verbose() or not sys.stderr.isatty():
         return
-    for handler in every.handlers:  # what is told here is not for them
-        handler.setLevel(max(handler.level, logging.WARNING))
+    for handler in logging.getLogger("lazyfs").handlers:
+        if not isinstance(handler, logging.FileHandler):  # a daemon's log is told all of it
+            handler.setLevel(max(handler.level, logging.WARNING))
     logger.addHandler(_Waiting())
     logger.setLevel(logging.INFO)
 

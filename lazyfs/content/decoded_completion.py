@@ -115,7 +115,7 @@ class DecodedCompletion(BlobProof):
         is_idle = lanes.idle_for_s >= settings.idle_s and not self._content.is_fetching
         if not is_idle and not self.hurried:
             return 0
-        return 1 if lanes.yielding else settings.completion_connections
+        return 1 if lanes.is_gentle else settings.completion_connections
 
     def _hashed(self, count: int) -> None:
         self.hashed_bytes += count

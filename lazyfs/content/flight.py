@@ -51,8 +51,11 @@ class Flight:
         self.last = last
         self.lane = lane
         self.task = task
-        self.is_gentle = False
-        """Whether little of it may be on its way at a time, whoever waits or not."""
+        self.window_bytes: int | None = None
+        """No more of it than so much is on its way at a time, whoever waits or not."""
+        self.ending_at = last
+        """Once all chunks before this one have landed, `on_ending` is called, once."""
+        self.on_ending: Callable[[], None] | None = None
         self.rank = 0
         """Of the lock that is held, or awaited (`host_locks.py`)."""
         self.holds_lock = False
@@ -75,6 +78,12 @@ class Flight:
         """Wake those who wait for chunks `first` up to `last`. On the trio thread."""
         for index in [index for index in self._awaited if first <= index < last]:
             self._awaited.pop(index).set()
+
+    def note_landed(self, last: int) -> None:
+        """All up to chunk `last` has come. On the trio thread."""
+        if last >= self.ending_at and self.on_ending is not None:
+            on_ending, self.on_ending = self.on_ending, None
+            on_ending()
 
     def let_go_all(self) -> None:
         """Wake all who wait. On the trio thread."""

@@ -38,7 +38,7 @@ from lazyfs.layers.model import ChunkMap
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.place import PlaceLied
 from lazyfs.transport.retry import Fetcher
-from lazyfs.transport.window import NARROW_BYTES, allow_on_the_way
+from lazyfs.transport.window import allow_on_the_way
 
 log = logging.getLogger(__name__)
 
@@ -312,8 +312,8 @@ class LayerContent(Content):
         def check() -> None:
             if self._poison is not None:
                 raise _Stopped  # no error of the place that is being asked
-            gently = is_background and (flight.is_gentle or self.lanes.is_gentle)
-            allow_on_the_way(NARROW_BYTES if gently else None)
+            gently = is_background and flight.window_bytes is None and self.lanes.is_gentle
+            allow_on_the_way(self.lanes.gentle_bytes if gently else flight.window_bytes)
 
         while True:
             landing = Landing(self.chunks, flight, check)
@@ -414,6 +414,8 @@ class LayerContent(Content):
         self.landed_bytes += self.chunks.content_start(last) - self.chunks.content_start(first)
         self._note_arrival(first, last)
         self.adopt(first, marks, memory)
+        for flight in [each for each in self._flights if each.first <= first < each.last]:
+            flight.note_landed(last)
 
     async def _gather(self, content: ByteRange, lane: Lane) -> bytes:
         """Put a range together chunk by chunk: those in memory may go at any moment."""

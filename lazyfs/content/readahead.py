@@ -25,6 +25,7 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 
@@ -36,6 +37,7 @@ from lazyfs.content.width import Width
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.ranges import ByteRange
+from lazyfs.transport.window import SHARED_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +61,11 @@ _FAMILY_FILES = 3
 _SWEEP_STALL_S = 1.0
 _LOOK_AGAIN_S = 0.1
 _LEAST_REQUEST_BYTES = 1 << 20
+_TRACED_ON_THE_WAY_BYTES = 4 << 20
+"""Of what a trace names: three times what is on its way at 1 Gbit/s and 10 ms."""
+_ENDING_BYTES = 1 << 20
+"""A flight with so much left to come gives its place to the next one: at 1 Gbit/s, shared by two,
+that is the 17 ms which its first byte takes."""
 _AWAITED_MOST = 16
 """Flights of other daemons that are awaited at a time; they take no connection."""
 
@@ -79,7 +86,8 @@ class Readahead:
         self._content = content
         self._settings = content.settings
         self._streams: deque[_Stream] = deque(maxlen=_STREAMS_MOST)
-        self._active = 0
+        self._under_way: dict[Flight, int] = {}
+        """Flights that must land for the next one to take off, and how much content each brings."""
         self._awaited = 0
         self._width = Width(
             self._settings.readahead_connections_least, self._settings.readahead_connections
@@ -216,7 +224,7 @@ class Readahead:
                 await self._wanted.wait()
                 self._wanted = trio.Event()
                 while (flight := self._next()) is not None:
-                    self._count(flight, 1)
+                    self._depart(flight)
                     nursery.start_soon(self._conduct, flight)
 
     def _next(self) -> Flight | None:
@@ -235,16 +243,20 @@ class Readahead:
         if run is not None:
             self._width.idle()
             flight = self._content.take_off(run, Lane.READAHEAD)
-            flight.is_gentle = True  # there are many of them
+            flight.window_bytes = SHARED_BYTES
             return flight
         sweeping = keeps_all and self._sweep.start < self._sweep.stop
-        if self._content.lanes.yielding:  # the windows are narrow then
+        request_bytes = settings.readahead_request_bytes
+        if self._content.lanes.is_gentle:  # the windows are narrow then
             self._width.idle()
-            connections = min(settings.gentle_connections, settings.readahead_connections)
+            connections = min(
+                self._content.lanes.gentle_connections, settings.readahead_connections
+            )
+            request_bytes = min(_LEAST_REQUEST_BYTES, request_bytes)
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
             connections = self._width.connections
-        if self._active >= connections or self._awaited >= _AWAITED_MOST:
+        if len(self._under_way) >= connections or self._awaited >= _AWAITED_MOST:
             return None
         most_bytes = settings.readahead_window_bytes
         if not keeps_all:  # what is fetched too far ahead has to go before it is read
@@ -254,37 +266,38 @@ class Readahead:
             window_bytes = min(stream.window_bytes, most_bytes)
             ahead = ByteRange(stream.position, min(stream.position + window_bytes, stream.limit))
             share_bytes = max(_LEAST_REQUEST_BYTES, window_bytes // connections)
-            run = self._content.next_run(ahead, min(share_bytes, settings.readahead_request_bytes))
+            run = self._content.next_run(ahead, min(share_bytes, request_bytes))
             if run is not None:
                 return self._content.take_off(run, Lane.READAHEAD)
         if sweeping:
-            run = self._content.next_run(self._sweep, settings.readahead_request_bytes)
+            run = self._content.next_run(self._sweep, request_bytes)
             if run is not None:
                 flight = self._content.take_off(run, Lane.READAHEAD)
                 start = self._content.chunks.content_start(flight.last)
                 self._sweep = ByteRange(min(start, self._sweep.stop), self._sweep.stop)
                 return flight
             self._sweep = self._swept_family = ByteRange(0, 0)
-        run = self.prefetch.next_rest(settings.readahead_request_bytes) if keeps_all else None
+        run = self.prefetch.next_rest(request_bytes) if keeps_all else None
         if run is not None:
             return self._content.take_off(run, Lane.READAHEAD)
-        if keeps_all and (self._fill_eagerly or self._active < settings.completion_connections):
-            run = self._content.next_run(self._fill, settings.readahead_request_bytes)
+        if keeps_all and (
+            self._fill_eagerly or len(self._under_way) < settings.completion_connections
+        ):
+            run = self._content.next_run(self._fill, request_bytes)
             if run is not None:
                 return self._content.take_off(run, Lane.COMPLETION)
         self._width.idle()
         return None
 
     def _next_traced(self, *, keeps_all: bool) -> tuple[int, int] | None:
-        """Return what a trace wants next, if a connection is free for it."""
+        """Return what a trace wants next, if it may be on its way by now."""
         settings = self._settings
-        connections = settings.readahead_connections
-        if self._content.lanes.yielding:
-            connections = min(settings.gentle_connections, connections)
-        if self._active >= connections or self._awaited >= _AWAITED_MOST:
+        if len(self._under_way) >= settings.readahead_connections or self._awaited >= _AWAITED_MOST:
+            return None
+        if sum(self._under_way.values()) >= _TRACED_ON_THE_WAY_BYTES:
             return None
         room_bytes = sys.maxsize if keeps_all else settings.memory_cache_bytes // 2
-        return self.prefetch.next_traced(connections, room_bytes)
+        return self.prefetch.next_traced(room_bytes)
 
     async def _conduct(self, flight: Flight) -> None:
         try:
@@ -296,14 +309,28 @@ class Readahead:
             log.exception("readahead failed: please report this")
             self._give_up(flight, LazyfsError(str(error)))
         finally:
-            self._count(flight, -1)
-            self._wanted.set()
+            if flight.task is Task.AWAIT:
+                self._awaited -= 1
+            self._end(flight)
 
-    def _count(self, flight: Flight, change: int) -> None:
+    def _depart(self, flight: Flight) -> None:
+        """Count a flight that has taken off, until little of it is left to come.
+
+        The next one is asked for by then, so the link has something to carry meanwhile.
+        """
         if flight.task is Task.AWAIT:
-            self._awaited += change
-        else:
-            self._active += change
+            self._awaited += 1
+            return
+        chunks = self._content.chunks
+        start, stop = chunks.content_start(flight.first), chunks.content_start(flight.last)
+        self._under_way[flight] = stop - start
+        left_bytes = min(_ENDING_BYTES, (stop - start) // 2)
+        flight.ending_at = chunks.index_at(stop - left_bytes) if left_bytes else flight.last
+        flight.on_ending = partial(self._end, flight)
+
+    def _end(self, flight: Flight) -> None:
+        self._under_way.pop(flight, None)
+        self._wanted.set()
 
     def _give_up(self, flight: Flight, error: LazyfsError) -> None:
         """Forget what was wanted, or it would be asked for again at once."""

@@ -122,6 +122,7 @@ class Session:
         self._pidfds.append(pidfd)
         self._guard.protect(pidfd)
         lazy = await self._images.memory_of(pid)
+        self._images.expect_faults()
         missing = Missing(lazy.memory.ranges)
         task = Task(f"process {pid}", uffd, lazy, missing, self._desk, self._on_fork)
         log.info("process %d (%d here): %d bytes come lazily", pid, host_pid, task.missing_bytes)

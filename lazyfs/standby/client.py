@@ -25,10 +25,12 @@ from lazyfs.transport.run_directory import run_directory
 _COMMANDS = frozenset(
     ["mount", "restore", "umount", "status", "wait", "warm", "inspect", "ls", "cat"]
 )
-_OWN_PROCESS = frozenset(["--foreground", "--shell-job", "-j"])
-"""Words that ask for this very process, or its session."""
+_OWN_PROCESS = frozenset(["--foreground", "--shell-job"])
+"""Words that ask for this very process, or its session; so does CRIU's `-j`, as in `-vj`."""
 _ANSWER_TIMEOUT_S = 3.0
 """After that the standby is stopped, or stuck. A fork takes milliseconds, but hosts are busy."""
+_END_TIMEOUT_S = 1.0
+"""For a command that has said that it has ended to be gone."""
 _FAILED = 1
 _SIGNALLED = 128
 _TO_STOP = (_signal.SIGTSTP, _signal.SIGTTIN, _signal.SIGTTOU)
@@ -57,8 +59,8 @@ def run_elsewhere(program: str) -> int | None:
     held = _signal.pthread_sigmask(_signal.SIG_BLOCK, [*_PASSED_ON, *_TO_STOP])
     try:
         deputy = _ask(link, program, held)
-        _pass_signals_on(deputy)
         link.send(wire.GO)
+        _pass_signals_on(deputy)
     except (OSError, _NoStandby) as problem:
         link.close()
         return _without(wanted, problem)
@@ -73,10 +75,15 @@ def _is_for_a_standby(program: str, arguments: list[str]) -> bool:
         return False
     if program == "mount.lazyfs":
         return True
-    if not _OWN_PROCESS.isdisjoint(arguments):
+    if not _OWN_PROCESS.isdisjoint(arguments) or any(map(_is_shell_job, arguments)):
         return False
     command = next((each for each in arguments if not each.startswith("-")), "")
     return command in _COMMANDS
+
+
+def _is_shell_job(word: str) -> bool:
+    """As `restore.plan` sees it."""
+    return word.startswith("-") and word.endswith("j") and word[1:].isalpha()
 
 
 def _without(wanted: str, problem: Exception) -> int | None:
@@ -202,6 +209,7 @@ def _wait(link: _socket.socket) -> int:
         answer = b""
     number = int.from_bytes(answer[1:5], sys.byteorder)
     if answer[:1] == wire.ENDED:
+        _wait_until_gone(link)
         return number
     if answer[:1] != wire.KILLED:
         sys.stderr.write("lazyfs: the standby and its command were killed\n")
@@ -212,3 +220,15 @@ def _wait(link: _socket.socket) -> int:
         pass
     os.kill(os.getpid(), number)
     return _SIGNALLED + number
+
+
+def _wait_until_gone(link: _socket.socket) -> None:
+    """Come back when the deputy has no files open any more, and is in no control group.
+
+    The standby says ENDED once more when it has reaped it; without a standby the link ends then.
+    """
+    try:
+        link.settimeout(_END_TIMEOUT_S)
+        link.recv(wire.REASON_MOST_BYTES)
+    except OSError:  # the standby is stopped
+        return

@@ -4,7 +4,11 @@ A deputy is a child of the standby, not of the client, so it has all of this fro
 would be more than the client has, or less, or something else, wherever the two differ; such a
 client is declined. Which namespaces, which capabilities: that is not weighed, only compared.
 
-What /proc does not tell is not compared: securebits and the keyrings of the session.
+Its own group among the supplementary ones gives a process nothing, so it is no difference: a root's
+shell has it there, a service of systemd has none.
+
+What /proc does not tell is not compared: securebits, the keyrings of the session, Landlock's
+domains, and what filters of system calls say beside how many they are.
 
 Sources: proc_pid_status(5), namespaces(7), proc_pid_attr(5), proc_pid_personality(5).
 """
@@ -48,6 +52,8 @@ def rights_of(process: int | str) -> Mapping[str, str]:
         found["security label"] = _label(f"{home}/attr/current")
     except OSError as problem:
         raise Gone(f"it cannot be looked at: {problem.strerror}") from None
+    groups = {*found["supplementary groups"].split(), *found["group"].split()}
+    found["supplementary groups"] = " ".join(sorted(groups))
     return found
 
 

@@ -10,6 +10,7 @@ told to its client any more.
 Source: unix(7), SO_PEERCRED; socket(7), SO_PEERPIDFD (Linux 6.5); sd_listen_fds(3).
 """
 
+import errno
 import fcntl
 import logging
 import os
@@ -122,7 +123,8 @@ class Standby:
             os.set_blocking(end, False)
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
         for number in _STOPPING:
-            signal.signal(number, self._stop)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or `&` in a script
+                signal.signal(number, self._stop)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         poll = select.poll()
         poll.register(self._listener, select.POLLIN)
@@ -216,10 +218,13 @@ class Standby:
 
 def _pidfd_of(link: socket, pid: int) -> int:
     """Return a pidfd of who has connected; from the socket itself where the kernel has that."""
-    with suppress(OSError):
-        answer = link.getsockopt(SOL_SOCKET, _SO_PEERPIDFD, 4)
-        return int.from_bytes(answer, sys.byteorder)
     try:
+        try:
+            answer = link.getsockopt(SOL_SOCKET, _SO_PEERPIDFD, 4)
+            return int.from_bytes(answer, sys.byteorder)
+        except OSError as problem:
+            if problem.errno != errno.ENOPROTOOPT:  # it has ended: the pid is another's, perhaps
+                raise
         return os.pidfd_open(pid)
     except OSError:
         raise Gone("who asked has ended") from None

@@ -5,7 +5,7 @@ between the two are blobs, clients and places, and all of it happens in one thre
 left with the thread (`allow_on_the_way`), and the connection looks at it with each piece.
 
 What is on its way to background connections stands in the queues before a demand read's bytes: at
-1 Gbit/s and 10 ms, two windows of 2 MiB are 24 ms of queue; two of 512 KiB fill no queue, and 0.8
+1 Gbit/s and 10 ms, two windows of 2 MiB are 24 ms of queue; one of 256 KiB fills none, and a fifth
 of the link.
 """
 
@@ -15,7 +15,10 @@ import threading
 
 from lazyfs.ground.settings import KIB, MIB
 
-NARROW_BYTES = 512 * KIB
+NARROW_BYTES = 256 * KIB
+"""For what nobody waits for, while somebody waits for something else."""
+SHARED_BYTES = 512 * KIB
+"""For what several connections fetch, each of which should come early."""
 _WIDE_BYTES = 64 * MIB
 """More than any receive buffer is: that alone bounds the window then."""
 
@@ -35,8 +38,9 @@ class Window:
         self._socket = sock
         self._clamp_bytes: int | None = None
         with contextlib.suppress(OSError, AttributeError):
-            if sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP) == NARROW_BYTES:
-                self._clamp_bytes = NARROW_BYTES
+            clamp_bytes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_WINDOW_CLAMP)
+            if clamp_bytes in (NARROW_BYTES, SHARED_BYTES):
+                self._clamp_bytes = clamp_bytes
 
     def follow_wish(self) -> None:
         """Do what was wished in this thread; where a socket knows no window, nothing.

@@ -6,21 +6,25 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from testbed.registry import free_port
 
 TIMEOUT_S = 60
 
 
-def ls(cache: Path, stderr: int) -> subprocess.Popen[bytes]:
-    """List a checkpoint of a registry that is not there, with little patience."""
+def begun(name: str, home: Path, stderr: int) -> subprocess.Popen[bytes]:
+    """Ask for a checkpoint of a registry that is not there, with little patience."""
     reference = f"127.0.0.1:{free_port()}/team/checkpoint:1"
-    command = [sys.executable, "-m", "lazyfs", "ls", f"--cache-dir={cache}", "--deadline=3"]
-    return subprocess.Popen([*command, reference], stderr=stderr, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-m", "lazyfs", name, f"--cache-dir={home}/cache", "--deadline=3"]
+    (home / "mnt").mkdir()
+    words = [reference, *([str(home / "mnt")] if name == "mount" else [])]
+    return subprocess.Popen([*command, *words], stderr=stderr, stdout=subprocess.DEVNULL)
 
 
-def test_a_person_at_a_terminal_hears_why_nothing_happens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ls", "mount"])
+def test_a_person_at_a_terminal_hears_why_nothing_happens(tmp_path: Path, name: str) -> None:
     master, slave = pty.openpty()
-    with ls(tmp_path, slave) as process:
+    with begun(name, tmp_path, slave) as process:
         os.close(slave)
         seen = b""
         while True:
@@ -35,10 +39,13 @@ def test_a_person_at_a_terminal_hears_why_nothing_happens(tmp_path: Path) -> Non
     assert "asking again in" in first
     assert "connection refused" in first
     assert "gave up" in last
+    if name == "mount":
+        (log,) = (tmp_path / "cache" / "log").iterdir()
+        assert "INFO" in log.read_text()
 
 
 def test_a_script_hears_of_the_end_alone(tmp_path: Path) -> None:
-    with ls(tmp_path, subprocess.PIPE) as process:
+    with begun("ls", tmp_path, subprocess.PIPE) as process:
         _, stderr = process.communicate(timeout=TIMEOUT_S)
     (line,) = stderr.decode().splitlines()
     assert "gave up" in line

@@ -1,11 +1,13 @@
 """What is foreseen is fetched before it is asked for: in which order, how far, and until when."""
 
 import random
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import trio
 import trio.testing
 from hypothesis import given
@@ -22,6 +24,7 @@ from lazyfs.ground.digest import Digest
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import KIB, MIB, ContentSettings, TransportSettings
 from lazyfs.layers.chunks import FixedChunks
+from lazyfs.transport.blob import Sink
 from lazyfs.transport.retry import Fetcher
 from tests.blobs import Gate, MemoryBlob
 
@@ -47,8 +50,10 @@ class WatchedLanes(Lanes):
 class Opened:
     """A content with a readahead, which begins to run when it is told to."""
 
-    def __init__(self, directory: Path | None, settings: ContentSettings) -> None:
-        self.blob = MemoryBlob(DATA)
+    def __init__(
+        self, directory: Path | None, settings: ContentSettings, blob: MemoryBlob | None
+    ) -> None:
+        self.blob = blob or MemoryBlob(DATA)
         chunks = FixedChunks(len(DATA))
         cache = None
         if directory is not None:
@@ -79,9 +84,11 @@ class Opened:
 
 @asynccontextmanager
 async def opened(
-    directory: Path | None, settings: ContentSettings = ONE_BY_ONE
+    directory: Path | None,
+    settings: ContentSettings = ONE_BY_ONE,
+    blob: MemoryBlob | None = None,
 ) -> AsyncIterator[Opened]:
-    it = Opened(directory, settings)
+    it = Opened(directory, settings, blob)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(it.readahead.run)
         try:
@@ -297,3 +304,58 @@ def test_batches_lose_nothing_and_keep_the_order_of_need(ranges: list[ByteRange]
         passed_bytes += item.size_bytes
     if passed_bytes < BATCH_BYTES:
         assert found == sorted(found)
+
+
+class HeldAtItsEnd(MemoryBlob):
+    """A blob whose first range stops before its last bytes, until it may go on."""
+
+    def __init__(self, data: bytes, left_bytes: int) -> None:
+        super().__init__(data)
+        self.may_end = threading.Event()
+        self._left_bytes = left_bytes
+
+    def read_into(self, byte_range: ByteRange, sink: Sink) -> None:
+        if self.asked:
+            super().read_into(byte_range, sink)
+            return
+        middle = byte_range.stop - self._left_bytes
+        super().read_into(ByteRange(byte_range.start, middle), sink)
+        self.may_end.wait(30)
+        super().read_into(ByteRange(middle, byte_range.stop), sink)
+
+
+@pytest.mark.parametrize(("left_bytes", "goes_on"), [(CHUNK // 2, True), (3 * CHUNK, False)])
+async def test_the_next_request_is_made_while_the_last_bytes_of_one_come(
+    tmp_path: Path, left_bytes: int, goes_on: bool
+) -> None:
+    one_and_its_end = replace(ONE_BY_ONE, readahead_connections=2, readahead_request_bytes=MIB)
+    async with opened(tmp_path, one_and_its_end, HeldAtItsEnd(DATA, left_bytes)) as it:
+        assert isinstance(it.blob, HeldAtItsEnd)
+        it.readahead.follow([ByteRange(0, 4 * MIB)])
+        with trio.fail_after(20):
+            come = ByteRange(0, MIB - max(left_bytes, CHUNK))
+            while not it.content.is_here(come):  # noqa: ASYNC110 - who waits for it asks for it
+                await trio.sleep(0.001)
+        for _ in range(20):
+            await trio.testing.wait_all_tasks_blocked(0.001)
+        assert (len(it.blob.asked) > 1) is goes_on
+        it.blob.may_end.set()
+        await it.settle()
+        assert it.content.is_here(ByteRange(0, 4 * MIB))
+        assert sum(each.size_bytes for each in it.blob.asked) == 4 * MIB
+
+
+def test_what_is_needed_all_over_is_fetched_by_address() -> None:
+    """A request for each chunk would cost more than the bytes between them."""
+    numbers = list(range(0, 400, 2))
+    random.Random(2).shuffle(numbers)
+    found = list(batched(chunk(*numbers)))
+    assert found == [ByteRange(0, 399 * CHUNK)]
+
+
+def test_what_lies_far_apart_is_fetched_in_the_order_of_need() -> None:
+    numbers = list(range(0, 4000, 10))
+    random.Random(3).shuffle(numbers)
+    found = list(batched(chunk(*numbers)))
+    per_batch = BATCH_BYTES // CHUNK
+    assert {each.start // CHUNK for each in found[:per_batch]} == set(numbers[:per_batch])

@@ -18,9 +18,11 @@ from lazyfs import mountpoint
 from tests.faults import FaultServer, stall
 from tests.images import zstd_chunked
 from tests.mount.mounting import (
+    Done,
     Mount,
     Mounts,
     Reader,
+    Waiter,
     command,
     error_of,
     is_alive,
@@ -168,6 +170,53 @@ def test_the_caller_goes_before_it_is_ready(
         process.wait(timeout=10)
         may_go_on.set()
     wait_until(lambda: nothing_is_left(mounts), "the daemon has followed its caller")
+
+
+def test_the_caller_never_hears_that_it_is_ready(
+    server: FaultServer, mounts: Mounts, remote: str
+) -> None:
+    """What was said to him is not heard by one who does not run until he is killed."""
+    may_go_on = threading.Event()
+    server.script("/blobs/", stall(until=may_go_on))
+    with begun(mounts, remote) as process:
+        server.wait_count("/blobs/", 1)
+        process.send_signal(signal.SIGSTOP)
+        may_go_on.set()
+        directory = mounts.home / "mnt"
+        wait_until(lambda: mountpoint.mounted_at(directory) is not None, "it is mounted")
+        process.kill()
+    wait_until(lambda: nothing_is_left(mounts), "the daemon has followed its caller")
+
+
+def test_a_caller_who_is_stopped_keeps_nobody_waiting_for_long(
+    server: FaultServer, mounts: Mounts, remote: str
+) -> None:
+    """Ctrl-Z; he hears of it when he goes on."""
+    may_go_on = threading.Event()
+    server.script("/blobs/", stall(until=may_go_on))
+    with begun(mounts, remote) as process:
+        server.wait_count("/blobs/", 1)
+        process.send_signal(signal.SIGSTOP)
+        may_go_on.set()
+        directory = mounts.home / "mnt"
+        wait_until(lambda: mountpoint.mounted_at(directory) is not None, "it is mounted")
+        assert "inventory.img" in Waiter("ls", directory).result()
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=20)
+        assert (process.returncode, err) == (0, "")
+    assert Mount(directory, Done(0, out, err)).umount().code == 0
+
+
+def test_a_caller_who_ignores_the_end_of_children_hears_how_it_failed(mounts: Mounts) -> None:
+    """Some supervisors ignore SIGCHLD, and whatever they start does then."""
+    (mounts.home / "empty").mkdir()
+    done = mounts.refuse(f"oci:{mounts.home}/empty", preexec_fn=_ignore_children)
+    assert done.code == 3
+    assert len(done.err.splitlines()) == 1
+
+
+def _ignore_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
 
 
 def test_two_at_once(mounts: Mounts, local: str, tmp_path: Path) -> None:

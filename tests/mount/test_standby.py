@@ -39,7 +39,7 @@ class Standby:
         self.path = home / "run" / wire.SOCKET_NAME
         self.start()
 
-    def start(self) -> None:
+    def start(self, **more: Any) -> None:
         with (self.home / "standby.log").open("a") as log:
             self.process = subprocess.Popen(
                 command("standby", "-v"),
@@ -50,6 +50,7 @@ class Standby:
                 env=self.environment,
                 cwd=self.home,
                 start_new_session=True,
+                **more,
             )
         assert self.process.stdout is not None
         self.said = self.process.stdout.readline()
@@ -422,6 +423,44 @@ def test_a_standby_ends_when_lazyfs_changes(tmp_path: Path) -> None:
     assert not standby.path.exists()
 
 
+def test_a_standby_that_is_to_ignore_a_signal_does(own: Standby) -> None:
+    """As `nohup lazyfs standby &` asks for."""
+    own.stop()
+    own.start(preexec_fn=_ignore_hangups)
+    own.process.send_signal(signal.SIGHUP)
+    assert own.lazyfs("mount", "--help").code == 0
+    assert own.process.poll() is None
+
+
+def test_children_that_nobody_is_told_of_are_no_hindrance(own: Standby, local: str) -> None:
+    """Some supervisors ignore SIGCHLD, and whatever they start does then."""
+    own.stop()
+    own.start(preexec_fn=_ignore_children)
+    assert own.said.startswith("standing by")
+    for _ in range(2):
+        done = own.lazyfs("restore", local, "--criu", "/nowhere/criu", preexec_fn=_ignore_children)
+        assert (done.code, done.err.splitlines()) == (2, [done.err.strip()])
+        assert "there is no program /nowhere/criu" in done.err
+    wait_until(lambda: not own.deputies(), "they have ended")
+
+
+def _ignore_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize(
+    "words", [["--shell-job"], ["-j"], ["-vj"], ["-v", "4", "-Rj"]], ids=" ".join
+)
+def test_what_wants_the_session_of_its_caller_is_not_asked_for(
+    shared: Standby, local: str, words: list[str]
+) -> None:
+    served = shared.log.count("is the command of")
+    done = shared.lazyfs("restore", local, "--criu", "/nowhere/criu", "--", *words)
+    assert (done.code, done.out) == (2, "")
+    assert "there is no program /nowhere/criu" in done.err
+    assert shared.log.count("is the command of") == served
+
+
 @pytest.mark.parametrize(
     ("before", "why"),
     [
@@ -449,6 +488,15 @@ def test_whoever_has_other_rights_is_declined(
         assert why in told.err
     alone = shared.lazyfs("mount", "--help", before=before, env={"LAZYFS_STANDBY": ""}, cwd="/")
     assert (alone.code, alone.err) == (0, "")
+
+
+@pytest.mark.parametrize("groups", ["--clear-groups", f"--groups={os.getegid()}"])
+def test_whoever_has_his_own_group_twice_has_no_other_rights(shared: Standby, groups: str) -> None:
+    """A login gives it to root's shells, systemd none to its services."""
+    if shutil.which("setpriv") is None or os.geteuid() != 0:
+        pytest.skip("no groups can be set")
+    told = shared.lazyfs("mount", "--help", before=["setpriv", groups])
+    assert (told.code, told.err) == (0, "")
 
 
 def test_another_user_is_declined_by_either_side(own: Standby, tmp_path: Path) -> None:
@@ -529,6 +577,69 @@ print("asked", flush=True)
     assert run(words, env=shared.environment).out == "asked\n"
     wait_until(lambda: not shared.deputies(), "its child has ended")
     assert not (tmp_path / "cache").exists()
+
+
+def test_who_has_the_pid_of_who_asked_is_not_taken_for_him(own: Standby) -> None:
+    """He may be allowed more than who has the connection."""
+    program = """
+import os, signal, socket, sys
+path, standby = sys.argv[1], int(sys.argv[2])
+link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+os.kill(standby, signal.SIGSTOP)
+asking = os.fork()
+if asking == 0:
+    link.connect(path)
+    os._exit(0)
+os.waitpid(asking, 0)
+another = 0
+while another != asking:
+    if another:
+        os.kill(another, signal.SIGKILL)
+        os.waitpid(another, 0)
+    with open("/proc/sys/kernel/ns_last_pid", "w") as last:
+        last.write(str(asking - 1))
+    another = os.fork()
+    if another == 0:
+        signal.pause()
+os.kill(standby, signal.SIGCONT)
+link.settimeout(20)
+print(link.recv(999).decode())
+os.kill(another, signal.SIGKILL)
+"""
+    if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
+        pytest.skip("nobody here may choose a pid")
+    words = [sys.executable, "-c", program, str(own.path), str(own.process.pid)]
+    assert run(words).out == "nwho asked has ended\n"
+
+
+def test_who_carries_on_by_himself_is_ended_by_a_signal(
+    server: FaultServer, mounts: Mounts, stalling: str
+) -> None:
+    """Also where the standby is lost when all but GO has been said."""
+    directory = mounts.home / "run"
+    directory.mkdir(mode=0o700)
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener,
+        subprocess.Popen(["sleep", "60"]) as deputy,
+    ):
+        listener.bind(str(directory / wire.SOCKET_NAME))
+        listener.listen()
+        pidfd = os.pidfd_open(deputy.pid)
+        environment = {**os.environ, "LAZYFS_RUN_DIR": str(directory), "LAZYFS_STANDBY": ""}
+        words = command("warm", *mounts.options(), stalling)
+        with subprocess.Popen(words, env=environment) as process:
+            link, _ = listener.accept()
+            with link:
+                link.send(wire.WELCOME)
+                assert link.recv(wire.REQUEST_MOST_BYTES)
+                link.shutdown(socket.SHUT_RD)
+                socket.send_fds(link, [wire.READY], [pidfd])
+                server.wait_count("/blobs/", 1, timeout_s=30)
+                process.terminate()
+                assert process.wait(20) == -signal.SIGTERM
+        os.close(pidfd)
+        assert deputy.poll() is None
+        deputy.kill()
 
 
 def test_systemd_may_hold_the_socket(tmp_path: Path) -> None:

@@ -1,0 +1,44 @@
+"""For how long the background makes room: while another fault is likely."""
+
+import time
+
+import trio
+
+from lazyfs.content.lanes import Lanes
+from lazyfs.ground.settings import ContentSettings
+
+
+async def test_nobody_makes_room_before_there_is_a_fault() -> None:
+    lanes = Lanes(ContentSettings())
+    assert not lanes.is_gentle
+    lanes.note_demand(out_of_the_blue=False)
+    assert not lanes.is_gentle
+
+
+async def test_room_is_made_after_a_fault_and_before_tasks_run() -> None:
+    for make_room in (
+        lambda lanes: lanes.note_demand(out_of_the_blue=True),
+        lambda lanes: lanes.expect_faults(),
+    ):
+        lanes = Lanes(ContentSettings(yield_s=60.0))
+        make_room(lanes)
+        assert lanes.is_gentle
+
+
+async def test_faults_that_follow_each_other_at_once_are_soon_over() -> None:
+    lanes = Lanes(ContentSettings(yield_s=600.0))
+    for _ in range(100):
+        lanes.note_demand(out_of_the_blue=True)
+    until_s = time.monotonic() + 30
+    while lanes.is_gentle:
+        assert time.monotonic() < until_s
+        await trio.sleep(0.01)
+
+
+async def test_who_walks_from_fault_to_fault_has_more_of_the_link() -> None:
+    lanes = Lanes(ContentSettings())
+    lone = lanes.gentle_connections, lanes.gentle_bytes
+    lanes.note_walk()
+    walked = lanes.gentle_connections, lanes.gentle_bytes
+    assert walked[0] < lone[0]
+    assert walked[1] < lone[1]
