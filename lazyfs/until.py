@@ -9,6 +9,7 @@ import math
 import os
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -72,6 +73,11 @@ class Until:
         """How long it takes at least."""
         return 0.0 if ":" in self.text else float(self.text)
 
+    @property
+    def aim(self) -> str:
+        """What is waited for, for who has asked."""
+        return self.text if ":" in self.text else self.name
+
     def begin(self, lookup: _Lookup = socket.getaddrinfo) -> Check:
         """Begin to look; `lookup` tells the addresses of hosts."""
         kind, _, rest = self.text.partition(":")
@@ -95,8 +101,11 @@ def parse_until(text: str) -> Until:
     """
     kind, _, rest = text.partition(":")
     if kind == "exec":
-        if not _words(rest):
+        words = _words(rest)
+        if not words:
             raise UsageError("--until exec: names no command: --until 'exec:curl -f localhost'")
+        if "/" not in words[0] and shutil.which(words[0]) is None:
+            raise UsageError(f"--until {text}: there is no program {words[0]}")
     elif kind == "port":
         _host_and_port(rest, text)
     elif kind == "http":

@@ -16,7 +16,7 @@ from lazyfs.checkpoint.stub import ANNOTATION
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
 from lazyfs.cli.text import human_bytes, plural, printable
 from lazyfs.cli.trace_options import read_trace
-from lazyfs.ground.errors import LazyfsError, UsageError
+from lazyfs.ground.errors import LazyfsError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.attached import Offer
@@ -118,7 +118,12 @@ def trace_show_command(
     if _is_file(what):
         trace, name = read_trace(Path(what)), what
     else:
-        trace, name = _attached(what, workload or "", source)
+        try:
+            trace, name = _attached(what, workload or "", source)
+        except SourceError as error:
+            if "/" in what and not what.endswith(".trace"):
+                raise
+            raise SourceError(f"{what} is no file here; and as an image: {error}") from None
     if as_json:
         click.echo(json.dumps(_as_json(trace, name), indent=2))
         return

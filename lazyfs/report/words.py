@@ -306,7 +306,7 @@ def _hint_of_start(analysis: Analysis) -> tuple[float, str]:
         text = (
             f"{seconds(start_ms)} went by before the mount answered, {seconds(begun_ms)} of them "
             "before lazyfs itself was loaded: its files are not in the page cache, or the machine "
-            "is busy."
+            "is busy. A standby (`lazyfs standby`) has it loaded already."
         )
     else:
         text = (

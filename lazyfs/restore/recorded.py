@@ -50,7 +50,7 @@ class Recorded:
             LazyfsError: the restore has failed meanwhile.
         """
         self._link.mark("restored")
-        watch.tell(event="recording", until=self._until.name)
+        watch.tell(event="recording", until=self._until.aim)
         given_up_s = time.monotonic() + GIVEN_UP_S + self._until.least_s
         check = self._until.begin()
         try:
@@ -73,6 +73,7 @@ class Recorded:
         self._finish(watch, _FAILED)
         self._link.close()
 
+    _is_finished = False
     _looked_s = 0.0
 
     def _look(self, served: Served, pid: int) -> bool:
@@ -86,7 +87,11 @@ class Recorded:
         return bool(pid) and has_ended(pid)
 
     def _finish(self, watch: Watch, why: str) -> None:
-        written = self._link.end(why, self._phases())
+        at_s = time.monotonic()  # before what takes a while
+        if self._is_finished:
+            return
+        self._is_finished = True
+        written = self._link.end(why, self._phases(), at_s)
         if written:
             watch.figures["trace"] = dict(written)
             watch.tell(event="recorded", **written)

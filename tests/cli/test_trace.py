@@ -222,6 +222,13 @@ def test_nothing_is_attached(server: FaultServer, say: Said) -> None:
     assert "has no trace that can be used: none is attached" in err
 
 
+def test_a_name_that_is_neither_a_file_nor_an_image(server: FaultServer, say: Said) -> None:
+    name = f"{server.address}/no-such.trace"
+    code, _out, err = say("show", name)
+    assert code == 3
+    assert f"{name} is no file here; and as an image: " in err
+
+
 def test_names_that_would_move_a_cursor(server: FaultServer, say: Said, trace_file: Path) -> None:
     reference = publish(server, LAYER)
     code, _out, err = say("push", reference, str(trace_file), "--workload", "a\x1b[2J")

@@ -22,7 +22,7 @@ from lazyfs.content.prefetch import BATCH_BYTES, PrefetchState, batched
 from lazyfs.content.readahead import FileReader, Readahead
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.ranges import ByteRange
+from lazyfs.ground.ranges import ByteRange, coalesce
 from lazyfs.ground.settings import KIB, MIB, ContentSettings, TransportSettings
 from lazyfs.layers.chunks import FixedChunks
 from lazyfs.transport.blob import Sink
@@ -360,7 +360,8 @@ def test_what_is_needed_all_over_is_fetched_by_address() -> None:
     numbers = list(range(0, 400, 2))
     random.Random(2).shuffle(numbers)
     found = list(batched(chunk(*numbers)))
-    assert found == [ByteRange(0, 399 * CHUNK)]
+    assert len(found) < len(numbers) // 2
+    assert list(coalesce(found, CHUNK)) == [ByteRange(0, 399 * CHUNK)]
 
 
 def test_what_lies_far_apart_is_fetched_in_the_order_of_need() -> None:

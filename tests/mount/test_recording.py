@@ -136,6 +136,8 @@ def test_of_several_layers_each_file_is_of_the_one_that_it_was_read_from(
 def test_it_is_over_when_a_command_says_so(mounts: Mounts, local: str, tmp_path: Path) -> None:
     file, flag = tmp_path / "a.trace", tmp_path / "flag"
     mount = mounts.mount(local, "--record", file, "--until", f"exec:test -e {flag}")
+    said = f"recording what is needed (until exec:test -e {flag}): {file}\n"
+    assert mount.said.err == said
     read_at(mount / "mm-1.img", 0, 100)
     assert not file.exists()
     flag.touch()

@@ -198,6 +198,7 @@ def test_a_command_gets_none_of_our_descriptors() -> None:
         f"http://{'a' * 64}/",
         "exec:",
         "exec:'",
+        "exec:no-such-program --at-all",
         "http:",
         "http://",
         "http://a b/",
