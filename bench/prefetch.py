@@ -100,10 +100,14 @@ def downloads(bench: Bench) -> Iterator[None]:
 
 
 def read_at_random(bench: Bench, mount: Mount, reads: int, seed: int) -> list[float]:
-    """Return how long reads of the second half take, in seconds, each where none was before."""
+    """Return how long reads of the second half take, in seconds, each where none was before.
+
+    One in each MiB at most: fewer than `reads` where there is no room.
+    """
     dice = random.Random(seed)
     half = bench.pages_bytes // 2
-    places = dice.sample(range(half, bench.pages_bytes - MIB, MIB), reads)
+    room = range(half, bench.pages_bytes - MIB, MIB)
+    places = dice.sample(room, min(reads, len(room)))
     descriptor = os.open(mount.directory / PAGES, os.O_RDONLY)
     try:
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)

@@ -105,6 +105,8 @@ class Recorder:
         self._is_on = False
         self.on_end()
         if not self.journal.reads:
+            self.journal.end()
+            self.journal.forget()
             self._written = {"error": f"nothing was read: {self._config.file} is not written"}
             log.info("%s", self._written["error"])
             return self._written
@@ -112,20 +114,20 @@ class Recorder:
         self.journal.mark("until", at_s)
         self.journal.end()
         config = self._config
-        about = About(
-            workload=self._workload,
-            until=why,
-            reference=checkpoint.reference,
-            way=config.way,
-            is_partial=not config.is_precise,
-            began_s=config.began_s,
-            ended_s=at_s,
-            phases=self._phases,
-            figures=self._figures(),
-        )
         with trio.CancelScope(shield=True):
-            job = partial(_write, self.journal, layout_of(checkpoint), about, config.file)
             try:
+                about = About(
+                    workload=self._workload,
+                    until=why,
+                    reference=checkpoint.reference,
+                    way=config.way,
+                    is_partial=not config.is_precise,
+                    began_s=config.began_s,
+                    ended_s=at_s,
+                    phases=self._phases,
+                    figures=self._figures(),
+                )
+                job = partial(_write, self.journal, layout_of(checkpoint), about, config.file)
                 trace = await trio.to_thread.run_sync(job)
             except OSError as error:
                 why = error.strerror or str(error)
@@ -140,6 +142,7 @@ class Recorder:
                     "needed_bytes": trace.needed_bytes,
                     "error": None,
                 }
+        self.journal.forget()
         if self._written["error"] is None:
             log.info("recorded what was needed (until %s): %s", about.until, config.file)
         else:

@@ -29,9 +29,12 @@ from lazyfs.checkpoint.trace import (
     Trace,
     TracedFile,
     TracedLayer,
+    can_hold,
 )
 from lazyfs.ground.journal import Journal
+from lazyfs.ground.printable import printable
 from lazyfs.ground.ranges import Covered
+from lazyfs.ground.settings import KIB
 from lazyfs.layers.model import EntryType
 
 _NEEDS_MOST = 100_000
@@ -96,7 +99,10 @@ class About:
 
 
 def layout_of(checkpoint: OpenedCheckpoint) -> Layout:
-    """Return where a checkpoint's files lie, as far as they are known by now."""
+    """Return where a checkpoint's files lie, as far as they are known by now.
+
+    Those whose names no trace can hold, since they are not UTF-8, are left out.
+    """
     layers = [
         TracedLayer(str(layer.descriptor.digest or ""), layer.descriptor.size_bytes)
         for layer in checkpoint.layers[:LAYERS_MOST]
@@ -105,7 +111,7 @@ def layout_of(checkpoint: OpenedCheckpoint) -> Layout:
     files = {
         path: Located(node.layer, node.content_start, node.size_bytes)
         for path, node in checkpoint.tree.walk(checkpoint.tree.root)
-        if node.type is EntryType.FILE and node.layer < LAYERS_MOST
+        if node.type is EntryType.FILE and node.layer < LAYERS_MOST and can_hold(path)
     }
     return Layout(layers, blobs, files)
 
@@ -148,7 +154,7 @@ def trace_of(journal: Journal, layout: Layout, about: About) -> Trace:
     marks = [Mark(name, noted.ms(at_s)) for name, at_s in journal.marks[:]]
     marks.sort(key=lambda mark: mark.at_ms)
     recording = Recording(
-        reference=about.reference,
+        reference=_told(about.reference),
         began_at_s=round(time.time() - (time.monotonic() - about.began_s), 6),
         length_ms=noted.ms(about.ended_s),
         way=about.way,
@@ -161,15 +167,20 @@ def trace_of(journal: Journal, layout: Layout, about: About) -> Trace:
         figures=dict(about.figures),
     )
     return Trace(
-        workload=about.workload,
+        workload=_told(about.workload),
         made_by=f"lazyfs {lazyfs.__version__}",
-        until=about.until,
+        until=_told(about.until),
         layers=list(layout.layers),
         files=noted.files,
         needs=needs,
         is_partial=about.is_partial,
         recording=recording,
     )
+
+
+def _told(text: str) -> str:
+    """Return what a person gave as a trace can hold it: paths need not be UTF-8."""
+    return printable(text)[: 4 * KIB]
 
 
 def needs_of(wanted: Iterable[Wanted], most: int = _NEEDS_MOST) -> tuple[list[Need], int]:

@@ -9,15 +9,18 @@ import math
 import os
 import select
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
-from typing import Protocol
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from lazyfs.ground.errors import UsageError
@@ -31,6 +34,9 @@ _PAUSE_MOST_S = 0.5
 _SECONDS_MOST = 24 * 3600.0
 _HEAD_BYTES = 12
 """`HTTP/1.1 200`. Source: RFC 9112, section 4."""
+_ADDRESSES_MOST = 8
+_Lookup = Callable[..., Sequence[Any]]
+"""As `socket.getaddrinfo`."""
 
 
 class Check(Protocol):
@@ -62,17 +68,27 @@ class Until:
             return f"port {urlsplit(self.text).port or _HTTP_PORT} answered over HTTP"
         return f"{float(self.text):g} s passed"
 
-    def begin(self) -> Check:
-        """Begin to look."""
+    @property
+    def least_s(self) -> float:
+        """How long it takes at least."""
+        return 0.0 if ":" in self.text else float(self.text)
+
+    @property
+    def aim(self) -> str:
+        """What is waited for, for who has asked."""
+        return self.text if ":" in self.text else self.name
+
+    def begin(self, lookup: _Lookup = socket.getaddrinfo) -> Check:
+        """Begin to look; `lookup` tells the addresses of hosts."""
         kind, _, rest = self.text.partition(":")
         if kind == "exec":
             return _Tries(_Command(_words(rest)), self.name)
         if kind == "port":
-            return _Tries(_Connection(*_host_and_port(rest, self.text)), self.name)
+            return _Tries(_Connection(lookup, *_host_and_port(rest, self.text)), self.name)
         if kind == "http":
             parts = urlsplit(self.text)
             path = parts.path + (f"?{parts.query}" if parts.query else "") or "/"
-            ask = _Connection(parts.hostname or "", parts.port or _HTTP_PORT, path)
+            ask = _Connection(lookup, parts.hostname or "", parts.port or _HTTP_PORT, path)
             return _Tries(ask, self.name)
         return _Pause(float(self.text), self.name)
 
@@ -85,14 +101,18 @@ def parse_until(text: str) -> Until:
     """
     kind, _, rest = text.partition(":")
     if kind == "exec":
-        if not _words(rest):
+        words = _words(rest)
+        if not words:
             raise UsageError("--until exec: names no command: --until 'exec:curl -f localhost'")
+        if "/" not in words[0] and shutil.which(words[0]) is None:
+            raise UsageError(f"--until {text}: there is no program {words[0]}")
     elif kind == "port":
         _host_and_port(rest, text)
     elif kind == "http":
         try:
             parts = urlsplit(text)
             found = parts.hostname and (parts.port is None or parts.port > 0)
+            found = found and _can_be_asked_for(parts.hostname or "")
         except ValueError:
             found = None
         if not found or not text.isascii() or any(each.isspace() for each in text):
@@ -116,9 +136,18 @@ def _words(text: str) -> list[str]:
 
 def _host_and_port(text: str, given: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16):
+    is_port = port.isascii() and port.isdigit() and len(port) < 6 and 0 < int(port) < 1 << 16
+    if not (is_port and _can_be_asked_for(host.strip("[]"))):
         raise UsageError(f"--until {given}: no port; port:8080 or port:HOST:8080 is one")
     return host.strip("[]") or "localhost", int(port)
+
+
+def _can_be_asked_for(host: str) -> bool:
+    """Whether a resolver takes it for a name."""
+    try:
+        return b"\0" not in host.encode("idna")
+    except UnicodeError:
+        return False
 
 
 # -- the checks ------------------------------------------------------------------------------
@@ -213,60 +242,109 @@ class _Command:
 
 
 class _Connection:
-    """A port that is to take a connection; and, if asked for a path, to answer well over HTTP."""
+    """A port that is to take a connection; and, if asked for a path, to answer well over HTTP.
 
-    def __init__(self, host: str, port: int, path: str | None = None) -> None:
+    A host has several addresses, and a server may listen on any: `localhost` is ::1 first.
+    """
+
+    def __init__(self, lookup: _Lookup, host: str, port: int, path: str | None = None) -> None:
+        self._lookup = lookup
         self._address = host, port
-        self._path = path
-        self._link: socket.socket | None = None
-        self._has_asked = False
-        self._heard = b""
+        name = f"[{host}]" if ":" in host else host
+        self._ask = None
+        if path is not None:
+            head = f"GET {path} HTTP/1.1\r\nHost: {name}:{port}\r\nConnection: close\r\n\r\n"
+            self._ask = head.encode()
+        self._looking: _LookUp | None = None
+        self._talks: list[_Talk] = []
 
     def begin(self) -> None:
-        self._has_asked, self._heard = False, b""
-        with suppress(OSError):
-            family, kind, number, _, address = socket.getaddrinfo(
-                *self._address, type=socket.SOCK_STREAM
-            )[0]
-            self._link = socket.socket(family, kind | socket.SOCK_NONBLOCK, number)
-            with suppress(BlockingIOError):
-                self._link.connect(address)
+        if self._looking is None or self._looking.found is not None:
+            self._looking = _LookUp(partial(self._lookup, *self._address, type=socket.SOCK_STREAM))
 
     def look(self) -> bool | None:
-        link = self._link
-        if link is None:
+        looking = self._looking
+        if looking is None or looking.found is None:
+            return None
+        if not self._talks:
+            for family, kind, number, _, address in looking.found[:_ADDRESSES_MOST]:
+                with suppress(OSError):
+                    link = socket.socket(family, kind | socket.SOCK_NONBLOCK, number)
+                    self._talks.append(_Talk(link, address, self._ask))
+        found = [talk.look() for talk in self._talks]
+        if True in found:
+            return True
+        return None if None in found else False
+
+    def end(self) -> None:
+        for talk in self._talks:
+            talk.close()
+        self._talks.clear()
+
+
+class _LookUp:
+    """A question to whoever knows the addresses of hosts, who may take long: in a thread."""
+
+    def __init__(self, ask: Callable[[], Sequence[Any]]) -> None:
+        self.found: Sequence[Any] | None = None
+        """None: there is no answer yet."""
+        self._ask = ask
+        threading.Thread(target=self._run, name="addresses", daemon=True).start()
+
+    def _run(self) -> None:
+        found: Sequence[Any] = ()
+        try:
+            with suppress(OSError):
+                found = self._ask()
+        finally:
+            self.found = found
+
+
+class _Talk:
+    """One connection, and what is heard over it."""
+
+    def __init__(self, link: socket.socket, address: Any, ask: bytes | None) -> None:
+        """Begin to connect; `ask` is what to ask then."""
+        self._link = link
+        self._ask = ask
+        self._has_asked = self._has_failed = False
+        self._heard = b""
+        try:
+            link.connect(address)
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._has_failed = True
+
+    def look(self) -> bool | None:
+        """Return whether it is answered well; None while it goes on."""
+        if self._has_failed:
             return False
-        wanted = select.POLLIN if self._has_asked else select.POLLOUT
         poll = select.poll()
-        poll.register(link, wanted)
+        poll.register(self._link, select.POLLIN if self._has_asked else select.POLLOUT)
         if not poll.poll(0):
             return None
-        if link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            return False
-        if self._path is None:
-            return True
         try:
-            return self._converse(link)
+            found = self._go_on()
         except OSError:
-            return False
+            found = False
+        self._has_failed = found is False
+        return found
 
-    def _converse(self, link: socket.socket) -> bool | None:
+    def close(self) -> None:
+        self._link.close()
+
+    def _go_on(self) -> bool | None:
+        if self._link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return False
+        if self._ask is None:
+            return True
         if not self._has_asked:
-            host, port = self._address
-            name = f"[{host}]" if ":" in host else host
-            link.sendall(
-                f"GET {self._path} HTTP/1.1\r\nHost: {name}:{port}\r\n"
-                "Connection: close\r\n\r\n".encode()
-            )
+            self._link.sendall(self._ask)
             self._has_asked = True
             return None
-        piece = link.recv(_HEAD_BYTES)
+        piece = self._link.recv(_HEAD_BYTES)
         self._heard += piece
         if len(self._heard) < _HEAD_BYTES and piece:
             return None
         return self._heard.startswith(b"HTTP/1.") and self._heard[9:10] in (b"2", b"3")
-
-    def end(self) -> None:
-        if self._link is not None:
-            self._link.close()
-        self._link = None

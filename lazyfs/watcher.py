@@ -9,6 +9,7 @@ other end). What it is told: `{"mark": NAME, "at_s": T}`, and last `{"end": WHY,
 import json
 import os
 import select
+import signal
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from lazyfs.ground.errors import LazyfsError
 from lazyfs.until import Until
 
 GIVEN_UP_S = 600.0
-"""What has not come by then is waited for no longer: memory would never be home."""
+"""What has not come by then is waited for no longer: memory would never be home. SECONDS are
+what was asked for: they pass."""
 TICK_S = 0.02
 _ANSWER_TIMEOUT_S = 60.0
 _LINE_MOST_BYTES = 1 << 20
@@ -100,6 +102,7 @@ def start_watcher(until: Until) -> socket.socket:
         LazyfsError: it cannot be started.
     """
     link, theirs = Link.pair()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # ignored, it hides how children end
     try:
         pid = os.fork()
     except OSError as error:
@@ -132,7 +135,7 @@ def _watch(until: Until, link: Link) -> NoReturn:
 
 def wait_until(until: Until, link: Link, *, given_up_after_s: float = GIVEN_UP_S) -> str | None:
     """Come back when it is so, or has been given up, and say why; None if the daemon is gone."""
-    given_up_s = time.monotonic() + given_up_after_s
+    given_up_s = time.monotonic() + given_up_after_s + until.least_s
     check = until.begin()
     poll = select.poll()
     poll.register(link, select.POLLIN)

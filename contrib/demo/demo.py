@@ -5,15 +5,16 @@ Without root or CRIU it mounts (or, where even that is impossible, reads) the sm
 image beside this file, and says what it left out.
 """
 
-import json
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -25,13 +26,16 @@ from testbed import (  # noqa: E402 - its place is known only now
     Layer,
     Registry,
     Testbed,
+    TestbedError,
     TestbedMissing,
+    Wan,
     Workload,
     dump,
     push_oci_image,
-    restore,
     tar_checkpoint,
 )
+from testbed.guard import forget, watch  # noqa: E402
+from testbed.process import wait_gone  # noqa: E402
 
 LAZYFS = str(Path(sys.executable).with_name("lazyfs"))
 SAMPLE = HERE / "sample"
@@ -61,20 +65,24 @@ def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def status(directory: Path) -> dict[str, Any]:
-    """Ask a mount for its state."""
-    state: dict[str, Any] = json.loads(os.getxattr(directory, "user.lazyfs.status"))
-    return state
-
-
 def megabytes(count: int) -> str:
     """Write a size."""
     return f"{count / 1e6:,.1f} MB"
 
 
+def registry_of(testbed: Testbed, work: Path, stack: ExitStack) -> tuple[Registry, str]:
+    """Start a registry behind a slow link, or here if there can be none; return where it is."""
+    try:
+        link = stack.enter_context(Wan(testbed))
+    except TestbedError:
+        return stack.enter_context(Registry(testbed, work / "registry")), "on this machine"
+    far = Registry(testbed, work / "registry", ip=link.far_ip, enter=link.enter)
+    return stack.enter_context(far), "1 Gbit/s and 10 ms away"
+
+
 def demo(testbed: Testbed, work: Path, stack: ExitStack) -> bool:
     """Show the whole way; return whether all memory came back as it was."""
-    registry = stack.enter_context(Registry(testbed, work / "registry"))
+    registry, where = registry_of(testbed, work, stack)
     say(f"1. A process with {megabytes(SIZE_MIB << 20)} of memory counts; CRIU checkpoints it")
     workload = stack.enter_context(Workload(testbed, work / "status", size_mib=SIZE_MIB))
     memory = workload.memory_hash()
@@ -82,7 +90,7 @@ def demo(testbed: Testbed, work: Path, stack: ExitStack) -> bool:
     console.print(f"    pid {workload.pid}, hash of its memory {memory[0]}")
     console.print(f"    criu dump took {seconds:.2f} s; the process is gone\n")
 
-    say("2. The checkpoint becomes an image in a registry")
+    say(f"2. The checkpoint becomes an image in a registry, {where}")
     layer = work / "checkpoint.tar"
     tar_checkpoint(work / "images", layer)
     push_oci_image(registry.address, REPOSITORY, "1", [Layer(layer)], annotations=ANNOTATIONS)
@@ -92,52 +100,82 @@ def demo(testbed: Testbed, work: Path, stack: ExitStack) -> bool:
     console.print(f"    pushed {reference}, {megabytes(layer_bytes)}\n")
 
     say("3. What is it? (less than a megabyte is fetched to tell)")
-    command(LAZYFS, "inspect", "--cache-dir", work / "cache-inspect", reference)
+    command(LAZYFS, "inspect", "--plain-http", "--cache-dir", work / "cache-inspect", reference)
     console.print()
 
-    table = Table(title="From a registry to a running process", title_justify="left")
-    for column in ("restore", "mount", "criu restore", "first loop", "fetched by then", "memory"):
-        table.add_column(column, justify="left" if column == "restore" else "right")
-    intact = True
-    for step, lazy in ((4, False), (5, True)):
-        name = "lazy-pages" if lazy else "eager"
-        say(f"{step}. Mounted and restored, {name}; nothing is in the cache before")
-        directory = work / f"mount-{name}"
-        directory.mkdir()
-        began = time.monotonic()
-        command(LAZYFS, "mount", "--cache-dir", work / f"cache-{name}", reference, directory)
-        mount_s = time.monotonic() - began
-        try:
-            options = " --lazy-pages" if lazy else ""
-            console.print(f"  [green]$ criu restore -D {directory} -W WORK{options}[/green]")
-            with restore(
-                testbed, directory, work / f"work-{name}", workload.status, lazy_pages=lazy
-            ) as restored:
-                loop_s = restored.wait_first_loop()
-                state = status(directory)
-                same = restored.memory_hash() == memory
-                if lazy:
-                    restored.wait_lazy_pages()
-                    console.print("    the last page is home; lazy-pages has ended")
-            intact = intact and same
-        finally:
-            command(LAZYFS, "umount", directory)
-        share = state["bytes_fetched"] / layer_bytes
-        table.add_row(
-            name,
-            f"{mount_s:.2f} s",
-            f"{restored.seconds:.2f} s",
-            f"{loop_s:.2f} s",
-            f"{share:.0%} of {megabytes(layer_bytes)}",
-            "intact" if same else "DIFFERENT",
-        )
-        console.print()
-    console.print(table)
+    ways = _Ways(testbed, work, reference, workload, memory)
+    say("4. Restored: it runs when all of its memory is here")
+    ways.restore("eagerly")
+    say("5. With lazy pages: it runs at once, and its memory comes as it is touched")
+    ways.restore("lazily", "--lazy-pages")
+    say("6. What it needs until its first loop is recorded, and attached to the image")
+    trace = work / "worker.trace"
+    until = f"exec:grep -q loop {workload.status.path}"
+    ways.restore("", "--record", trace, "--until", until)
+    command(LAZYFS, "trace", "push", "--plain-http", reference, trace)
+    console.print()
+    say("7. With lazy pages again: what is needed comes first")
+    ways.restore("lazily, with the trace", "--lazy-pages")
+    console.print(ways.table)
     console.print(
-        "first loop: from the start of `criu restore` to the process's first count. On loopback "
-        "bytes\ncost nothing; `make bench` shows the same over a link of 1 Gbit/s and 10 ms."
+        "seconds from the start of `lazyfs restore`, with nothing in the cache: to the process's "
+        "first count,\nand until all of its memory was here and proven. At 1 Gbit/s the image "
+        f"alone needs {layer_bytes * 8 / 1e9:.2f} s."
     )
-    return intact
+    return ways.intact
+
+
+class _Ways:
+    """Restores of one image, and what they took."""
+
+    def __init__(
+        self,
+        testbed: Testbed,
+        work: Path,
+        reference: str,
+        workload: Workload,
+        memory: tuple[str, ...],
+    ) -> None:
+        self.table = Table(title="From a registry to a running process", title_justify="left")
+        for column in ("restore", "first loop", "all here", "memory"):
+            self.table.add_column(column, justify="left" if column == "restore" else "right")
+        self.intact = True
+        self._criu = shlex.join(testbed.host_command("criu"))
+        self._work = work
+        self._reference = reference
+        self._status, self._pid = workload.status, workload.pid
+        self._memory = memory
+
+    def restore(self, name: str, *options: str | Path) -> None:
+        """Restore it from an empty cache, compare its memory, and kill it; `name`: of its row."""
+        cache = self._work / "cache"
+        self._status.path.write_text("")
+        shown = shlex.join([str(option) for option in options])
+        console.print(f"  [green]$ lazyfs restore {self._reference} {shown}[/green]")
+        words = [LAZYFS, "restore", self._reference, "--plain-http", "--cache-dir", str(cache)]
+        words += ["--criu", self._criu, *map(str, options)]
+        began_s = time.time()
+        done = subprocess.run(words, text=True, capture_output=True, check=False)
+        all_s = time.time() - began_s
+        for line in (done.stdout + done.stderr).splitlines():
+            console.print(f"    {line}", markup=False)
+        if done.returncode:
+            sys.exit(f"demo: lazyfs restore ended with code {done.returncode}")
+        watch(self._pid)
+        try:
+            first_s = self._status.wait_loop(began_s).at_s - began_s
+            hashed = self._status.wait_hashes(lambda: os.kill(self._pid, signal.SIGUSR1))
+        finally:
+            os.kill(self._pid, signal.SIGKILL)
+            wait_gone([self._pid])
+            forget(self._pid)
+            shutil.rmtree(cache)
+        same = hashed == self._memory
+        self.intact = self.intact and same
+        if name:
+            kept = "intact" if same else "DIFFERENT"
+            self.table.add_row(name, f"{first_s:.2f} s", f"{all_s:.2f} s", kept)
+        console.print()
 
 
 def sample(reason: str, work: Path) -> bool:

@@ -149,7 +149,7 @@ class Recording(msgspec.Struct, frozen=True, kw_only=True):
     phases: list[Phase] = []
     marks: list[Mark] = []
     dropped: Count = 0
-    """Events that were too many."""
+    """Events that were too many, or of files that have no name here."""
     figures: dict[str, Any] = {}
     """The mount's counters at the end (`docs/json.md`)."""
 
@@ -182,6 +182,15 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True):
         files = [self.files[number] for number in needed]
         needs = [msgspec.structs.replace(need, file=numbers[need.file]) for need in self.needs]
         return msgspec.structs.replace(self, files=files, needs=needs, recording=None)
+
+
+def can_hold(text: str) -> bool:
+    """Whether a trace can have a text in it: JSON is UTF-8, names of files need not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def dump_trace(trace: Trace) -> bytes:

@@ -140,6 +140,7 @@ def mount_command(
         noexec=noexec,
         lazy_pages=lazy_pages,
         recording=recording,
+        until=until,
         source=source,
     )
     if foreground:
@@ -183,6 +184,7 @@ class _Job:
     noexec: bool
     lazy_pages: Path | None
     recording: "RecordConfig | None"
+    until: str | None
     source: SourceOptions
 
 
@@ -223,6 +225,10 @@ def _serve(job: _Job, on_ready: "Callable[[str], None]", notifier: "Notifier | N
             click.echo(printable(stub_line(ready.stub, ready.reference)), err=True)
         for warning in ready.warnings:
             click.echo(f"lazyfs: it may not restore here: {printable(warning)}", err=True)
+        if job.recording is not None:
+            until = job.until or "it is unmounted"
+            told = f"recording what is needed (until {until}): {job.recording.file}"
+            click.echo(printable(told), err=True)
         try:
             on_ready(printable(f"mounted {ready.reference} on {directory}"))
         except OSError as error:

@@ -285,8 +285,8 @@ def record_options(command: Callable[_P, _R]) -> Callable[_P, _R]:
         metavar="WHAT",
         help="Record until WHAT: port:[HOST:]PORT takes a connection, http://HOST:PORT/PATH "
         "answers well, exec:COMMAND exits with 0 (it is tried again and again, without a shell), "
-        "or so many SECONDS have passed.  [default: 10 seconds after the tasks run; of a mount, "
-        "its end]",
+        "or so many SECONDS have passed. What has not come after ten minutes is not waited for.  "
+        "[default: 10 seconds after the tasks run; of a mount, its end]",
     )(command)
     return click.option(
         "--record",

@@ -25,39 +25,55 @@ _LOG_LIMIT_BYTES = 64 << 20
     "--criu-log",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="CRIU's restore.log, for its phases, if a mount was recorded.",
+    help="CRIU's log, for its phases, if a mount was recorded: of `criu restore -v3 -o FILE`, "
+    "below its work directory.",
 )
 def report_command(trace: Path, output: Path | None, criu_log: Path | None) -> None:
     """Show where the seconds of a recorded restore went.
 
     TRACE is what `lazyfs restore --record` or `lazyfs mount --record` wrote. The page needs no
     network and no server: a timeline, the map of each pages file, the longest waits and why. What
-    can be said in words is said here as well. Wants plotly: pip install 'lazyfs[report]'.
+    can be said in words is said here as well. The page wants plotly, beside lazyfs: pip install
+    plotly.
     """
     from lazyfs.checkpoint.trace import RECORDING_LIMIT_BYTES, parse_trace
     from lazyfs.report.analysis import analyse, phases_by
-    from lazyfs.report.page import page
     from lazyfs.report.words import told
     from lazyfs.trace_file import write_whole
 
+    to_stdout = str(output) == "-"
+    where = output or trace.parent / f"{trace.stem}.html"
+    if not to_stdout and _is_same(where, trace):
+        raise UsageError(f"the report would take the place of {trace}: say where it goes, by -o")
     read = parse_trace(_read(trace, RECORDING_LIMIT_BYTES), str(trace))
     phases = phases_by(_read(criu_log, _LOG_LIMIT_BYTES), read) if criu_log is not None else ()
     if criu_log is not None and not phases:
-        raise UsageError(f"{criu_log} is no log of a restore by CRIU")
+        raise UsageError(
+            f"{criu_log} is no log of a restore by CRIU that tells what it was at: that takes "
+            "`criu restore -v3 -o LOG`"
+        )
     analysis = analyse(read, phases)
-    text = page(analysis, version=lazyfs.__version__).encode("utf-8", "surrogateescape")
     to_stdout = str(output) == "-"
     for line in told(analysis):
         click.echo(printable(line), err=to_stdout)
+    from lazyfs.report.page import page  # which wants plotly; the words do not
+
+    text = page(analysis, version=lazyfs.__version__).encode("utf-8", "surrogateescape")
     if to_stdout:
         sys.stdout.buffer.write(text)
         return
-    where = output or trace.with_suffix(".html")
     try:
         write_whole(where, text)
     except OSError as error:
         raise LazyfsError(f"the report {where} cannot be written: {error.strerror}") from None
     click.echo(f"\n{printable(str(where))}: {human_bytes(len(text))}")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _read(path: Path, limit_bytes: int) -> bytes:

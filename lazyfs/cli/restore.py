@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _SIGNALLED = 128
 _UNTIL = "10"
 _SHOWN = ("reference", "images_directory", "pid", "resumed_after_s", "home_after_s")
-_COUNTED = ("pages_bytes", "read_bytes", "fetched_bytes", "requests")
+_COUNTED = ("pages_bytes", "read_bytes", "fetched_bytes", "requests", "followed_trace")
 
 
 @click.command("restore", epilog=REFERENCE_HELP, context_settings={"ignore_unknown_options": False})
@@ -174,6 +174,8 @@ def restore_command(
     except LazyfsError as error:
         end = {"exit_code": error.exit_code, "error": str(error)}
     code = int(end["exit_code"])
+    if not code and (recording is None or as_usual) and end.get("followed_trace") is None:
+        _say_unfollowed(source)
     if code and front.stopped_by:
         code = _SIGNALLED + front.stopped_by
     if as_json:
@@ -221,6 +223,17 @@ def _object(end: Mapping[str, Any], code: int, name: str | None) -> dict[str, An
         "trace": end.get("trace"),
         "warnings": end.get("warnings", []),
     }
+
+
+def _say_unfollowed(source: SourceOptions) -> None:
+    """Tell that a trace which was asked for was not followed."""
+    why = None
+    if source.given_trace is not None:
+        why = f"the trace {source.trace} is of other layers than this image's: it was not followed"
+    elif source.workload and source.trace == "auto":
+        why = f"no trace of {source.workload} was found in time: none was followed"
+    if why is not None:
+        click.echo(printable(f"lazyfs: {why}"), err=True)
 
 
 def _say_why(end: Mapping[str, Any]) -> None:
@@ -339,6 +352,9 @@ def _sentence(event: "Event") -> str | None:
     if kind == "proving":
         return "proving what was read"
     if kind == "end" and not event["exit_code"]:
-        fetched = event.get("fetched_bytes")
-        return f"done: fetched {human_bytes(fetched)}" if isinstance(fetched, int) else "done"
+        fetched, trace = event.get("fetched_bytes"), event.get("followed_trace")
+        if not isinstance(fetched, int):
+            return "done"
+        how = f"; followed a trace of {human_bytes(trace['needed_bytes'])}" if trace else ""
+        return f"done: fetched {human_bytes(fetched)}{how}"
     return None

@@ -16,7 +16,7 @@ from lazyfs.checkpoint.stub import ANNOTATION
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, source_options
 from lazyfs.cli.text import human_bytes, plural, printable
 from lazyfs.cli.trace_options import read_trace
-from lazyfs.ground.errors import LazyfsError, UsageError
+from lazyfs.ground.errors import LazyfsError, SourceError, UsageError
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.attached import Offer
@@ -118,7 +118,12 @@ def trace_show_command(
     if _is_file(what):
         trace, name = read_trace(Path(what)), what
     else:
-        trace, name = _attached(what, workload or "", source)
+        try:
+            trace, name = _attached(what, workload or "", source)
+        except SourceError as error:
+            if "/" in what and not what.endswith(".trace"):
+                raise
+            raise SourceError(f"{what} is no file here; and as an image: {error}") from None
     if as_json:
         click.echo(json.dumps(_as_json(trace, name), indent=2))
         return
@@ -203,6 +208,8 @@ def _facts(trace: "Trace", name: str) -> Iterator[tuple[str, str]]:
     if recording is not None:
         when = datetime.fromtimestamp(min(max(recording.began_at_s, 0), 1e11), UTC)
         yield "Recorded", f"{when.isoformat(timespec='seconds')}, of {recording.reference or '-'}"
+        if recording.dropped:
+            yield "Left out", f"{plural(recording.dropped, 'event')}: more may have been needed"
 
 
 def _as_json(trace: "Trace", name: str) -> dict[str, Any]:

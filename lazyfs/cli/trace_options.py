@@ -43,11 +43,26 @@ def trace_options(command: Callable[..., _R]) -> Callable[..., _R]:
     def with_trace(
         *args: Any, source: SourceOptions, trace: str, workload: str, **kwargs: Any
     ) -> _R:
+        _check_workload(workload)
         where, given = _given_trace(trace)
         source = replace(source, trace=where, given_trace=given, workload=workload)
         return command(*args, source=source, **kwargs)
 
     return with_trace
+
+
+def _check_workload(name: str) -> None:
+    """See that a name is one that a trace can have.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if not name:
+        return
+    from lazyfs.checkpoint.attached import WORKLOAD_MOST
+
+    if len(name) > WORKLOAD_MOST or not name.isprintable():
+        raise UsageError(f"a workload's name has at most {WORKLOAD_MOST} characters, all printable")
 
 
 def _given_trace(text: str) -> "tuple[Literal['off', 'auto'] | Path, Trace | None]":

@@ -1,10 +1,9 @@
 """Who asks: the three lanes on which bytes are fetched, and the connections each may use.
 
 A demand read never queues behind background work: each lane has its own limiter. The lanes
-share the link all the same, so while faults come out of the blue the background keeps to one
-connection with a narrow window (measured at 20 ms: p90 of a fault 60 ms beside one background
-connection, 400 ms beside eight). It does so for as long as another fault is likely, by how quickly
-the latest followed each other.
+share the link all the same, so while faults come out of the blue the background keeps to few
+connections (`ContentSettings.gentle_connections`) with little on their way (`transport/window.py`),
+for as long as another fault is likely, by how quickly the latest followed each other.
 """
 
 import time
@@ -13,10 +12,13 @@ from enum import Enum
 import trio
 
 from lazyfs.ground.settings import ContentSettings
+from lazyfs.transport.window import NARROW_BYTES, SHARED_BYTES
 
 _APART_WEIGHT = 0.25
 _APART_TIMES = 4
 _YIELD_LEAST_S = 0.05
+_WALK_S = 0.1
+"""Who walks asks for more several times in so long."""
 
 
 class Lane(Enum):
@@ -42,6 +44,7 @@ class Lanes:
         self._fault_at_s = float("-inf")
         self._apart_s = settings.yield_s
         """How long after a fault the next one comes, as of late."""
+        self._walking_until_s = float("-inf")
         self._limiters = {
             Lane.DEMAND: trio.CapacityLimiter(settings.demand_connections),
             Lane.READAHEAD: trio.CapacityLimiter(settings.readahead_connections),
@@ -66,6 +69,10 @@ class Lanes:
         """Tasks are about to run whose memory is not here."""
         self._be_gentle(self._settings.yield_s)
 
+    def note_walk(self) -> None:
+        """Much is fetched ahead of a reader who goes from one fault to the next."""
+        self._walking_until_s = time.monotonic() + _WALK_S
+
     def _be_gentle(self, for_s: float) -> None:
         for_s = min(max(for_s, _YIELD_LEAST_S), self._settings.yield_s)
         self._gentle_until_s = time.monotonic() + for_s
@@ -77,6 +84,24 @@ class Lanes:
         From any thread.
         """
         return time.monotonic() < self._gentle_until_s
+
+    @property
+    def gentle_connections(self) -> int:
+        """How many connections the background keeps to while `is_gentle`."""
+        return 1 if self._is_walked else self._settings.gentle_connections
+
+    @property
+    def gentle_bytes(self) -> int:
+        """How much may be on its way to each of them. From any thread.
+
+        Who jumps about uses little of the link, and wants everything in the end; who walks can use
+        all of it.
+        """
+        return NARROW_BYTES if self._is_walked else SHARED_BYTES
+
+    @property
+    def _is_walked(self) -> bool:
+        return time.monotonic() < self._walking_until_s
 
     @property
     def idle_for_s(self) -> float:

@@ -38,7 +38,7 @@ from lazyfs.layers.model import ChunkMap
 from lazyfs.transport.blob import Blob
 from lazyfs.transport.place import PlaceLied
 from lazyfs.transport.retry import Fetcher
-from lazyfs.transport.window import NARROW_BYTES, allow_on_the_way
+from lazyfs.transport.window import allow_on_the_way
 
 log = logging.getLogger(__name__)
 
@@ -313,7 +313,7 @@ class LayerContent(Content):
             if self._poison is not None:
                 raise _Stopped  # no error of the place that is being asked
             gently = is_background and flight.window_bytes is None and self.lanes.is_gentle
-            allow_on_the_way(NARROW_BYTES if gently else flight.window_bytes)
+            allow_on_the_way(self.lanes.gentle_bytes if gently else flight.window_bytes)
 
         while True:
             landing = Landing(self.chunks, flight, check)

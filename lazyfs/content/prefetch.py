@@ -30,8 +30,10 @@ log = logging.getLogger(__name__)
 BATCH_BYTES = 4 * MIB
 """So much of a trace, in the order of need, is put into the order of addresses; 30 ms of 1 Gbit/s.
 """
-_BRIDGE_BYTES = 64 * KIB
-"""Gaps up to this size are fetched along; larger ones gain nothing."""
+_BRIDGE_BYTES = 256 * KIB
+"""Gaps up to this size are fetched along: 2 ms of 1 Gbit/s, about what a request costs."""
+_WORTH_BYTES = 512 * KIB
+"""Requests of so much on average fill the link."""
 _TRACED_REQUEST_BYTES = MIB
 """At most: the faults that come first wait for little else."""
 _REST_FIRST_BYTES = MIB
@@ -227,14 +229,33 @@ def _named_runs(named: bytearray) -> Iterator[tuple[int, int]]:
 def batched(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
     """Yield ranges that were needed at nearly the same time by address, those side by side as one.
 
-    What an earlier batch has is not left out: whoever fetches sees that it is here.
+    A batch is as small as may be, so that what was needed first comes first, and as large as it
+    has to be for requests to be worth what they cost; where that is all, because nothing lies side
+    by side, small all the same. What an earlier batch has is not left out: whoever fetches sees
+    that it is here.
     """
-    batch: list[ByteRange] = []
+    left = list(ranges)
+    while left:
+        count, runs = _batch(left, BATCH_BYTES)
+        size_bytes = BATCH_BYTES
+        while len(runs) > 1 and _mean_bytes(runs) < _WORTH_BYTES and count < len(left):
+            size_bytes *= 2
+            count, runs = _batch(left, size_bytes)
+        if _mean_bytes(runs) < _WORTH_BYTES:
+            count, runs = _batch(left, BATCH_BYTES)
+        yield from runs
+        del left[:count]
+
+
+def _batch(ranges: Sequence[ByteRange], most_bytes: int) -> tuple[int, list[ByteRange]]:
+    """Return how many of the first ranges come to so much, and what they are together."""
     size_bytes = 0
-    for item in ranges:
-        batch.append(item)
-        size_bytes += item.size_bytes
-        if size_bytes >= BATCH_BYTES:
-            yield from coalesce(batch, _BRIDGE_BYTES)
-            batch, size_bytes = [], 0
-    yield from coalesce(batch, _BRIDGE_BYTES)
+    count = 0
+    while count < len(ranges) and size_bytes < most_bytes:
+        size_bytes += ranges[count].size_bytes
+        count += 1
+    return count, list(coalesce(ranges[:count], _BRIDGE_BYTES))
+
+
+def _mean_bytes(runs: Sequence[ByteRange]) -> int:
+    return sum(each.size_bytes for each in runs) // len(runs)

@@ -249,7 +249,9 @@ class Readahead:
         request_bytes = settings.readahead_request_bytes
         if self._content.lanes.is_gentle:  # the windows are narrow then
             self._width.idle()
-            connections = min(settings.gentle_connections, settings.readahead_connections)
+            connections = min(
+                self._content.lanes.gentle_connections, settings.readahead_connections
+            )
             request_bytes = min(_LEAST_REQUEST_BYTES, request_bytes)
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
@@ -322,7 +324,7 @@ class Readahead:
         chunks = self._content.chunks
         start, stop = chunks.content_start(flight.first), chunks.content_start(flight.last)
         self._under_way[flight] = stop - start
-        left_bytes = min(_ENDING_BYTES, (stop - start) // 4)
+        left_bytes = min(_ENDING_BYTES, (stop - start) // 2)
         flight.ending_at = chunks.index_at(stop - left_bytes) if left_bytes else flight.last
         flight.on_ending = partial(self._end, flight)
 

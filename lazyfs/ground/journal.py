@@ -90,6 +90,11 @@ class Journal:
         """Pass over whatever is noted from now on."""
         self.has_ended = True
 
+    def forget(self) -> None:
+        """Let go of what was noted, now that it has ended: a daemon may live for long."""
+        for notes in (self.reads, self.fetches, self.arrivals, self.marks):
+            notes.clear()
+
     def note_read(self, note: ReadNote) -> None:
         """Note a read or a fault that has been answered."""
         self._note(self.reads, note)

@@ -99,9 +99,9 @@ class ContentSettings:
     yield_s: float = 0.5
     """After a fault out of the blue, background lanes keep to `gentle_connections` for so long at
     most, with narrow windows (`transport/window.py`)."""
-    gentle_connections: int = 1
-    """A narrow window of one connection is a fifth of a link of 1 Gbit/s and 10 ms: who waits has
-    the rest."""
+    gentle_connections: int = 2
+    """Narrow windows of so many connections are 0.8 of a link of 1 Gbit/s and 10 ms, and fill no
+    queue; with three a read waits twice as long. Beside who fetches much at each fault, one."""
     patience_s: float = 0.4
     """A reader that waits for somebody else's fetch and sees no byte of it for so long asks
     for itself."""

@@ -12,6 +12,7 @@ import trio
 
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.lazypages.order import Part
+from lazyfs.lazypages.pages import LazyMemory
 from lazyfs.lazypages.task import Sent, Task
 
 log = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ _LOOKED_AT = 32
 _LOOK_AGAIN_S = 0.02
 _LATER_S = 0.002
 _IN_VAIN_S = 2.0
-"""Nothing came for so long: whoever replayed the trace has given it up."""
+"""Nothing came for so long, nor is it on its way: whoever replayed the trace has given it up."""
 
 
 class Ahead:
@@ -53,7 +54,7 @@ class Ahead:
             self._parts.extendleft(reversed(skipped))
             if is_moving or is_later:
                 moved_at_s = trio.current_time()
-            elif trio.current_time() - moved_at_s > _IN_VAIN_S:
+            elif trio.current_time() - moved_at_s > _IN_VAIN_S and not self._is_coming(skipped[0]):
                 log.info("%d parts of what was foreseen have not come", len(self._parts))
                 return
             if not is_moving:
@@ -61,6 +62,17 @@ class Ahead:
 
     def _is_wanted(self, part: Part) -> bool:
         return any(task.lazy.memory is part.memory for task in self._tasks)
+
+    def _lazy(self, part: Part) -> LazyMemory | None:
+        return next((task.lazy for task in self._tasks if task.lazy.memory is part.memory), None)
+
+    def _is_coming(self, part: Part) -> bool:
+        """Whether it is still being fetched, over a slow link, or will be."""
+        lazy = self._lazy(part)
+        return lazy is not None and any(
+            lazy.files[place.level].is_foreseen(place.offset)
+            for place in part.memory.places(part.start, part.stop)
+        )
 
     def _send(self, part: Part) -> Sent:
         found = Sent.ALL
@@ -73,9 +85,7 @@ class Ahead:
     async def _wait(self, part: Part, *, is_later: bool) -> None:
         """Come back when it is worth looking again."""
         with trio.move_on_after(_LATER_S if is_later else _LOOK_AGAIN_S):
-            lazy = next(
-                (task.lazy for task in self._tasks if task.lazy.memory is part.memory), None
-            )
+            lazy = self._lazy(part)
             if is_later or lazy is None:
                 await trio.sleep_forever()
                 return

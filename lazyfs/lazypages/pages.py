@@ -23,6 +23,7 @@ from lazyfs.content.model import Content, Reader
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import MalformedError
 from lazyfs.ground.ranges import ByteRange
+from lazyfs.ground.settings import MIB
 from lazyfs.layers.model import EntryType
 from lazyfs.lazypages.memory import Level, TaskMemory
 from lazyfs.lazypages.order import Part, in_order
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 _IMAGE_LIMIT_BYTES = 512 << 20
 """Of a pagemap: some ten million pages that do not follow each other."""
+_WALK_BYTES = MIB // 2
+"""Who has so much fetched at a time goes from fault to fault."""
 _LAZY_IN_PARENT = PageFlags.LAZY | PageFlags.IN_PARENT
 
 
@@ -96,6 +99,8 @@ class _StoredPages:
         content, wanted = self._content, self._range(offset, size_bytes)
         if not content.holdings.keeps_all:  # it would have to go before it is wanted
             return ()
+        if size_bytes >= _WALK_BYTES:
+            content.lanes.note_walk()
         most_bytes = content.settings.readahead_request_bytes
         jobs: list[Job] = []
         while content.poison is None and (run := content.next_run(wanted, most_bytes)) is not None:

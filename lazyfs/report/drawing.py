@@ -4,6 +4,7 @@ Imports plotly, as its neighbours `timeline.py`, `maps.py` and `figures.py` do, 
 plotly.js reads some HTML in its labels: names are escaped, so that they are only names.
 """
 
+import sys
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -16,7 +17,8 @@ try:
     import plotly.graph_objects as go
 except ModuleNotFoundError as error:
     raise UsageError(
-        "lazyfs report draws with plotly, which is not here: pip install 'lazyfs[report]'"
+        "there is no page: it is drawn with plotly, which is not here; where lazyfs is: "
+        f"{sys.executable} -m pip install plotly"
     ) from error
 
 __all__ = ["LEFT_PX", "axis", "figure", "go", "heading", "in_seconds", "moment_line", "safe"]

@@ -75,7 +75,7 @@ table {{ border-collapse: collapse; width: 100%; font-size: 13.5px; margin-top: 
 th {{ text-align: left; font-weight: 400; color: {QUIET}; font-size: 12.5px; }}
 th, td {{ padding: 6px 14px 6px 0; border-bottom: 1px solid {FAINT}; vertical-align: top; }}
 td.n, th.n {{ text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }}
-td.p {{ overflow-wrap: anywhere; min-width: 11em; }}
+td.p {{ overflow-wrap: anywhere; min-width: 14em; }}
 td.w {{ min-width: 20em; }}
 td.w b {{ font-weight: 600; }}
 tr.after td {{ color: {QUIET}; }}

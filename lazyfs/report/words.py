@@ -225,7 +225,7 @@ def hints(analysis: Analysis) -> list[str]:
             _hint_of_retries(analysis),
             _hint_of_work(analysis),
         )
-        if text and gain_ms >= 0.1 * analysis.end_ms
+        if text and gain_ms > 0 and gain_ms >= 0.1 * analysis.end_ms
     ]
     found.sort(key=lambda hint: -hint[0])
     return [text for _, text in found[:_HINTS_MOST]]
@@ -306,7 +306,7 @@ def _hint_of_start(analysis: Analysis) -> tuple[float, str]:
         text = (
             f"{seconds(start_ms)} went by before the mount answered, {seconds(begun_ms)} of them "
             "before lazyfs itself was loaded: its files are not in the page cache, or the machine "
-            "is busy."
+            "is busy. A standby (`lazyfs standby`) has it loaded already."
         )
     else:
         text = (
@@ -371,6 +371,6 @@ def told(analysis: Analysis, most: int = 5) -> Sequence[str]:
 def too_many(analysis: Analysis) -> str:
     """Say that a recording is not whole."""
     return (
-        f"{plural(analysis.recording.dropped, 'event')} were too many to be recorded: all "
-        "figures are lower bounds."
+        f"{plural(analysis.recording.dropped, 'event')} left out, too many to be recorded or of "
+        "files that no trace can name: all figures are lower bounds."
     )

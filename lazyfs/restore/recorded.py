@@ -50,8 +50,8 @@ class Recorded:
             LazyfsError: the restore has failed meanwhile.
         """
         self._link.mark("restored")
-        watch.tell(event="recording", until=self._until.text)
-        given_up_s = time.monotonic() + GIVEN_UP_S
+        watch.tell(event="recording", until=self._until.aim)
+        given_up_s = time.monotonic() + GIVEN_UP_S + self._until.least_s
         check = self._until.begin()
         try:
             while (why := check.poll()) is None:
@@ -69,10 +69,11 @@ class Recorded:
 
     def end(self, watch: Watch) -> None:
         """Have what there is written, unless that has been done: the restore has failed."""
+        self._theirs.close()  # else a daemon that is gone seems to be there
         self._finish(watch, _FAILED)
         self._link.close()
-        self._theirs.close()
 
+    _is_finished = False
     _looked_s = 0.0
 
     def _look(self, served: Served, pid: int) -> bool:
@@ -86,7 +87,11 @@ class Recorded:
         return bool(pid) and has_ended(pid)
 
     def _finish(self, watch: Watch, why: str) -> None:
-        written = self._link.end(why, self._phases())
+        at_s = time.monotonic()  # before what takes a while
+        if self._is_finished:
+            return
+        self._is_finished = True
+        written = self._link.end(why, self._phases(), at_s)
         if written:
             watch.figures["trace"] = dict(written)
             watch.tell(event="recorded", **written)

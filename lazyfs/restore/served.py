@@ -260,7 +260,6 @@ def _live(job: Job, place: Place, telling: int, watching: int) -> None:
         if job.recording is not None and job.recording.link is not None:
             kept.add(job.recording.link)
         close_inherited(kept)
-        os.chdir("/")
         log_to(job.log_file)
         code = _serve(job, place, telling, watching)
     except BaseException:
@@ -299,6 +298,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
                 _say(telling, words)
             except BrokenPipeError:
                 raise LazyfsError("whoever asked for the mount is gone; unmounting") from None
+            os.chdir("/")  # not before: a reference may be a path
             is_ready = True
 
         async def end_with_starter(scope: trio.CancelScope) -> None:

@@ -83,6 +83,7 @@ class Watch:
         read = [status.get("bytes_read"), pages.get("bytes_faulted"), pages.get("bytes_background")]
         self.figures["read_bytes"] = sum(count for count in read if isinstance(count, int))
         self.figures["requests"] = status.get("requests")
+        self.figures["followed_trace"] = status.get("trace")
 
     def tell(self, **words: Any) -> None:
         """Tell the front of an event, if it is still there."""

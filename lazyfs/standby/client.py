@@ -89,6 +89,8 @@ def _is_shell_job(word: str) -> bool:
 def _without(wanted: str, problem: Exception) -> int | None:
     if wanted != "must":
         return None
+    if isinstance(problem, FileNotFoundError | ConnectionRefusedError):
+        problem = _NoStandby("there is none; `lazyfs standby &` starts one")
     sys.stderr.write(f"lazyfs: no standby runs this: {problem}\n")
     return _FAILED
 

@@ -33,7 +33,7 @@ from lazyfs.transport.auth import pull_scope, push_scope
 from lazyfs.transport.client import SmallReply
 from lazyfs.transport.http import Upload
 from lazyfs.transport.mirror_files import find_addresses
-from lazyfs.transport.referrers import INDEX_TYPE, fallback_tag, with_referrer
+from lazyfs.transport.referrers import INDEX_TYPE, fallback_tag, rivals, with_referrer
 from lazyfs.transport.registry import RegistrySource
 from lazyfs.transport.urls import redirect_target
 
@@ -41,7 +41,7 @@ _T = TypeVar("_T")
 _OCI_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _OCTETS = "application/octet-stream"
 _LARGE_MANIFEST = 4 * 1024 * 1024
-_RACES_MOST, _RACE_PAUSE_S = 6, 0.2
+_RACES_MOST, _RACE_PAUSE_S = 6, 0.3
 
 
 class RegistryTarget:
@@ -55,10 +55,12 @@ class RegistryTarget:
         settings: TransportSettings,
         counters: Counters,
         mount_from: Sequence[str] = (),
+        pause: Callable[[float], None] = time.sleep,
     ) -> None:
         """Connect to nobody yet.
 
-        `mount_from`: repositories of the same registry that may have the blobs already.
+        `mount_from`: repositories of the same registry that may have the blobs already. `pause`:
+        lets so many seconds pass.
 
         Raises:
             UsageError: `settings.mirrors` is no such word, and no path.
@@ -71,6 +73,7 @@ class RegistryTarget:
         self._mount_from = tuple(each for each in mount_from if each != repository)
         self._settings = settings
         self._counters = counters
+        self._pause = pause
         self._source = RegistrySource(
             address.host,
             address.repository,
@@ -138,16 +141,21 @@ class RegistryTarget:
     def _list_by_tag(self, tag: str, entry: Mapping[str, Any], key: str) -> None:
         """Add to the list that clients keep; again, if somebody else has written it meanwhile.
 
-        No registry writes it only if it is still what was read: so it is read after it was written.
+        No registry writes it only if it is still what was read: so it is read after it was
+        written, and after a while in which whoever had read it before us has written, too.
         """
         what = f"{self._name}:{tag}"
-        for number in range(_RACES_MOST):
+        older: set[str] | None = None
+        for _ in range(_RACES_MOST):
             listed = self._patiently(what, lambda: self._source.ask_tag(tag))
             changed = with_referrer(listed, entry, key)
-            if changed is None:
+            others = rivals(listed, entry, key)
+            if older is None:
+                older = others
+            if changed is None or others - older:  # one of the same name has come since
                 return
             self.put_manifest(changed, INDEX_TYPE, tag)
-            time.sleep(random.uniform(0, _RACE_PAUSE_S) * number)  # noqa: S311 - no secret
+            self._pause(random.uniform(1, 2) * _RACE_PAUSE_S)  # noqa: S311 - no secret
         raise SourceError(
             f"{what}: others write this list of referrers at the same time; try again"
         )

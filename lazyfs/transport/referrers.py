@@ -182,6 +182,19 @@ def is_replaced(old: Mapping[str, Any], entry: Mapping[str, Any], key: str) -> b
     ) or old.get("digest") == entry["digest"]
 
 
+def rivals(index: bytes | None, entry: Mapping[str, Any], key: str) -> set[str]:
+    """Return the digests of what `entry` takes the place of, itself left out; as `with_referrer`.
+
+    Of what is no list: none.
+    """
+    try:
+        listed = entries_of(json.loads(index)) if index is not None else None
+    except (ValueError, RecursionError):
+        return set()
+    digests = {str(each.get("digest")) for each in listed or () if is_replaced(each, entry, key)}
+    return digests - {entry["digest"]}
+
+
 def _annotation(entry: Mapping[str, Any], key: str) -> str:
     annotations = entry.get("annotations")
     return str(annotations.get(key, "")) if isinstance(annotations, dict) else ""

@@ -38,6 +38,18 @@ def test_a_page_that_is_there_is_replaced(trace: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "web.trace"]
 
 
+def test_a_trace_is_not_replaced_by_its_page(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It cannot be had again."""
+    odd = trace.rename(tmp_path / "web.html")
+    before = odd.read_bytes()
+    for options in ([], ["-o", str(odd)], ["-o", f"{tmp_path}/../{tmp_path.name}/web.html"]):
+        assert run(["report", str(odd), *options]) == 2
+        assert "take the place of" in capsys.readouterr().err
+    assert odd.read_bytes() == before
+
+
 def test_to_standard_output_goes_the_page_alone(
     trace: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
@@ -105,6 +117,7 @@ def test_without_plotly_it_says_what_to_install(trace: Path) -> None:
         [sys.executable, "-c", program, "report", str(trace)], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "pip install 'lazyfs[report]'" in done.stderr
+    assert f"{sys.executable} -m pip install plotly" in done.stderr
+    assert "longest waits:" in done.stdout
     assert "Traceback" not in done.stderr
     assert not trace.with_suffix(".html").exists()

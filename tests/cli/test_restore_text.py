@@ -28,6 +28,14 @@ def test_lines_stand_above_the_bar_and_not_behind_it(
     assert said.endswith("done: fetched 0 B\n")
 
 
+def test_the_end_tells_whether_a_trace_was_followed(capsys: pytest.CaptureFixture[str]) -> None:
+    trace = {"source": "file", "workload": "", "needed_bytes": 3 << 20}
+    with Bar() as bar:
+        end = {"event": "end", "exit_code": 0, "fetched_bytes": 5 << 20, "followed_trace": trace}
+        bar.tell(end)
+    assert capsys.readouterr().err == "done: fetched 5.0 MiB; followed a trace of 3.0 MiB\n"
+
+
 @pytest.mark.parametrize(
     ("options", "advice"),
     [

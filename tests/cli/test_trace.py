@@ -140,6 +140,13 @@ def test_show_tells_what_was_needed_of_which_file(
     assert "has no trace of job that can be used: those that are attached: web" in err
 
 
+def test_a_recording_that_is_not_whole_says_so(say: Said, tmp_path: Path) -> None:
+    path = tmp_path / "it"
+    path.write_bytes(dump_trace(trace_of(LAYER.digest, recording=Recording(dropped=7))))
+    _code, out, _err = say("show", str(path))
+    assert "Left out: 7 events: more may have been needed" in out.splitlines()
+
+
 def test_a_trace_of_another_image_is_refused(
     server: FaultServer, say: Said, tmp_path: Path
 ) -> None:
@@ -213,6 +220,13 @@ def test_nothing_is_attached(server: FaultServer, say: Said) -> None:
     code, _out, err = say("show", reference)
     assert code == 1
     assert "has no trace that can be used: none is attached" in err
+
+
+def test_a_name_that_is_neither_a_file_nor_an_image(server: FaultServer, say: Said) -> None:
+    name = f"{server.address}/no-such.trace"
+    code, _out, err = say("show", name)
+    assert code == 3
+    assert f"{name} is no file here; and as an image: " in err
 
 
 def test_names_that_would_move_a_cursor(server: FaultServer, say: Said, trace_file: Path) -> None:

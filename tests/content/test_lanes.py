@@ -33,3 +33,12 @@ async def test_faults_that_follow_each_other_at_once_are_soon_over() -> None:
     while lanes.is_gentle:
         assert time.monotonic() < until_s
         await trio.sleep(0.01)
+
+
+async def test_who_walks_from_fault_to_fault_has_more_of_the_link() -> None:
+    lanes = Lanes(ContentSettings())
+    lone = lanes.gentle_connections, lanes.gentle_bytes
+    lanes.note_walk()
+    walked = lanes.gentle_connections, lanes.gentle_bytes
+    assert walked[0] < lone[0]
+    assert walked[1] < lone[1]

@@ -21,7 +21,7 @@ from lazyfs.content.prefetch import BATCH_BYTES, PrefetchState, batched
 from lazyfs.content.readahead import FileReader, Readahead
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
-from lazyfs.ground.ranges import ByteRange
+from lazyfs.ground.ranges import ByteRange, coalesce
 from lazyfs.ground.settings import KIB, MIB, ContentSettings, TransportSettings
 from lazyfs.layers.chunks import FixedChunks
 from lazyfs.transport.blob import Sink
@@ -324,7 +324,7 @@ class HeldAtItsEnd(MemoryBlob):
         super().read_into(ByteRange(middle, byte_range.stop), sink)
 
 
-@pytest.mark.parametrize(("left_bytes", "goes_on"), [(CHUNK // 2, True), (2 * CHUNK, False)])
+@pytest.mark.parametrize(("left_bytes", "goes_on"), [(CHUNK // 2, True), (3 * CHUNK, False)])
 async def test_the_next_request_is_made_while_the_last_bytes_of_one_come(
     tmp_path: Path, left_bytes: int, goes_on: bool
 ) -> None:
@@ -334,7 +334,8 @@ async def test_the_next_request_is_made_while_the_last_bytes_of_one_come(
         it.readahead.follow([ByteRange(0, 4 * MIB)])
         with trio.fail_after(20):
             come = ByteRange(0, MIB - max(left_bytes, CHUNK))
-            await it.content.ensure(come, Lane.READAHEAD)
+            while not it.content.is_here(come):  # noqa: ASYNC110 - who waits for it asks for it
+                await trio.sleep(0.001)
         for _ in range(20):
             await trio.testing.wait_all_tasks_blocked(0.001)
         assert (len(it.blob.asked) > 1) is goes_on
@@ -342,3 +343,20 @@ async def test_the_next_request_is_made_while_the_last_bytes_of_one_come(
         await it.settle()
         assert it.content.is_here(ByteRange(0, 4 * MIB))
         assert sum(each.size_bytes for each in it.blob.asked) == 4 * MIB
+
+
+def test_what_is_needed_all_over_is_fetched_by_address() -> None:
+    """A request for each chunk would cost more than the bytes between them."""
+    numbers = list(range(0, 400, 2))
+    random.Random(2).shuffle(numbers)
+    found = list(batched(chunk(*numbers)))
+    assert len(found) < len(numbers) // 2
+    assert list(coalesce(found, CHUNK)) == [ByteRange(0, 399 * CHUNK)]
+
+
+def test_what_lies_far_apart_is_fetched_in_the_order_of_need() -> None:
+    numbers = list(range(0, 4000, 10))
+    random.Random(3).shuffle(numbers)
+    found = list(batched(chunk(*numbers)))
+    per_batch = BATCH_BYTES // CHUNK
+    assert {each.start // CHUNK for each in found[:per_batch]} == set(numbers[:per_batch])

@@ -85,6 +85,9 @@ class TwoTasks:
         await trio.sleep_forever()
         raise AssertionError("nobody knows")
 
+    def expect_faults(self) -> None:
+        pass
+
     async def memory_of(self, pid: int) -> LazyMemory:
         flags = PageFlags.PRESENT | (PageFlags.LAZY if pid == 2 else PageFlags.PRESENT)
         pagemap = Pagemap(1, (PageExtent(16 * PAGE, 16, flags),))

@@ -654,6 +654,22 @@ async def test_what_a_trace_foretells_and_nobody_fetches_is_given_up(
     assert not world.kernel.filled
 
 
+async def test_what_a_trace_foretells_is_awaited_as_long_as_it_is_fetched(
+    autojump_clock: MockClock,
+) -> None:
+    world = World(here=range(0))
+    world.file.foreseen = {84}
+    parts = [Part(world.task.lazy.memory, 100 * PAGE, 101 * PAGE)]
+    with trio.fail_after(600):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Ahead(parts, [world.task]).run, lambda: True)
+            await trio.sleep(60)
+            world.file.here = {84}
+    assert world.kernel.filled == {100: world.right(100)}
+    os.close(world.kernel.bell)
+    world.kernel.close()
+
+
 class Transient(File):
     """A pages file whose bytes are in memory alone: to be read, and not looked at."""
 

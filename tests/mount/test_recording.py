@@ -4,6 +4,7 @@ import os
 import signal
 import stat
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +12,18 @@ import pytest
 
 from lazyfs.checkpoint.trace import Trace, parse_trace
 from tests.faults import FaultServer
+from tests.images import Member
 from tests.mount.mounting import Mounts, command, is_alive, lazyfs, read_at, wait_until
-from tests.mount.published import FEW, LAYERS, MIB, checkpoint_files, publish, write_layout
+from tests.mount.published import (
+    FEW,
+    LAYERS,
+    MIB,
+    checkpoint_files,
+    publish,
+    publish_many,
+    some_bytes,
+    write_layout,
+)
 
 FILES = checkpoint_files(3 * MIB)
 PAGES = "checkpoint/pages-1.img"
@@ -82,9 +93,51 @@ def test_what_was_read_is_what_was_needed(
     assert recording.dropped == 0
 
 
+@pytest.mark.parametrize("kind", ["tar", "gzip"])
+def test_of_several_layers_each_file_is_of_the_one_that_it_was_read_from(
+    mounts: Mounts, server: FaultServer, tmp_path: Path, kind: str
+) -> None:
+    """What a later layer has replaced, hard links, and the directory that `parent` leads to."""
+    replaced, linked, parents = (some_bytes(300_000, seed) for seed in (1, 2, 3))
+    images = [
+        Member(name.replace("checkpoint", "new"), data)
+        for name, data in checkpoint_files(50_000).items()
+    ]
+    lower = LAYERS[kind](
+        [
+            *images,
+            Member("new/parent", type=tarfile.SYMTYPE, link="../old"),
+            Member("new/replaced.img", some_bytes(200_000, 9)),
+            Member("new/one.img", linked),
+            Member("new/two.img", type=tarfile.LNKTYPE, link="new/one.img"),
+            Member("old/inventory.img", b"x"),
+            Member("old/pages-1.img", parents),
+        ]
+    )
+    upper = LAYERS[kind]([Member("new/replaced.img", replaced)])
+    file = tmp_path / "a.trace"
+    mount = mounts.mount(publish_many(server, [lower, upper]), "--record", file)
+    assert (mount / "replaced.img").read_bytes() == replaced
+    assert (mount / "two.img").read_bytes() == linked
+    assert (mount / "parent" / "pages-1.img").read_bytes() == parents
+    assert mount.umount().code == 0
+    mount.wait_end()
+    trace = read_trace(file)
+    assert needed(trace) == dict.fromkeys(
+        ["new/replaced.img", "new/one.img", "old/pages-1.img"], 300_000
+    )
+    layers = {each.path: trace.layers[each.layer].digest for each in trace.files}
+    assert layers["new/replaced.img"] == upper.digest
+    assert layers["new/one.img"] == layers["old/pages-1.img"] == lower.digest
+    assert trace.recording is not None
+    assert trace.recording.dropped == 0
+
+
 def test_it_is_over_when_a_command_says_so(mounts: Mounts, local: str, tmp_path: Path) -> None:
     file, flag = tmp_path / "a.trace", tmp_path / "flag"
     mount = mounts.mount(local, "--record", file, "--until", f"exec:test -e {flag}")
+    said = f"recording what is needed (until exec:test -e {flag}): {file}\n"
+    assert mount.said.err == said
     read_at(mount / "mm-1.img", 0, 100)
     assert not file.exists()
     flag.touch()

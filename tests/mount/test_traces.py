@@ -104,6 +104,8 @@ def test_what_is_no_trace_is_said_before_anything_begins(
     assert mounts.refuse(reference, f"--trace={tmp_path}/it").code == 4
     assert mounts.refuse(reference, f"--trace={tmp_path}/none").code == 2
     assert mounts.refuse(reference, f"--trace={tmp_path}").code == 2
+    for name in ("\x1b", "a" * 1025):
+        assert "workload" in mounts.refuse(reference, f"--workload={name}").err
     assert server.seen == []
 
 

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from testbed import Layer, Testbed, get_manifest, push_oci_image
+from testbed import Layer, Testbed, get_manifest, push_oci_image, write_oci_layout
 from testbed.process import children
 
 from lazyfs.checkpoint.stub import MARKER, Pages, Stub, write_stub
+from lazyfs.checkpoint.trace import dump_trace
 from tests.real.checkpoints import Checkpoint, checkpoint
 from tests.real.conftest import Store
 from tests.real.restoring import Restorer, alive
+from tests.traces import trace_of
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(180), pytest.mark.usefixtures("adopting")]
 
@@ -81,6 +83,49 @@ def test_a_person_is_told_what_happens(
     assert lines[2].startswith("all pages home after ")
     assert lines[-1].startswith("done: fetched ")
     assert ended.out == ""
+
+
+def test_a_trace_of_another_image_is_told_of_and_not_followed(
+    store: Store, image: str, dumped: Checkpoint, restorer: Restorer
+) -> None:
+    file = restorer.work / "other.trace"
+    file.write_bytes(dump_trace(trace_of(f"sha256:{'7' * 64}")))
+    started_s = time.time()
+    ended = restorer.run(f"{store.address}/{image}", "--json", "--lazy-pages", "--trace", file)
+    with alive(dumped.root_pid, dumped, started_s) as restored:
+        dumped.before.assert_goes_on(restored)
+    assert ended.code == 0, ended
+    assert ended.told["followed_trace"] is None
+    said = f"lazyfs: the trace {file} is of other layers than this image's: it was not followed\n"
+    assert ended.err == said
+
+
+def test_a_workload_without_a_trace_is_told_of(
+    store: Store, image: str, dumped: Checkpoint, restorer: Restorer
+) -> None:
+    started_s = time.time()
+    ended = restorer.run(f"{store.address}/{image}", "--json", "--workload", "nobody")
+    with alive(dumped.root_pid, dumped, started_s) as restored:
+        dumped.before.assert_goes_on(restored)
+    assert ended.code == 0, ended
+    assert ended.err == "lazyfs: no trace of nobody was found in time: none was followed\n"
+
+
+@pytest.mark.parametrize("kind", ["./", "oci:"])
+def test_a_path_is_one_of_the_callers_directory(
+    dumped: Checkpoint, restorer: Restorer, kind: str
+) -> None:
+    if kind == "oci:":
+        write_oci_layout(restorer.work / "layout", "1", [Layer(dumped.layer)])
+        reference = "oci:layout:1"
+    else:
+        (restorer.work / "checkpoint.tar").symlink_to(dumped.layer)
+        reference = "./checkpoint.tar"
+    started_s = time.time()
+    ended = restorer.run(reference, "--lazy-pages")
+    with alive(dumped.root_pid, dumped, started_s) as restored:
+        dumped.before.assert_goes_on(restored)
+    assert ended.code == 0, ended
 
 
 def test_options_go_to_criu(

@@ -162,3 +162,11 @@ def test_a_stream_is_noted_in_steps() -> None:
     steps.up_to(600_050, at_least_bytes=1)
     spans = [(note.start, note.stop) for note in journal.arrivals]
     assert spans == [(0, 300_000), (300_000, 600_000), (600_000, 600_050)]
+
+
+def test_what_a_person_gave_need_not_be_utf_8() -> None:
+    about = About(reference="oci:/caf\udce9", workload="\udcff", until="\udcff" * 5000)
+    trace = trace_of(noted(), LAYOUT, about)
+    assert parse_trace(dump_trace(trace), "it") == trace
+    assert trace.recording is not None
+    assert trace.recording.reference == "oci:/caf\\xe9"

@@ -1,6 +1,7 @@
 """Ends of recordings, as they are looked for."""
 
 import os
+import signal
 import socket
 import sys
 import threading
@@ -97,6 +98,41 @@ def test_a_host_that_is_not_known_is_no_error() -> None:
     assert some_polls(parse_until("port:[::1]:1").begin()) == [None] * 30
 
 
+@pytest.mark.parametrize("form", ["port:localhost:{}", "http://localhost:{}/"])
+def test_any_address_of_a_host_will_do(form: str) -> None:
+    """Whatever listens on 127.0.0.1 alone is at `localhost`, though ::1 comes first there."""
+
+    def lookup(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        assert host == "localhost"
+        tcp = socket.SOCK_STREAM, socket.IPPROTO_TCP, ""
+        return [
+            (socket.AF_INET6, *tcp, ("::1", port)),
+            (socket.AF_INET, *tcp, ("127.0.0.2", port)),
+            (socket.AF_INET, *tcp, ("127.0.0.1", port)),
+        ]
+
+    with answering(503, 200) as port:
+        assert wait(parse_until(form.format(port)).begin(lookup)).startswith(f"port {port} ")
+
+
+def test_who_knows_the_addresses_is_not_waited_for() -> None:
+    """Whoever looks has a restore to keep meanwhile."""
+    asked, may_answer = threading.Event(), threading.Event()
+
+    def lookup(*_: object, **__: object) -> list[tuple[object, ...]]:
+        asked.set()
+        assert may_answer.wait(DOES_NOT_HANG_S)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", port))]
+
+    with listening() as port:
+        check = parse_until(f"port:far.example:{port}").begin(lookup)
+        assert check.poll() is None
+        assert asked.wait(DOES_NOT_HANG_S)
+        assert check.poll() is None
+        may_answer.set()
+        assert wait(check) == f"port {port} answered"
+
+
 def test_a_server_answers_well() -> None:
     with answering(503, 404, 200) as port:
         why = wait(parse_until(f"http://127.0.0.1:{port}/health?a=1").begin())
@@ -156,8 +192,13 @@ def test_a_command_gets_none_of_our_descriptors() -> None:
         "port:0",
         "port:65536",
         "port:a:b",
+        "port:a..b:80",
+        f"port:{'a' * 64}:80",
+        f"port:{'1' * 5000}",
+        f"http://{'a' * 64}/",
         "exec:",
         "exec:'",
+        "exec:no-such-program --at-all",
         "http:",
         "http://",
         "http://a b/",
@@ -203,6 +244,27 @@ def test_what_does_not_come_is_given_up() -> None:
     theirs.close()
     assert wait_until(parse_until("600"), link) is None
     link.close()
+
+
+def test_seconds_that_were_asked_for_pass_however_many_they_are() -> None:
+    link, theirs = Link.pair()
+    with theirs:
+        why = wait_until(parse_until("0.3"), link, given_up_after_s=0.05)
+    assert why == "0.3 s passed"
+    link.close()
+
+
+def test_a_command_fails_for_a_watcher_whose_caller_does_not_look_at_children() -> None:
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        theirs = start_watcher(parse_until("exec:false"))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    with theirs, theirs.makefile("rwb") as daemon:
+        theirs.sendall(b'{"ready": true}\n')
+        with pytest.raises(TimeoutError):
+            theirs.settimeout(1.0)
+            daemon.readline()
 
 
 def test_a_link_says_the_end_once_and_hears_what_was_written() -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -124,10 +124,14 @@ def server() -> Iterator[FaultServer]:
         yield server
 
 
-def open_target(server: FaultServer, authfile: Path) -> RegistryTarget:
+def open_target(
+    server: FaultServer, authfile: Path, pause: Callable[[float], None] = lambda _: None
+) -> RegistryTarget:
     authfile.write_text("{}")
     settings = replace(QUICK, authfile=str(authfile), mirrors="none")
-    return RegistryTarget(server.host, server.repository, settings=settings, counters=Counters())
+    return RegistryTarget(
+        server.host, server.repository, settings=settings, counters=Counters(), pause=pause
+    )
 
 
 @pytest.fixture
@@ -207,6 +211,44 @@ def test_who_writes_the_list_between_reading_and_writing_is_not_lost_nor_are_we(
     server.always(f"/manifests/{TAG}", overwritten)
     assert attach(target, ours) == "tag"
     assert digests(listed_by_tag(server)) == [digest_of(theirs), digest_of(ours)]
+
+
+def test_who_writes_the_list_a_little_later_does_not_make_us_be_lost(
+    server: FaultServer, tmp_path: Path
+) -> None:
+    """They had read the list before ours was there."""
+    theirs, ours = artifact("job"), artifact("web")
+    pauses: list[float] = []
+
+    def pause(pause_s: float) -> None:
+        pauses.append(pause_s)
+        if len(pauses) == 1:
+            listed = with_referrer(None, entry_of(theirs), KEY)
+            assert listed is not None
+            server.add_manifest(listed, TAG, OCI_INDEX)
+
+    target = open_target(server, tmp_path / "auth.json", pause)
+    assert attach(target, ours) == "tag"
+    target.close()
+    assert digests(listed_by_tag(server)) == [digest_of(theirs), digest_of(ours)]
+    assert len(pauses) == 2
+
+
+def test_of_two_with_the_same_name_at_the_same_time_one_stays_and_neither_fails(
+    server: FaultServer, tmp_path: Path
+) -> None:
+    theirs, ours = artifact("web", 1), artifact("web", 2)
+
+    def pause(pause_s: float) -> None:
+        """Be the other, who insists."""
+        listed = with_referrer(listed_by_tag(server), entry_of(theirs), KEY)
+        assert listed is not None
+        server.add_manifest(listed, TAG, OCI_INDEX)
+
+    target = open_target(server, tmp_path / "auth.json", pause)
+    assert attach(target, ours) == "tag"
+    target.close()
+    assert digests(listed_by_tag(server)) == [digest_of(theirs)]
 
 
 def test_a_list_that_is_always_somebody_elses(server: FaultServer, target: RegistryTarget) -> None:
