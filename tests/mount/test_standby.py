@@ -581,39 +581,6 @@ print("asked", flush=True)
     assert not (tmp_path / "cache").exists()
 
 
-def test_who_has_the_pid_of_who_asked_is_not_taken_for_him(own: Standby) -> None:
-    """He may be allowed more than who has the connection."""
-    program = """
-import os, signal, socket, sys
-path, standby = sys.argv[1], int(sys.argv[2])
-link = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-os.kill(standby, signal.SIGSTOP)
-asking = os.fork()
-if asking == 0:
-    link.connect(path)
-    os._exit(0)
-os.waitpid(asking, 0)
-another = 0
-while another != asking:
-    if another:
-        os.kill(another, signal.SIGKILL)
-        os.waitpid(another, 0)
-    with open("/proc/sys/kernel/ns_last_pid", "w") as last:
-        last.write(str(asking - 1))
-    another = os.fork()
-    if another == 0:
-        signal.pause()
-os.kill(standby, signal.SIGCONT)
-link.settimeout(20)
-print(link.recv(999).decode())
-os.kill(another, signal.SIGKILL)
-"""
-    if not os.access("/proc/sys/kernel/ns_last_pid", os.W_OK):
-        pytest.skip("nobody here may choose a pid")
-    words = [sys.executable, "-c", program, str(own.path), str(own.process.pid)]
-    assert run(words).out == "nwho asked has ended\n"
-
-
 def test_who_carries_on_by_himself_is_ended_by_a_signal(
     server: FaultServer, mounts: Mounts, stalling: str
 ) -> None:
