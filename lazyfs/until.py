@@ -73,11 +73,6 @@ class Until:
         """How long it takes at least."""
         return 0.0 if ":" in self.text else float(self.text)
 
-    @property
-    def aim(self) -> str:
-        """What is waited for, for who has asked."""
-        return self.text if ":" in self.text else self.name
-
     def begin(self, lookup: _Lookup = socket.getaddrinfo) -> Check:
         """Begin to look; `lookup` tells the addresses of hosts."""
         kind, _, rest = self.text.partition(":")

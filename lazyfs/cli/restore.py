@@ -162,7 +162,7 @@ def restore_command(
         started_s=started_s,
         recording=recording,
     )
-    source.cache()  # what is wrong with its directory is said here
+    _check_cache(source)
     shown: _Shown = _Silent() if as_json else Bar() if sys.stderr.isatty() else _Lines()
     front = Front(plan)
     end: Event = {}
@@ -223,6 +223,14 @@ def _object(end: Mapping[str, Any], code: int, name: str | None) -> dict[str, An
         "trace": end.get("trace"),
         "warnings": end.get("warnings", []),
     }
+
+
+def _check_cache(source: SourceOptions) -> None:
+    """Say here what is wrong with the cache's directory: the daemon has only its log."""
+    directory = source.cache().directory
+    if directory is not None and not os.access(directory, os.W_OK | os.X_OK):
+        told = f"lazyfs: no cache in {directory}: what is read is kept in memory"
+        click.echo(printable(told), err=True)
 
 
 def _say_unfollowed(source: SourceOptions) -> None:

@@ -235,26 +235,28 @@ def batched(ranges: Iterable[ByteRange]) -> Iterator[ByteRange]:
     that it is here.
     """
     left = list(ranges)
-    while left:
-        count, runs = _batch(left, BATCH_BYTES)
+    start, may_grow = 0, True
+    while start < len(left):
+        stop, runs = _batch(left, start, BATCH_BYTES)
         size_bytes = BATCH_BYTES
-        while len(runs) > 1 and _mean_bytes(runs) < _WORTH_BYTES and count < len(left):
+        while may_grow and stop < len(left) and len(runs) > 1 and _mean_bytes(runs) < _WORTH_BYTES:
             size_bytes *= 2
-            count, runs = _batch(left, size_bytes)
+            stop, runs = _batch(left, start, size_bytes)
         if _mean_bytes(runs) < _WORTH_BYTES:
-            count, runs = _batch(left, BATCH_BYTES)
+            may_grow = may_grow and stop < len(left)  # or each batch would look at all that is left
+            stop, runs = _batch(left, start, BATCH_BYTES)
         yield from runs
-        del left[:count]
+        start = stop
 
 
-def _batch(ranges: Sequence[ByteRange], most_bytes: int) -> tuple[int, list[ByteRange]]:
-    """Return how many of the first ranges come to so much, and what they are together."""
+def _batch(ranges: Sequence[ByteRange], start: int, most_bytes: int) -> tuple[int, list[ByteRange]]:
+    """Return where the ranges from `start` on come to so much, and what they are together."""
     size_bytes = 0
-    count = 0
-    while count < len(ranges) and size_bytes < most_bytes:
-        size_bytes += ranges[count].size_bytes
-        count += 1
-    return count, list(coalesce(ranges[:count], _BRIDGE_BYTES))
+    stop = start
+    while stop < len(ranges) and size_bytes < most_bytes:
+        size_bytes += ranges[stop].size_bytes
+        stop += 1
+    return stop, list(coalesce(ranges[start:stop], _BRIDGE_BYTES))
 
 
 def _mean_bytes(runs: Sequence[ByteRange]) -> int:

@@ -5,10 +5,12 @@ the trace may have seen other reads of the file, and hostile pagemaps may share 
 """
 
 from bisect import bisect_right
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from lazyfs.checkpoint.plan import Stretch
+from lazyfs.ground.ranges import Covered
 from lazyfs.ground.settings import KIB
 from lazyfs.lazypages.memory import TaskMemory
 
@@ -74,14 +76,11 @@ def in_order(
 ) -> list[Part]:
     """Return the whole pages of memory that stretches of files touch, each once, in their order."""
     where = Where(memories)
+    covered: dict[str, Covered] = defaultdict(Covered)
     parts: list[Part] = []
-    seen: set[tuple[int, int]] = set()
-    for stretch in stretches:
-        start = stretch.offset // page_bytes * page_bytes
-        stop = -(-(stretch.offset + stretch.size_bytes) // page_bytes) * page_bytes
-        for part in where.parts(Stretch(stretch.path, start, stop - start)):
-            key = (id(part.memory), part.start)
-            if key not in seen:
-                seen.add(key)
-                parts.append(part)
+    for path, offset, size_bytes in stretches:
+        start = offset // page_bytes * page_bytes
+        stop = -(-(offset + size_bytes) // page_bytes) * page_bytes
+        for begin, end in covered[path].add(start, stop):
+            parts += where.parts(Stretch(path, begin, end - begin))
     return parts

@@ -50,7 +50,7 @@ class Recorded:
             LazyfsError: the restore has failed meanwhile.
         """
         self._link.mark("restored")
-        watch.tell(event="recording", until=self._until.aim)
+        watch.tell(event="recording", until=self._until.name)
         given_up_s = time.monotonic() + GIVEN_UP_S + self._until.least_s
         check = self._until.begin()
         try:

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -304,6 +305,15 @@ def test_batches_lose_nothing_and_keep_the_order_of_need(ranges: list[ByteRange]
         passed_bytes += item.size_bytes
     if passed_bytes < BATCH_BYTES:
         assert found == sorted(found)
+
+
+def test_a_great_many_ranges_that_lie_far_apart_are_put_in_order_soon() -> None:
+    """If all that is left were looked at for each batch this would take an hour."""
+    numbers = list(range(0, 1_500_000, 10))
+    random.Random(3).shuffle(numbers)
+    began_s = time.monotonic()
+    assert len(list(batched(chunk(*numbers)))) > len(numbers) // 2
+    assert time.monotonic() - began_s < 30
 
 
 class HeldAtItsEnd(MemoryBlob):

@@ -55,6 +55,15 @@ def test_it_is_as_if_each_page_were_looked_for_by_itself(
     assert all(part.memory is memory for part in parts)
 
 
+def test_what_was_wanted_in_part_before_is_wanted_whole_all_the_same() -> None:
+    memory = simple(64)
+    wanted = [Stretch("pages-1.img", 8 * PAGE, 1), Stretch("pages-1.img", 8 * PAGE, 4 * PAGE)]
+    assert in_order(wanted, [(memory, NAMES)], PAGE) == [
+        Part(memory, 24 * PAGE, 25 * PAGE),
+        Part(memory, 25 * PAGE, 28 * PAGE),
+    ]
+
+
 def simple(pages: int) -> TaskMemory:
     pagemap = Pagemap(1, (PageExtent(16 * PAGE, pages, LAZY | PRESENT),))
     vmas = [Vma(0, (pages + 32) * PAGE, 0, 3, 0x22, 1)]

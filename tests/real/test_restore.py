@@ -111,6 +111,17 @@ def test_a_workload_without_a_trace_is_told_of(
     assert ended.err == "lazyfs: no trace of nobody was found in time: none was followed\n"
 
 
+def test_a_cache_that_cannot_be_made_is_told_of(
+    store: Store, image: str, dumped: Checkpoint, restorer: Restorer
+) -> None:
+    started_s = time.time()
+    ended = restorer.run(f"{store.address}/{image}", "--json", "--cache-dir", "/proc/no-cache")
+    with alive(dumped.root_pid, dumped, started_s) as restored:
+        dumped.before.assert_goes_on(restored)
+    said = "lazyfs: no cache in /proc/no-cache: what is read is kept in memory\n"
+    assert (ended.code, ended.err) == (0, said), ended
+
+
 @pytest.mark.parametrize("kind", ["./", "oci:"])
 def test_a_path_is_one_of_the_callers_directory(
     dumped: Checkpoint, restorer: Restorer, kind: str
