@@ -363,7 +363,7 @@ def test_an_unmount_while_the_daemon_is_stopped(mounts: Mounts, local: str) -> N
 def test_a_daemon_that_is_stopped_with_nothing_cached_holds_up_no_command(
     mounts: Mounts, tmp_path: Path
 ) -> None:
-    """What is still growing is looked at anew each time; no command may look at the mount itself."""
+    """What still grows is looked at anew each time; no command may look at the mount itself."""
     mount = mounts.mount(write_layout(tmp_path / "stream", gzip_layer(FILES)))
     mount.signal(signal.SIGSTOP)
     try:
