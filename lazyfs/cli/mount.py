@@ -19,6 +19,7 @@ from lazyfs.cli.daemon import run_detached
 from lazyfs.cli.opening import proof_bar, stub_line
 from lazyfs.cli.options import (
     REFERENCE_HELP,
+    MountPoint,
     SourceOptions,
     follow_option,
     record_options,
@@ -44,7 +45,7 @@ _LOG_NAME_MOST_BYTES = 200
 
 @click.command("mount", epilog=REFERENCE_HELP)
 @click.argument("reference", metavar="REF")
-@click.argument("directory", metavar="DIR", type=click.Path(readable=False, path_type=Path))
+@click.argument("directory", metavar="DIR", type=MountPoint())
 @click.option(
     "--view",
     type=click.Choice(["criu", "image"]),
@@ -159,7 +160,7 @@ def mount_command(
 
 
 @click.command("umount")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=MountPoint())
 @click.option("--lazy", is_flag=True, help="Detach it now, even while files on it are open.")
 @verbose_option
 def umount_command(directory: Path, lazy: bool) -> None:

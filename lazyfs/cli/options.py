@@ -98,6 +98,23 @@ class SourceOptions:
         )
 
 
+class MountPoint(click.Path):
+    """A directory that nobody looks at yet: a mount whose daemon is stuck answers no look."""
+
+    def __init__(self) -> None:
+        """Take any."""
+        super().__init__(path_type=Path)
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        """Return the path as it was given; `click.Path` would call stat(2)."""
+        return self.coerce_path_result(value)
+
+
 def default_cache_dir() -> Path:
     """Return /var/cache/lazyfs for root, and a user's own cache directory for anybody else.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lazyfs.cli.options import verbose_option
+from lazyfs.cli.options import MountPoint, verbose_option
 
 if TYPE_CHECKING:
     from lazyfs.asking import Known
@@ -16,7 +16,7 @@ _WELL = ("serving", "detached", "restoring")
 
 
 @click.command("status")
-@click.argument("directory", metavar="[DIR]", required=False, type=click.Path(path_type=Path))
+@click.argument("directory", metavar="[DIR]", required=False, type=MountPoint())
 @click.option("--json", "as_json", is_flag=True, help="All that is known (docs/json.md).")
 @verbose_option
 def status_command(directory: Path | None, as_json: bool) -> int:

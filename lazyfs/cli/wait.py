@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lazyfs.cli.options import verbose_option
+from lazyfs.cli.options import MountPoint, verbose_option
 from lazyfs.cli.sizes import Seconds
 from lazyfs.cli.text import human_bytes
 from lazyfs.ground.errors import IntegrityError, LazyfsError, SourceError, UsageError
@@ -24,7 +24,7 @@ _CANNOT_BE = {
 
 
 @click.command("wait")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=MountPoint())
 @click.option(
     "--complete",
     is_flag=True,

@@ -32,6 +32,7 @@ from tests.mount.mounting import (
     wait_until,
 )
 from tests.mount.published import MIB, checkpoint_files, publish, write_layout
+from tests.mount.writers import gzip_layer
 
 FILES = checkpoint_files(12 * MIB)
 DATA = FILES["checkpoint/pages-1.img"]
@@ -352,6 +353,21 @@ def test_an_unmount_while_the_daemon_is_stopped(mounts: Mounts, local: str) -> N
         assert (done.code, done.out) == (1, "")
         assert "does not answer; detach it all the same: lazyfs umount --lazy" in done.err
         assert mount.is_mounted
+        assert mount.umount("--lazy").code == 0
+        assert not mount.is_mounted
+    finally:
+        mount.signal(signal.SIGCONT)
+    mount.wait_end()
+
+
+def test_a_daemon_that_is_stopped_with_nothing_cached_holds_up_no_command(
+    mounts: Mounts, tmp_path: Path
+) -> None:
+    """What still grows is looked at anew each time; no command may look at the mount itself."""
+    mount = mounts.mount(write_layout(tmp_path / "stream", gzip_layer(FILES)))
+    mount.signal(signal.SIGSTOP)
+    try:
+        assert lazyfs("status", mount.directory, timeout=30).code == 1
         assert mount.umount("--lazy").code == 0
         assert not mount.is_mounted
     finally:
