@@ -106,7 +106,7 @@ def test_whoever_is_killed_during_a_restore_nothing_is_left(
     with place(store, made, rate_bytes_s=_SLOW_BYTES_S, forgiven=_EXPECTED) as there:
         restore = there.start()
         wait_until(lambda: there.crossed_bytes > 1 << 20, "the restore is under way", 60)
-        for pid in _of(there.here, victim):
+        for pid in wait_until(lambda: _of(there.here, victim) or None, f"a {victim}", 60):
             os.kill(pid, signal.SIGKILL)
         restore.communicate(timeout=120)
         if victim == "podman":
@@ -116,12 +116,15 @@ def test_whoever_is_killed_during_a_restore_nothing_is_left(
 
 
 def _of(here: Machine, name: str) -> list[int]:
-    """Return a machine's processes by their parts in a restore."""
+    """Return a machine's processes by their parts in a restore; none if it has not begun."""
     everybody = tree(here.session.pid)
     if name not in ("front", "keeper", "mount"):
         return [pid for pid in everybody if _program(pid) == name]
     runtimes = {pid for pid in everybody if _program(pid) == "runc"}
-    (front,) = (pid for pid in everybody if set(children(pid)) & runtimes - {pid})
+    fronts = [pid for pid in everybody if set(children(pid)) & runtimes - {pid}]
+    if not fronts:
+        return []
+    (front,) = fronts
     keeper = next(pid for pid in children(front) if pid not in runtimes)
     (mount,) = children(keeper)
     return [{"front": front, "keeper": keeper, "mount": mount}[name]]
