@@ -29,10 +29,8 @@ _REACH_BYTES = MIB
 class Walk:
     """One of them."""
 
-    def __init__(self, file: int, offset: int, window_bytes: int, usual_bytes: int = 0) -> None:
-        """`usual_bytes`: how long the latest walks have been."""
+    def __init__(self, file: int, offset: int, window_bytes: int) -> None:
         self.file = file
-        self.usual_bytes = usual_bytes
         self.began = offset
         self.position = offset
         """Up to where its memory has been filled: there the next fault is expected."""
@@ -67,11 +65,10 @@ class Walk:
     def note_wait(self) -> None:
         """Take note that a fault has to wait: too little was fetched ahead, or too late.
 
-        No more than what has been walked is asked for in vain, or half of what walks usually come
-        to; but for a little.
+        No more than half of what has been walked is asked for in vain, but for a little.
         """
-        walked_bytes = max(self.position - self.began, self.usual_bytes // 2)
-        most_bytes = max(MOST_FIRST_BYTES, min(walked_bytes, MOST_BYTES))
+        walked_bytes = self.position - self.began
+        most_bytes = max(MOST_FIRST_BYTES, min(walked_bytes // 2, MOST_BYTES))
         if not self.is_first:
             self.window_bytes = max(self.window_bytes, min(2 * self.window_bytes, most_bytes))
 
@@ -83,7 +80,6 @@ class Walks:
         """Nobody has been anywhere."""
         self._walks: deque[Walk] = deque(maxlen=_WALKS_MOST)
         self._first_bytes = FIRST_BYTES
-        self._usual_bytes = 0
 
     def note(self, file: int, offset: int) -> Walk:
         """Take note of a fault; return the walk that it belongs to."""
@@ -99,15 +95,13 @@ class Walks:
                 return walk
         if self._walks:
             self._learn(self._walks[-1])
-        walk = Walk(file, offset, self._first_bytes, self._usual_bytes)
+        walk = Walk(file, offset, self._first_bytes)
         self._walks.append(walk)
         return walk
 
     def _learn(self, walk: Walk) -> None:
         """Let new ones begin as the latest has turned out to be."""
-        walked_bytes = walk.position - walk.began
-        self._usual_bytes = min(walked_bytes, 2 * self._usual_bytes or walked_bytes)
         if walk.is_first:
             self._first_bytes = max(self._first_bytes // 2, LEAST_BYTES)
-        elif walked_bytes >= self._first_bytes:
+        elif walk.position - walk.began >= self._first_bytes:
             self._first_bytes = min(2 * self._first_bytes, MOST_FIRST_BYTES)
