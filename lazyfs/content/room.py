@@ -9,8 +9,9 @@ or when the disk has more free than before, so that the cache takes more again o
 
 So a limit is overshot by what has been taken and not written yet: at most two credits a daemon
 (one, and one more while somebody looks), that is 32 MiB, or a thirty-second part of a smaller
-limit; and by nameless files of *other* daemons (of layers that no digest names), which nobody
-else can see. The floor that stays free on the disk holds for those too.
+limit, and a chunk more where a credit is less than one; and by nameless files of *other* daemons
+(of layers that no digest names), which nobody else can see. The floor that stays free on the disk
+holds for those too.
 
 Called from many worker threads at once. Nothing here waits for another process for longer than
 `_LOCK_PATIENCE_S`, nor for another thread for longer than `_PATIENCE_S`.
