@@ -9,9 +9,8 @@ or when the disk has more free than before, so that the cache takes more again o
 
 So a limit is overshot by what has been taken and not written yet: at most two credits a daemon
 (one, and one more while somebody looks), that is 32 MiB, or a thirty-second part of a smaller
-limit, and a chunk more where a credit is less than one; and by nameless files of *other* daemons
-(of layers that no digest names), which nobody else can see. The floor that stays free on the disk
-holds for those too.
+limit; and by nameless files of *other* daemons (of layers that no digest names), which nobody else
+can see. The floor that stays free on the disk holds for those too.
 
 Called from many worker threads at once. Nothing here waits for another process for longer than
 `_LOCK_PATIENCE_S`, nor for another thread for longer than `_PATIENCE_S`.
@@ -72,6 +71,8 @@ class Room:
         self._looking = False
         self._refusal: tuple[int, str] | None = None
         self._look_again_at_s = 0.0
+        self._granted_bytes = 0
+        """Granted by the latest look, if more than a credit: maybe it is not written yet."""
 
     def take(self, count: int) -> None:
         """Be called before `count` bytes are written.
@@ -112,7 +113,11 @@ class Room:
     def _look(self, count: int, bounds: Bounds) -> None:
         refusal, credit_bytes = None, 0
         try:
-            credit_bytes = min(bounds.have(count) - count, bounds.credit_bytes)
+            wanted_bytes = count + self._granted_bytes
+            self._granted_bytes = 0
+            credit_bytes = min(bounds.have(wanted_bytes) - wanted_bytes, bounds.credit_bytes)
+            if count > bounds.credit_bytes:
+                self._granted_bytes = count
         except OSError as error:
             refusal = error.errno or errno.ENOSPC, error.strerror or str(error)
             raise

@@ -67,6 +67,15 @@ def test_more_than_a_credit_is_taken_at_once() -> None:
         Room(tank).take(10_001)
 
 
+def test_more_than_a_credit_that_is_not_written_yet_is_not_granted_twice() -> None:
+    tank = Tank(1_500)
+    room = Room(tank)
+    room.take(1_000)  # and whoever looks next finds nothing of it on the disk
+    with pytest.raises(OSError, match="the tank is empty"):
+        room.take(1_000)
+    assert tank.looks == 2
+
+
 def test_what_is_refused_is_refused_for_a_while_without_a_look() -> None:
     tank = Tank(5)
     room = Room(tank)
