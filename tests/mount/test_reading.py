@@ -225,13 +225,13 @@ def test_small_files_are_there_before_they_are_asked_for(
     server: FaultServer, mounts: Mounts
 ) -> None:
     files = checkpoint_files(40 * MIB)
-    mount = mounts.mount(publish_files(server, files, "zstd:chunked"))
-    first, *others = sorted(set(files) - {PAGES, "config.dump"})
-    (mount / first.removeprefix("checkpoint/")).read_bytes()  # they are on their way by now
-    asked = server.count("/blobs/")
-    for name in (first, *others):
+    layer = zstd_chunked(files)
+    mount = mounts.mount(publish(server, layer))
+    for_what = "the table of contents, what is before the pages, and what is behind them"
+    wait_until(lambda: len(asked_ranges(server, layer)) == 3, for_what)
+    for name in sorted(set(files) - {PAGES, "config.dump"}):
         assert (mount / name.removeprefix("checkpoint/")).read_bytes() == files[name]
-    assert server.count("/blobs/") == asked
+    assert len(asked_ranges(server, layer)) == 3
 
 
 def test_readers_on_a_layout_and_an_archive(mounts: Mounts, tmp_path: Path) -> None:
