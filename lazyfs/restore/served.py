@@ -16,9 +16,11 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
+from msgspec.structs import asdict
 
 from lazyfs.background import close_inherited, log_to
 from lazyfs.ground.errors import LazyfsError
@@ -48,8 +50,7 @@ class NoAnswer(LazyfsError):
     """The daemon lives, but has not answered in time: it may be busy, stopped, or stuck."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What is to be served, and for what."""
 
     reference: str
