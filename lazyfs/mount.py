@@ -122,7 +122,7 @@ async def serve_mount(
     gc.set_threshold(_GARBAGE_OBJECTS)
     try:
         async with trio.open_nursery() as nursery:
-            doubts = _Doubts()
+            doubts = _Doubts(config.check_with)
             nursery.start_soon(doubts.look_at_host)
             await _serve(config, doubts, on_ready, notifier or Notifier({}))
             nursery.cancel_scope.cancel()
@@ -168,8 +168,9 @@ def _recorder(config: MountConfig) -> "Recorder | None":
 class _Doubts:
     """What may keep a checkpoint from being restored on this machine."""
 
-    def __init__(self) -> None:
+    def __init__(self, check_with: str | None) -> None:
         self.messages: list[str] = []
+        self._check_with = check_with
         self._host: Host | None = None
         self._host_known = trio.Event()
 
@@ -179,7 +180,9 @@ class _Doubts:
         What all this needs is imported there too, while the source is being waited for.
         """
         try:
-            self._host = await trio.to_thread.run_sync(_host, abandon_on_cancel=True)
+            self._host = await trio.to_thread.run_sync(
+                _host, self._check_with, abandon_on_cancel=True
+            )
         except Exception:  # a bug must not end the mount
             log.exception("this machine cannot be looked at: please report this")
         self._host_known.set()
@@ -209,7 +212,7 @@ class _Doubts:
         from lazyfs.checkpoint.preflight import check_here
 
         try:
-            return await check_here(await inspect(checkpoint, brief=True), criu)
+            return await check_here(await inspect(checkpoint, brief=True), criu, self._host)
         except LazyfsError as error:
             log.info("whether it can be restored here is not known: %s", error)
         except Exception:  # a bug must not end the mount
@@ -223,11 +226,18 @@ class _Doubts:
                 log.warning("it may not restore here: %r", finding.message)
 
 
-def _host() -> "Host":
+def _host(check_with: str | None) -> "Host":
     from lazyfs.checkpoint import preflight  # noqa: F401 - wanted soon
     from lazyfs.checkpoint.host import collect_host
 
-    return collect_host()
+    if check_with is None:
+        return collect_host()
+    # These too: a restore waits for what they find.
+    import google.protobuf.message_factory  # noqa: F401
+
+    import lazyfs.checkpoint.inspect  # noqa: F401
+
+    return collect_host(criu=check_with)
 
 
 class _Mount:

@@ -96,13 +96,26 @@ def collect_host(
         cgroup_version=_cgroup_version(Path("/proc/self/mountinfo")),
         lsm=_lsm(),
         cpu_flags=_cpu_flags(),
-        programs={name: version for name in programs for version in _found(name)},
+        programs=_programs(programs),
         plugins=frozenset(_plugins()),
         userfaultfd=_userfaultfd(),
         memory_bytes=_sum(memory, "MemTotal", "SwapTotal"),
         available_bytes=_sum(memory, "MemAvailable", "SwapFree"),
-        tasks=frozenset(number for number in task_ids if Path(f"/proc/{number:d}").exists()),
+        tasks=_tasks(task_ids),
     )
+
+
+def look_again(host: Host, *, programs: Iterable[str], task_ids: Iterable[int]) -> Host:
+    """Find out what else is wanted of this machine, which was looked at a moment ago. Blocks."""
+    return msgspec.structs.replace(host, programs=_programs(programs), tasks=_tasks(task_ids))
+
+
+def _programs(names: Iterable[str]) -> dict[str, str | None]:
+    return {name: version for name in names for version in _found(name)}
+
+
+def _tasks(ids: Iterable[int]) -> frozenset[int]:
+    return frozenset(number for number in ids if Path(f"/proc/{number:d}").exists())
 
 
 def version_in(text: str) -> str | None:

@@ -20,19 +20,28 @@ from lazyfs.checkpoint.findings import (
     programs_wanted,
     task_ids,
 )
-from lazyfs.checkpoint.host import Host, collect_host
+from lazyfs.checkpoint.host import Host, collect_host, look_again
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.opened import OpenedCheckpoint
     from lazyfs.checkpoint.report import Report
 
 
-async def check_here(report: "Report", criu: str = "criu") -> tuple[Finding, ...]:
-    """Compare a checkpoint with this machine; `criu`: as for `collect_host`."""
-    host = await trio.to_thread.run_sync(
-        lambda: collect_host(criu=criu, programs=programs_wanted(report), task_ids=task_ids(report))
-    )
-    return check(report, host)
+async def check_here(
+    report: "Report", criu: str = "criu", host: Host | None = None
+) -> tuple[Finding, ...]:
+    """Compare a checkpoint with this machine; `criu`: as for `collect_host`.
+
+    `host`: what is known of it already, that CRIU included.
+    """
+    programs, tasks = programs_wanted(report), task_ids(report)
+
+    def look() -> Host:
+        if host is not None:
+            return look_again(host, programs=programs, task_ids=tasks)
+        return collect_host(criu=criu, programs=programs, task_ids=tasks)
+
+    return check(report, await trio.to_thread.run_sync(look))
 
 
 def check_annotations(checkpoint: "OpenedCheckpoint", host: Host) -> tuple[Finding, ...]:
