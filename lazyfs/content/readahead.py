@@ -24,9 +24,9 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
+import msgspec
 import trio
 
 from lazyfs.content.flight import Flight, Task
@@ -70,8 +70,7 @@ _AWAITED_MOST = 16
 """Flights of other daemons that are awaited at a time; they take no connection."""
 
 
-@dataclass(eq=False, slots=True)
-class _Stream:
+class _Stream(msgspec.Struct, eq=False):
     position: int
     limit: int
     consumed_bytes: int
