@@ -131,7 +131,10 @@ except OSError as error:
 
     def result(self, timeout_s: float = 30) -> str:
         """Return the size, the names, or the errno's name."""
-        return self._process.communicate(timeout=timeout_s)[0].strip()
+        self._process.wait(timeout=timeout_s)
+        assert self._process.stdout is not None
+        with self._process.stdout as out:
+            return out.read().strip()
 
     def is_waiting(self) -> bool:
         """Whether it has asked, and is not answered yet."""
