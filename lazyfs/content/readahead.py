@@ -404,3 +404,7 @@ class FileReader:
         begin = min(self._start + offset, self._stop)
         wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
         return wanted.start == wanted.stop or self._content.is_here(wanted)
+
+    def is_kept(self) -> bool:
+        """Whether all of the file is in the cache, checked or not."""
+        return not self._file.size_bytes or self._content.is_kept(self._file)
