@@ -100,7 +100,7 @@ class ContentSettings(msgspec.Struct, frozen=True):
     most, with narrow windows (`transport/window.py`)."""
     gentle_connections: int = 2
     """Narrow windows of so many connections are 0.8 of a link of 1 Gbit/s and 10 ms, and fill no
-    queue; with three a read waits twice as long. Beside who fetches much at each fault, one."""
+    queue; with three a read waits twice as long. Beside who fetches much at each fault, none."""
     patience_s: float = 0.4
     """A reader that waits for somebody else's fetch and sees no byte of it for so long asks
     for itself."""
