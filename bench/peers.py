@@ -24,6 +24,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from fnmatch import fnmatch
 from pathlib import Path
@@ -37,6 +38,8 @@ from resuming import WAYS, Case, Row, Way
 from rich.console import Console
 from stage import LINKS, Stage, features, missing
 from testbed import Testbed
+
+Cases = list[dict[str, Any]]
 
 _PATIENCE_S = 40.0
 _PATIENCE_S_A_GIB = 45.0
@@ -63,10 +66,10 @@ def choose(options: Any, has: frozenset[str]) -> dict[str, Way]:
     return links | chosen
 
 
-def measure_all(testbed: Testbed, options: Any) -> tuple[list[dict[str, Any]], bool]:
-    """Measure all cases; return them, and whether all went well."""
+def measure_all(testbed: Testbed, options: Any, note: Callable[[Cases], None]) -> Cases:
+    """Measure all cases; `note` is told after each of those up to then."""
     ways = choose(options, has := features())
-    cases: list[dict[str, Any]] = []
+    cases: Cases = []
     for size_mib in options.size:
         for pattern in options.pattern:
             with ExitStack() as stack:
@@ -87,9 +90,9 @@ def measure_all(testbed: Testbed, options: Any) -> tuple[list[dict[str, Any]], b
                             if at_once == 1:
                                 alone = found["rows"]
                             cases.append(found | {"prepared_s": round(prepared_s, 1)})
+                            note(cases)
                 shutil.rmtree(stage.directory / "caches", ignore_errors=True)
-    measured = [row for case in cases for rows in case["rows"].values() for row in rows]
-    return cases, not any("failed" in row for row in measured)
+    return cases
 
 
 def _measure_case(
@@ -163,21 +166,25 @@ def main() -> None:
         print("\n".join(WAYS))
         return
     began_s = time.monotonic()
-    cases, well = measure_all(Testbed.locate(), options)
     result = {
         "question": (__doc__ or "").splitlines()[0],
         "machine": machine(),
         "links": {name: LINKS[name] for name in options.links},
         "runs": options.runs,
-        "took_s": round(time.monotonic() - began_s, 1),
-        "cases": cases,
     }
-    write_json(options.json, result)
+
+    def note(cases: Cases) -> None:
+        """Keep what there is: a later case may not come to its end."""
+        result.update(took_s=round(time.monotonic() - began_s, 1), cases=cases)
+        write_json(options.json, result)
+
+    cases = measure_all(Testbed.locate(), options, note)
     if options.plot is not None:
         from picture import draw
 
         draw(result, options.plot)
-    sys.exit(0 if well else 1)
+    measured = [row for case in cases for rows in case["rows"].values() for row in rows]
+    sys.exit(1 if any("failed" in row for row in measured) else 0)
 
 
 if __name__ == "__main__":

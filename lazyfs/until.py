@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
+import msgspec
 
 from lazyfs.ground.errors import UsageError
 
@@ -49,8 +50,7 @@ class Check(Protocol):
         """Look no more."""
 
 
-@dataclass(frozen=True)
-class Until:
+class Until(msgspec.Struct, frozen=True):
     """What a recording lasts until."""
 
     text: str
@@ -99,8 +99,7 @@ def parse_until(text: str) -> Until:
         words = _words(rest)
         if not words:
             raise UsageError("--until exec: names no command: --until 'exec:curl -f localhost'")
-        if "/" not in words[0] and shutil.which(words[0]) is None:
-            raise UsageError(f"--until {text}: there is no program {words[0]}")
+        _check_program(words[0], text)
     elif kind == "port":
         _host_and_port(rest, text)
     elif kind == "http":
@@ -120,6 +119,19 @@ def parse_until(text: str) -> Until:
         if not 0 < seconds <= _SECONDS_MOST:
             raise UsageError(f"--until {text}: it is one of {FORMS}")
     return Until(text)
+
+
+def _check_program(word: str, given: str) -> None:
+    """See that there is such a program, on the PATH or where a path leads to from here."""
+    try:
+        found = shutil.which(word)
+    except ValueError:  # a null byte
+        found = None
+    if found is None:
+        what = "cannot be executed" if "/" in word and os.path.lexists(word) else "is not there"
+        if "/" not in word:
+            what = "is not on the PATH"
+        raise UsageError(f"--until {given}: the program {word} {what}")
 
 
 def _words(text: str) -> list[str]:

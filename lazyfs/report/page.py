@@ -199,7 +199,8 @@ def _body(analysis: Analysis, figures: dict[str, Any], version: str) -> Iterator
         yield _section(
             "Needed against fetched",
             "What was needed and what came are as unpacked; what was fetched is as it lies in the "
-            "blob. By file: what had become of it at the end mark.",
+            "blob. Zeros that a blob leaves out need not come. By file: what had become of it at "
+            "the end mark.",
         )
         yield _chart("amounts", amounts(analysis), figures)
         yield _chart("files", by_file(analysis), figures)

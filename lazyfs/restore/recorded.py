@@ -3,6 +3,7 @@
 The mount's daemon notes and writes; it is told over a link (`watcher.py`).
 """
 
+import math
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,7 @@ class Recorded:
         self._until = wanted.until
         self._work = work
         self._started_s = 0.0
+        self._restored_s = math.inf
         self._link, self._theirs = Link.pair()
         link = self._theirs.fileno()
         self.config = RecordConfig(wanted.file, way, wanted.began_s, link, wanted.is_precise)
@@ -49,7 +51,8 @@ class Recorded:
         Raises:
             LazyfsError: the restore has failed meanwhile.
         """
-        self._link.mark("restored")
+        self._restored_s = time.monotonic()
+        self._link.mark("restored", self._restored_s)
         watch.tell(event="recording", until=self._until.name)
         given_up_s = time.monotonic() + GIVEN_UP_S + self._until.least_s
         check = self._until.begin()
@@ -97,7 +100,12 @@ class Recorded:
             watch.tell(event="recorded", **written)
 
     def _phases(self) -> list[tuple[str, float, float]]:
-        """Return CRIU's phases. Its log was last written to when its last line says."""
+        """Return CRIU's phases. Its log was last written to when its last line says.
+
+        When it was started says less: a container's runtime begins CRIU in its own time. But it
+        was not before that, and not after it had ended: whoever has touched the log since, or set
+        the clock, moves nothing out of the restore.
+        """
         from lazyfs.checkpoint.criu_phases import length_ms, phases_of
 
         with suppress(OSError):
@@ -105,7 +113,8 @@ class Recorded:
             written_s = log.stat().st_mtime - time.time() + time.monotonic()
             with log.open(errors="replace") as file:
                 text = file.read(_LOG_MOST_BYTES)
-            began_s = max(self._started_s, written_s - length_ms(text) / 1000)
+            ended_s = min(written_s, self._restored_s)
+            began_s = max(self._started_s, ended_s - length_ms(text) / 1000)
             return [
                 (phase.name, began_s + phase.began_ms / 1000, began_s + phase.ended_ms / 1000)
                 for phase in phases_of(text)

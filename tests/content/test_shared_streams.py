@@ -257,6 +257,9 @@ async def test_the_last_who_leaves_clears_up(tmp_path: Path) -> None:
     async with AsyncExitStack() as stack:
         for blob in blobs:
             await stack.enter_async_context(streamed(tmp_path, blob))
+        with trio.fail_after(20):
+            while not growing_in(tmp_path):  # noqa: ASYNC110 - a thread's
+                await trio.sleep(0.01)
         await trio.sleep(0.1)
         assert len(growing_in(tmp_path)) == 1
     assert not growing_in(tmp_path)

@@ -10,12 +10,12 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import CacheFile, open_cache_file
@@ -294,7 +294,7 @@ async def test_a_stalled_one_costs_patience_once_not_for_each_read(tmp_path: Pat
 
 async def test_one_to_whom_bytes_come_slowly_is_waited_for(tmp_path: Path) -> None:
     """A chunk takes longer than anybody is patient, but the bytes of it come."""
-    settings = replace(SETTINGS, patience_s=0.7)
+    settings = replace(SETTINGS, patience_s=1.2)
     with daemons(tmp_path, 2, settings) as (one, two):
         one.blob.cut_after = one.blob.piece_bytes
         one.blob.before = lambda _: time.sleep(0.4)
@@ -306,7 +306,7 @@ async def test_one_to_whom_bytes_come_slowly_is_waited_for(tmp_path: Path) -> No
 
 
 async def test_of_many_who_waited_in_vain_one_asks(tmp_path: Path) -> None:
-    settings = replace(SETTINGS, patience_s=0.5)
+    settings = replace(SETTINGS, patience_s=1.0)
     with daemons(tmp_path, 6, settings) as (stalled, *rest):
         gate, second = Gate(), Gate()
         stalled.blob.before = gate

@@ -19,6 +19,9 @@ from lazyfs import mountpoint
 
 LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} ([A-Z]+) \d+ (.*)$")
 TIMEOUT_S = 60.0
+AT_ONCE_S = 20.0
+"""What waits for nothing is over by then, on any machine; what waits for a source is not: it has
+90 seconds by default."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,20 @@ def is_alive(pid: int) -> bool:
         return False
 
 
+def descriptors(pid: int) -> dict[int, str]:
+    """Return what a process has open, by number; it works on, and may close some meanwhile."""
+    found = {}
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found[int(entry.name)] = str(entry.readlink())
+    return found
+
+
+def is_asleep(pid: int) -> bool:
+    """Whether a process waits for something in the kernel (proc(5), `stat`: state)."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "SD"
+
+
 def error_of(action: Callable[[], object]) -> str | None:
     """Return the name of the errno that an action fails with; None if it does not fail."""
     try:
@@ -97,6 +114,7 @@ class Waiter:
     _SCRIPT = """
 import errno, os, sys
 what, path = sys.argv[1:]
+print(flush=True)
 try:
     print({"stat": lambda: os.stat(path).st_size, "ls": lambda: " ".join(sorted(os.listdir(path)))}
           [what]())
@@ -108,13 +126,22 @@ except OSError as error:
         self._process = subprocess.Popen(
             [sys.executable, "-c", self._SCRIPT, what, path], stdout=subprocess.PIPE, text=True
         )
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "\n", "it begins"
 
     def result(self, timeout_s: float = 30) -> str:
         """Return the size, the names, or the errno's name."""
-        return self._process.communicate(timeout=timeout_s)[0].strip()
+        self._process.wait(timeout=timeout_s)
+        assert self._process.stdout is not None
+        with self._process.stdout as out:
+            return out.read().strip()
 
     def is_waiting(self) -> bool:
-        return self._process.poll() is None
+        """Whether it has asked, and is not answered yet."""
+        return self._process.poll() is None and is_asleep(self._process.pid)
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def kill(self) -> None:
         """Kill it: the kernel lets it go when the filesystem has answered, and no sooner."""
@@ -160,7 +187,11 @@ except OSError as error:
         return self._process.pid
 
     def is_waiting(self) -> bool:
-        return self._process.poll() is None
+        """Whether it has asked, and is not answered yet."""
+        return self._process.poll() is None and is_asleep(self._process.pid)
+
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
 
     def kill(self) -> None:
         self._process.kill()
@@ -186,6 +217,11 @@ class Mount:
     def status(self) -> dict[str, Any]:
         status: dict[str, Any] = json.loads(os.getxattr(self.directory, "user.lazyfs.status"))
         return status
+
+    def asked_again(self) -> int:
+        """How often something was asked for once more, because it was slow or failed."""
+        status = self.status()
+        return int(status["hedges"] + status["retries"])
 
     def umount(self, *options: str) -> Done:
         return lazyfs("umount", *options, self.directory)

@@ -14,6 +14,7 @@ from lazyfs.checkpoint.soci_index import INDEX_DIGEST_KEY, INDEX_V1, INDEX_V2, L
 from tests.faults import OCI_INDEX, OCI_MANIFEST, FaultServer, Resource, digest_of
 from tests.images import Files, Layer, tar_layer, zstd_chunked
 from tests.layers.stargz_writer import estargz, stargz_zstd
+from tests.mount.mounting import Mount, wait_until
 from tests.mount.writers import gzip_layer, seekable_layer, soci_layer, zstd_layer
 
 KIB = 1024
@@ -160,6 +161,23 @@ def extract(blob: bytes, directory: Path) -> Path:
     directory.mkdir()
     subprocess.run(["tar", "xp", "--numeric-owner", "-C", directory], input=blob, check=True)
     return directory
+
+
+def settled(server: FaultServer, layer: Layer, mount: Mount) -> int:
+    """Wait until a mount has all that it fetches unasked; return how many ranges it asked for.
+
+    Of a zstd:chunked layer: the table of contents, what lies before the pages, what lies behind.
+    Whoever counts requests, or lets the next of them fail, must not take these for a reader's.
+    """
+
+    def is_settled() -> bool:
+        asked = asked_ranges(server, layer)
+        wanted_bytes = sum(stop - start for start, stop in set(asked))
+        fetched_bytes = mount.status()["bytes_fetched"]
+        return len(asked) - mount.asked_again() == 3 and fetched_bytes >= wanted_bytes
+
+    wait_until(is_settled, "the table of contents, what is before the pages, and what is behind")
+    return len(asked_ranges(server, layer))
 
 
 def asked_ranges(server: FaultServer, layer: Layer) -> list[tuple[int, int]]:

@@ -22,12 +22,21 @@ from tests.faults import (
     whole,
 )
 from tests.images import zstd_chunked
-from tests.mount.mounting import Mount, Mounts, Reader, read_at, wait_until
-from tests.mount.published import FEW, KIB, MIB, checkpoint_files, publish, publish_files
+from tests.mount.mounting import AT_ONCE_S, Mount, Mounts, Reader, read_at, wait_until
+from tests.mount.published import (
+    FEW,
+    KIB,
+    MIB,
+    checkpoint_files,
+    publish,
+    publish_files,
+    settled,
+)
 
 PAGES = "checkpoint/pages-1.img"
 FILES = checkpoint_files(24 * MIB)
 DATA = FILES[PAGES]
+CHUNKED = zstd_chunked(FILES)
 
 
 @pytest.fixture(params=FEW)
@@ -38,7 +47,7 @@ def reference(request: pytest.FixtureRequest, server: FaultServer) -> str:
 @pytest.fixture
 def chunked(server: FaultServer) -> str:
     """An image without a background pass: what is fetched is what a reader wants."""
-    return publish(server, zstd_chunked(FILES))
+    return publish(server, CHUNKED)
 
 
 def said_of(data: bytes) -> str:
@@ -128,6 +137,7 @@ def test_a_token_that_expires(server: FaultServer, mounts: Mounts, reference: st
 def test_a_server_that_comes_back(server: FaultServer, mounts: Mounts, chunked: str) -> None:
     """A restart in mid-read: the reader waits and gets its bytes."""
     mount = mounts.mount(chunked)
+    settled(server, CHUNKED, mount)
     held = threading.Event()
     server.script("/blobs/", stall(after=1000, until=held))
     asked = server.count("/blobs/")
@@ -135,7 +145,7 @@ def test_a_server_that_comes_back(server: FaultServer, mounts: Mounts, chunked: 
     server.wait_count("/blobs/", asked + 1)
     server.stop()
     wait_until(lambda: mount.status()["retries"] > 2, "it asks again")
-    assert reader.is_waiting()
+    wait_until(reader.is_waiting, "it waits")
     server.start()
     assert reader.result() == said_of(DATA[10 * MIB : 14 * MIB])
     assert mount.status()["failed_reads"] == 0
@@ -173,6 +183,7 @@ def test_a_server_that_stalls(
 ) -> None:
     """Never a hang; and it recovers as the server does."""
     mount = mounts.mount(chunked, "--deadline=0.5")
+    settled(server, CHUNKED, mount)
     server.script("/blobs/", *[fault] * 64)
     mounts.expect_log("ERROR .* read answered with an error: ")
     reader = Reader(mount / "pages-1.img", 10 * MIB, 64 * KIB)
@@ -187,9 +198,10 @@ def test_a_refusal_in_mid_mount(
 ) -> None:
     """No reason to wait: EIO at once, until the registry thinks better of it."""
     mount = mounts.mount(chunked)
+    settled(server, CHUNKED, mount)
     server.script("/blobs/", *[status(code)] * 64)
     mounts.expect_log(f"ERROR .* read answered with an error: .* \\({code} ")
-    assert Reader(mount / "pages-1.img", 10 * MIB, 64 * KIB).result(timeout_s=5) == "EIO"
+    assert Reader(mount / "pages-1.img", 10 * MIB, 64 * KIB).result(AT_ONCE_S) == "EIO"
     server.forgive()
     assert read_all(mount) == DATA
 
@@ -232,9 +244,10 @@ def test_an_answer_that_lies(
     server: FaultServer, mounts: Mounts, chunked: str, fault: Fault
 ) -> None:
     mount = mounts.mount(chunked, "--deadline=0.5")
+    settled(server, CHUNKED, mount)
     server.script("/blobs/", *[fault] * 64)
     mounts.expect_log("ERROR .* read answered with an error: ")
-    assert Reader(mount / "pages-1.img", 10 * MIB, 64 * KIB).result(timeout_s=10) == "EIO"
+    assert Reader(mount / "pages-1.img", 10 * MIB, 64 * KIB).result() == "EIO"
     server.forgive()
     assert read_all(mount) == DATA
     server.script("/blobs/", *[fault] * 64)

@@ -16,7 +16,7 @@ import pytest
 from lazyfs.cli.main import run
 from lazyfs.content import janitor, shelf
 from tests.faults import FaultServer
-from tests.mount.mounting import Mount, Mounts, lazyfs, read_at, wait_until
+from tests.mount.mounting import Mount, Mounts, descriptors, lazyfs, read_at, wait_until
 from tests.mount.published import MIB, checkpoint_files, publish_files, some_bytes
 from tests.shelves import layers_in
 
@@ -160,7 +160,7 @@ def test_in_memory_nothing_gets_to_the_disk(server: FaultServer, mounts: Mounts,
         wait_until(partial(_has_fetched_all, mount), "a fetch for this mount alone")
         assert mount.status()["cache_write_errors"] == 0
         assert [path.name for path in mounts.cache_dir.iterdir()] == ["log"]
-        names = [os.readlink(fd) for fd in Path(f"/proc/{mount.pid}/fd").iterdir()]
+        names = descriptors(mount.pid).values()
         assert any(name.startswith("/memfd:lazyfs") for name in names)
         assert not any(
             name.startswith(str(mounts.cache_dir / "l")) and "log/" not in name for name in names
@@ -173,9 +173,9 @@ def test_in_memory_nothing_gets_to_the_disk(server: FaultServer, mounts: Mounts,
 def memory_of(pid: int) -> int:
     """Return what a daemon's content takes up in memory."""
     sizes = {}
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(fd).startswith("/memfd:lazyfs"):
-            stat = fd.stat()
+    for number, name in descriptors(pid).items():
+        if name.startswith("/memfd:lazyfs"):
+            stat = os.stat(f"/proc/{pid}/fd/{number}")
             sizes[stat.st_ino] = stat.st_blocks * 512
     return sum(sizes.values())
 

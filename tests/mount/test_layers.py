@@ -158,8 +158,7 @@ def test_a_parent_that_comes_late(server: FaultServer, mounts: Mounts) -> None:
     mount = mounts.mount(reference)
     assert (mount / "pages-1.img").read_bytes() == pages(1)
     waiting = Waiter("ls", mount / "parent")
-    threading.Event().wait(0.3)
-    assert waiting.is_waiting()
+    wait_until(waiting.is_waiting, "it has asked")
     may_go_on.set()
     assert waiting.result() == "inventory.img pagemap-1.img pages-1.img"
     assert_chain(mount.directory, 2)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 from lazyfs.mountpoint import mounts as all_mounts
 from tests.faults import FaultServer
 from tests.images import tar_layer
-from tests.mount.mounting import LOG_LINE, is_alive, lazyfs, wait_until
+from tests.mount.mounting import LOG_LINE, descriptors, is_alive, lazyfs, wait_until
 from tests.mount.published import checkpoint_files, publish, write_layout
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="a detached mount needs root")
@@ -85,13 +84,9 @@ def test_it_is_read_by_others_and_stands_in_no_mount_table(keeper: Keeper) -> No
 
 @as_root
 def test_the_daemon_has_nothing_of_its_starters(keeper: Keeper) -> None:
-    fds = Path(f"/proc/{keeper.daemon}/fd")
-    targets = {}
-    for each in fds.iterdir():
-        with suppress(FileNotFoundError):  # it works on, beside
-            targets[each.name] = str(each.readlink())
-    assert [targets[name] for name in "012"] == ["/dev/null"] * 3
-    theirs = {str(each.readlink()) for each in Path(f"/proc/{keeper.pid}/fd").iterdir()}
+    targets = descriptors(keeper.daemon)
+    assert [targets[number] for number in range(3)] == ["/dev/null"] * 3
+    theirs = set(descriptors(keeper.pid).values())
     shared = {each for each in targets.values() if each in theirs and each.startswith("pipe:")}
     assert len(shared) == 1, "but the pipe that tells it of its starter's end"
     assert os.getsid(keeper.daemon) == keeper.daemon

@@ -19,7 +19,16 @@ import pytest
 from lazyfs.standby import wire
 from tests.faults import FaultServer, stall
 from tests.images import zstd_chunked
-from tests.mount.mounting import Done, Mount, Mounts, command, is_alive, run, wait_until
+from tests.mount.mounting import (
+    Done,
+    Mount,
+    Mounts,
+    command,
+    descriptors,
+    is_alive,
+    run,
+    wait_until,
+)
 from tests.mount.published import MIB, checkpoint_files, publish, write_layout
 
 FILES = checkpoint_files(2 * MIB)
@@ -85,10 +94,14 @@ class Standby:
         finally:
             process.kill()
             process.communicate()
+            wait_until(lambda: not self.deputies(), "what has been begun has ended")
 
     def deputies(self) -> list[int]:
-        """Its children that are commands."""
-        text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        """Its children that are commands; none if it has been killed."""
+        try:
+            text = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        except (FileNotFoundError, ProcessLookupError):
+            return []
         return [pid for pid in map(int, text.split()) if is_alive(pid)]
 
 
@@ -200,8 +213,8 @@ def test_a_mount_outlives_its_command_and_holds_nothing_of_it(
     assert (done.code, done.err) == (0, "")
     mount = Mount(mounts.home / "mnt", done)
     home = Path(f"/proc/{mount.pid}")
-    kept = [os.readlink(each) for each in (home / "fd").iterdir()]
-    assert not [each for each in kept if "/lock" in each or "standby." in each]
+    kept = descriptors(mount.pid)
+    assert not [each for each in kept.values() if "/lock" in each or "standby." in each]
     assert os.getsid(mount.pid) == mount.pid
     assert os.readlink(home / "cwd") == "/"
     assert resource.prlimit(mount.pid, resource.RLIMIT_NOFILE) == (777, 888)

@@ -66,6 +66,7 @@ def all_mounts(below: Path) -> list[dict[str, Any]]:
 
 def test_a_mount_tells_of_itself(mounts: Mounts, remote: str) -> None:
     mount = mounts.mount(remote)
+    wait_until(lambda: mount.status()["here_bytes"] > 0, "small files are fetched ahead")
     told = status_of(mount.directory)
     assert told["reference"].startswith(f"{remote.rpartition(':')[0]}@sha256:")
     assert (told["state"], told["directory"]) == ("serving", str(mount.directory))
@@ -113,7 +114,7 @@ def test_who_waits_for_what(server: FaultServer, mounts: Mounts, remote: str) ->
     server.forgive()
     may_go_on.set()
     assert reader.result().startswith("4096 ")
-    assert mount.status()["reading"] == []
+    wait_until(lambda: mount.status()["reading"] == [], "what the kernel read ahead is there, too")
 
 
 def test_what_failed_last(server: FaultServer, mounts: Mounts, remote: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults import OCI_INDEX, FaultServer, digest_of
-from tests.mount.mounting import Mount, Mounts, error_of, lazyfs
+from tests.mount.mounting import Mount, Mounts, error_of, lazyfs, wait_until
 from tests.mount.published import (
     KIB,
     LAYERS,
@@ -83,7 +83,9 @@ def test_a_tag_is_asked_for_each_time(server: FaultServer, mounts: Mounts) -> No
     reference = publish_files(server, FILES)
     warm(mounts, reference)
     server.seen.clear()
-    assert mounts.mount(reference).umount().code == 0
+    mount = mounts.mount(reference)
+    wait_until(lambda: len(server.seen) >= 3, "nobody waits for what may have been attached")
+    assert mount.umount().code == 0
     base = f"/v2/{server.repository}/"
     asked = [seen.path.removeprefix(base).partition("sha256")[0] for seen in server.seen]
     assert asked == ["manifests/1", "referrers/", "manifests/"], "and what has been attached since"
@@ -115,7 +117,7 @@ def test_of_an_incomplete_layer_only_missing_bytes_are_asked_for(
     layer = zstd_chunked(checkpoint_files(24 * MIB))
     mount = mounts.mount(publish(server, layer))
     pinned = mount.status()["reference"]
-    wait_small_files(mount)
+    wait_small_files(server, mount)
     assert mount.umount().code == 0
     server.seen.clear()
     mount = mounts.mount(pinned)
@@ -129,7 +131,9 @@ def test_of_an_incomplete_layer_only_missing_bytes_are_asked_for(
     assert asked == {f"/v2/{server.repository}/blobs/{layer.digest}"}
 
 
-def wait_small_files(mount: Mount) -> None:
+def wait_small_files(server: FaultServer, mount: Mount) -> None:
+    """And until it is known that no trace is attached, which is remembered, too."""
+    wait_until(lambda: server.count("/manifests/sha256-") > 0, "a trace was looked for")
     for name in FILES:
         if name.startswith("checkpoint/") and "pages" not in name:
             (mount / name.removeprefix("checkpoint/")).read_bytes()
@@ -140,7 +144,7 @@ def test_what_is_missing_is_an_error_as_ever_when_the_registry_is_away(
 ) -> None:
     mount = mounts.mount(publish(server, zstd_chunked(checkpoint_files(24 * MIB))))
     pinned = mount.status()["reference"]
-    wait_small_files(mount)
+    wait_small_files(server, mount)
     assert mount.umount().code == 0
     server.stop()
     mounts.expect_log("gave up, 1 s without a byte")

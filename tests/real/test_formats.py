@@ -7,7 +7,7 @@ import re
 import struct
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +18,6 @@ from testbed import (
     Descriptor,
     Layer,
     Testbed,
-    TestbedError,
     get_manifest,
     push_blob,
     push_manifest,
@@ -320,14 +319,19 @@ def _look(reference: str, forms: Corpus, work: Path, *options: str) -> _Seen:
                     wrong.append(name)
             except OSError as error:
                 errors.append(f"{name}: {error}")
-        with suppress(TestbedError):
-            wait_until(lambda: mount.status()["failed"], "that it is found out", 10)
+        wait_until(lambda: _is_judged(mount), "that it is found out, or found to be right", 60)
         failed = mount.status()["failed"] is not None
     finally:
         lazyfs("umount", mount.directory)
         print(mount.log_text())
     assert "Traceback" not in mount.log_text()
     return _Seen(errors, wrong, failed)
+
+
+def _is_judged(mount: Mount) -> bool:
+    """Whether what was read so far cannot turn out to be wrong any more."""
+    status = mount.status()
+    return bool(status["failed"] or status["blob_proven"] or status["chunks_proven"])
 
 
 @contextmanager

@@ -152,8 +152,29 @@ def test_a_command_succeeds_when_it_does(tmp_path: Path) -> None:
     assert wait(check) == "test succeeded"
 
 
-def test_a_command_that_cannot_be_run_is_tried_again() -> None:
-    assert some_polls(parse_until("exec:/no/such/program").begin()) == [None] * 30
+def test_a_command_that_cannot_be_run_any_more_is_tried_again(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.symlink_to("/bin/true")
+    check = parse_until(f"exec:{program}").begin()
+    program.unlink()
+    assert some_polls(check) == [None] * 30
+    program.symlink_to("/bin/true")
+    assert wait(check) == "program succeeded"
+
+
+@pytest.mark.parametrize(
+    ("command", "why"),
+    [
+        ("no-such-program --at-all", "no-such-program is not on the PATH"),
+        ("/no/such/program -x", "/no/such/program is not there"),
+        ("./no-such-program", "./no-such-program is not there"),
+        ("/etc/passwd", "/etc/passwd cannot be executed"),
+        ("/etc", "/etc cannot be executed"),
+    ],
+)
+def test_a_command_that_is_not_there_is_not_waited_for(command: str, why: str) -> None:
+    with pytest.raises(UsageError, match=f"the program {why}"):
+        parse_until(f"exec:{command}")
 
 
 def test_a_command_that_still_runs_is_ended_with_the_recording(tmp_path: Path) -> None:

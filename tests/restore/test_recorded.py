@@ -59,3 +59,29 @@ def test_the_end_is_when_it_was_seen_and_not_when_the_log_of_criu_has_been_read(
         *_, end = (json.loads(told.readline()) for _ in range(3))
     assert end["end"] == "1e-09 s passed"
     assert end["at_s"] <= read_at_s
+
+
+def test_phases_of_criu_lie_in_the_restore_whoever_has_touched_its_log_since(
+    tmp_path: Path,
+) -> None:
+    hearing, telling = os.pipe()
+    wanted = Recording(tmp_path / "trace", Until("1e-9"), time.monotonic())
+    recorded = Recorded(wanted, tmp_path, "lazy pages")
+    assert recorded.config.link is not None
+    daemon = socket.socket(fileno=os.dup(recorded.config.link))
+    daemon.sendall(b'{"error": null}\n')
+    log = tmp_path / LOG
+    log.write_text("(00.000000) Version: 4.1.1\n(00.000500) Restore finished successfully\n")
+    os.utime(log, (time.time() + 60, time.time() + 60))
+    watch = Watch(telling, ())
+    began_s = time.monotonic()
+    recorded.begin()
+    recorded.last(watch, cast(Any, None), 0)
+    recorded.end(watch)
+    for each in (telling, hearing):
+        os.close(each)
+    with daemon, daemon.makefile("rb") as told:
+        _, restored, end = (json.loads(told.readline()) for _ in range(3))
+    ((_, phase_began_s, phase_ended_s),) = end["phases"]
+    assert began_s <= phase_began_s <= phase_ended_s
+    assert phase_ended_s <= max(restored["at_s"], phase_began_s + 0.0005) + 1e-6

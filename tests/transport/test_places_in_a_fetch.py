@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.errors import FetchError, IntegrityError, OddAnswer, SourceError
@@ -192,11 +192,11 @@ async def test_a_place_that_became_slow_is_given_more_time() -> None:
 
 
 async def test_time_that_the_sink_takes_is_not_silence() -> None:
-    settings = replace(QUICK, stall_timeout_s=0.05)
+    settings = replace(QUICK, stall_timeout_s=0.25)
 
     def slowly(size: int) -> None:
         if size == 10_000:
-            time.sleep(0.3)
+            time.sleep(0.8)
 
     sink, counters = Gather(on_advance=slowly), Counters()
     await fetch(Fetcher(settings, counters), MemoryBlob(DATA, "quick", known()), sink)
@@ -374,7 +374,7 @@ async def test_who_waits_for_what_is_told() -> None:
         nursery.start_soon(fetch, fetcher, stuck, Gather())
         nursery.start_soon(fetch, fetcher, failing_first, Gather())
         await trio.to_thread.run_sync(gate.wait_entered)
-        assert fetcher.waiting() == [], "nobody has waited for long"
+        assert all(each.since_s >= 0.2 for each in fetcher.waiting()), "who has waited for long"
         await trio.sleep(0.25)
         told = {each.blob: each for each in fetcher.waiting()}
         assert set(told) == {stuck.name, "other"}

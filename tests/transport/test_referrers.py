@@ -269,7 +269,7 @@ def test_a_registry_that_is_slow_or_ill_does_not_hold_up(
     server.always("/referrers/", fault)
     began_s = time.monotonic()
     assert source.referrers(SUBJECT, KIND) == []
-    assert time.monotonic() - began_s < 6
+    assert time.monotonic() - began_s < 15
     assert server.count("/manifests/") == 0
 
 

@@ -122,12 +122,11 @@ def _of(here: Machine, name: str) -> list[int]:
         return [pid for pid in everybody if _program(pid) == name]
     runtimes = {pid for pid in everybody if _program(pid) == "runc"}
     fronts = [pid for pid in everybody if set(children(pid)) & runtimes - {pid}]
-    if not fronts:
-        return []
-    (front,) = fronts
-    keeper = next(pid for pid in children(front) if pid not in runtimes)
-    (mount,) = children(keeper)
-    return [{"front": front, "keeper": keeper, "mount": mount}[name]]
+    keepers = [pid for front in fronts for pid in children(front) if pid not in runtimes]
+    mounts = [pid for keeper in keepers for pid in children(keeper)]
+    if not len(fronts) == len(keepers) == len(mounts) == 1:
+        return []  # they are just being started
+    return {"front": fronts, "keeper": keepers, "mount": mounts}[name]
 
 
 def _program(pid: int) -> str:
