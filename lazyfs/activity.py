@@ -6,16 +6,16 @@ is put together when somebody asks.
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
+
+import msgspec
 
 from lazyfs.ground.journal import Journal, ReadNote
 
 _TELL_MOST = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(msgspec.Struct, frozen=True):
     """A read that has not been answered yet."""
 
     path: str
@@ -27,8 +27,7 @@ class Reading:
     """Who opened the file, in the daemon's pid namespace; 0 if it is not seen from there."""
 
 
-@dataclass(frozen=True, slots=True)
-class _OpenFile:
+class _OpenFile(msgspec.Struct, frozen=True):
     path: str
     pid: int
 

@@ -1,15 +1,15 @@
 """Where to listen, as a person writes it: `HOST:PORT`, `[HOST]:PORT` or `unix:PATH`."""
 
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from lazyfs.ground.errors import UsageError
 
 _PORT_MOST = 65535
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(msgspec.Struct, frozen=True):
     """One of the two: a path, or a host and a port."""
 
     host: str = ""

@@ -13,10 +13,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any, Literal
+
+import msgspec
 
 from lazyfs import mountpoint, rundir
 from lazyfs.ground.errors import LazyfsError, UsageError
@@ -30,8 +31,7 @@ _STATUS_XATTR = "user.lazyfs.status"
 State = Literal["serving", "failed", "stuck", "dead", "silent", "detached", "restoring"]
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(msgspec.Struct, frozen=True):
     """A mount as it is seen from outside."""
 
     directory: str
@@ -50,8 +50,7 @@ class Known:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class _Candidate:
+class _Candidate(msgspec.Struct, frozen=True):
     mounted: Mounted | None
     socket: rundir.Found | None
 

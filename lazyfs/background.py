@@ -6,12 +6,15 @@ Light imports only: used before and after a fork.
 import contextlib
 import logging
 import os
-from collections.abc import Collection
+import time
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from lazyfs.ground.printable import printable
 
 _LARGE_LOG_BYTES = 16 << 20
+_SILENT_S = 1.0
+_EVERY_S = 5.0
 
 
 class OneLine(logging.Formatter):
@@ -20,6 +23,35 @@ class OneLine(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
         """Return the line, fit for a terminal."""
         return printable(super().formatMessage(record))
+
+
+class Waiting(logging.Handler):
+    """Says what a source is asked for again, after a second, and not each time."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        """Begin to hear of it. `say` may raise OSError and ValueError."""
+        super().__init__(logging.INFO)
+        self._say = say
+        self._quiet_until_s = time.monotonic() + _SILENT_S
+        logger = logging.getLogger("lazyfs.transport.patience")
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it, if the last word is a while ago."""
+        if time.monotonic() < self._quiet_until_s:
+            return
+        self._quiet_until_s = time.monotonic() + _EVERY_S
+        try:
+            self._say(record.getMessage())
+        except (OSError, ValueError):
+            self.handleError(record)
+
+    def silence(self) -> None:
+        """Say no more, from any thread: `say` is not under way either."""
+        self.acquire()  # as whoever calls `emit` does
+        self._quiet_until_s = float("inf")
+        self.release()
 
 
 def log_to(path: Path) -> None:

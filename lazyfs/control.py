@@ -13,10 +13,10 @@ import socket
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import msgspec
 import trio
 
 from lazyfs.address import Address
@@ -34,8 +34,7 @@ _TIMEOUT_S = 10.0
 _CONNECTIONS_MOST = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """What a request is answered with."""
 
     body: bytes

@@ -117,8 +117,9 @@ class CheckpointOperations(pyfuse3.Operations):
         self._activity = activity
         self._status = status
         self._is_root = os.geteuid() == 0
-        self.on_open: Callable[[Node, int], None] = lambda node, pid: None
-        """Told of each file that is opened, and by which process; 0 if that is not seen here."""
+        self.on_open: Callable[[Node, int], bool] = lambda node, pid: False
+        """Told of each file that is opened, and by which process (0 if that is not seen here).
+        Says whether it will be read once, in large pieces."""
         self.begun = trio.Event()
         """Set when the kernel and we have agreed on how to talk."""
         self._readers: dict[int, Reader] = {}
@@ -206,10 +207,12 @@ class CheckpointOperations(pyfuse3.Operations):
         handle = self._next_handle
         self._next_handle += 1
         node = self._view.node(inode)
-        self._readers[handle] = self._open_reader(node)
+        self._readers[handle] = reader = self._open_reader(node)
         self._activity.opened(handle, path_of(node), ctx.pid)
-        self.on_open(node, ctx.pid)
-        return FileInfo(fh=FileHandleT(handle), keep_cache=True)
+        # Past the page cache each byte is copied once in place of twice. But who waits for such an
+        # answer cannot be killed before it comes, so that is for what is here.
+        direct = self.on_open(node, ctx.pid) and reader.is_kept()
+        return FileInfo(fh=FileHandleT(handle), keep_cache=True, direct_io=direct)
 
     @_guarded
     async def read(self, fh: FileHandleT, off: int, size: int) -> Data:  # type: ignore[override]

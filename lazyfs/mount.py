@@ -13,11 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
 import trio
 
 from lazyfs import fuse
@@ -64,8 +64,7 @@ _MAX_BACKGROUND = 64
 """Requests that the kernel keeps in flight; its default of 12 leaves a WAN idle."""
 
 
-@dataclass(frozen=True)
-class MountConfig:
+class MountConfig(msgspec.Struct, frozen=True):
     """What is mounted, where and how."""
 
     reference: str
@@ -94,8 +93,7 @@ class MountConfig:
     """Where to write what was needed of it, if that is wanted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(msgspec.Struct, frozen=True):
     """What can be told of a mount that answers."""
 
     reference: str

@@ -14,11 +14,12 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TypeVar
+
+import msgspec
 
 from lazyfs.ground.errors import LazyfsError, UsageError
 
@@ -38,8 +39,7 @@ _ANSWER_TIMEOUT_S = 5
 _GONE_ERRNOS = (errno.ENOTCONN, errno.ECONNABORTED)
 
 
-@dataclass(frozen=True, slots=True)
-class Mounted:
+class Mounted(msgspec.Struct, frozen=True):
     """A line of /proc/self/mountinfo (proc(5)), as far as it matters here."""
 
     directory: str

@@ -12,12 +12,12 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import trio
+from msgspec.structs import replace
 
 from lazyfs.checkpoint.desk import OpenConfig
 from lazyfs.checkpoint.opened import OpenedCheckpoint

@@ -11,8 +11,9 @@ Must not: change what it is given, which may go on growing meanwhile; it is look
 import time
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import msgspec
 
 import lazyfs
 from lazyfs.checkpoint.opened import OpenedCheckpoint
@@ -70,8 +71,7 @@ class Located(NamedTuple):
     size_bytes: int
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(msgspec.Struct, frozen=True):
     """Where the files of a checkpoint lie."""
 
     layers: Sequence[TracedLayer]
@@ -80,8 +80,7 @@ class Layout:
     files: Mapping[str, Located]
 
 
-@dataclass(frozen=True, kw_only=True)
-class About:
+class About(msgspec.Struct, frozen=True, kw_only=True):
     """What is told of a recording beside its events."""
 
     workload: str = ""
@@ -95,7 +94,7 @@ class About:
     ended_s: float = 0.0
     phases: Sequence[Phase] = ()
     """Of others, by the trace's zero."""
-    figures: Mapping[str, Any] = field(default_factory=dict)
+    figures: Mapping[str, Any] = msgspec.field(default_factory=dict)
 
 
 def layout_of(checkpoint: OpenedCheckpoint) -> Layout:

@@ -17,10 +17,11 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
+
+import msgspec
 
 from lazyfs.transport.run_directory import open_run_directory, run_directory
 
@@ -31,8 +32,7 @@ _LOCK_TIMEOUT_S = 1.0
 _BACKLOG = 32
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
+class Found(msgspec.Struct, frozen=True):
     """The socket of a mount that is, or was."""
 
     path: Path

@@ -6,10 +6,12 @@ Keys are kept, new ones may come (`docs/json.md`). Nothing here waits for anythi
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec.structs import asdict
 
 import lazyfs
 from lazyfs.activity import Activity
@@ -26,8 +28,7 @@ _LEFT_OUT_FIRST = ("fetches", "reading", "trust", "layers", "warnings", "places"
 """What is shortened, in this order, where all of it would be too long."""
 
 
-@dataclass
-class MountState:
+class MountState(msgspec.Struct):
     """A mount whose state can be told at any time."""
 
     directory: Path

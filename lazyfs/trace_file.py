@@ -5,8 +5,9 @@ It tells where in its memory a process was at work. Light imports only: looked a
 
 import os
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from lazyfs.ground.errors import UsageError
 
@@ -14,8 +15,7 @@ _PROBE_BYTES = 64 * 1024
 _NAME_MOST = 200
 
 
-@dataclass(frozen=True)
-class RecordConfig:
+class RecordConfig(msgspec.Struct, frozen=True):
     """What is recorded, and where it goes."""
 
     file: Path

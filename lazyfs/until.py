@@ -17,11 +17,12 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import PurePath
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+
+import msgspec
 
 from lazyfs.ground.errors import UsageError
 
@@ -49,8 +50,7 @@ class Check(Protocol):
         """Look no more."""
 
 
-@dataclass(frozen=True)
-class Until:
+class Until(msgspec.Struct, frozen=True):
     """What a recording lasts until."""
 
     text: str

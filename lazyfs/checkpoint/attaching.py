@@ -10,12 +10,12 @@ Descriptor"); annotations.md (`org.opencontainers.image.created`).
 
 import io
 import json
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import msgspec
+from msgspec.structs import asdict
 
 from lazyfs.checkpoint.attached import (
     CREATED_KEY,
@@ -45,8 +45,7 @@ _EMPTY = b"{}"
 _SHOWN_MOST = 5
 
 
-@dataclass(frozen=True, slots=True)
-class AttachReport:
+class AttachReport(msgspec.Struct, frozen=True):
     """A trace that has been attached; the keys are in docs/json.md."""
 
     reference: str

@@ -12,7 +12,8 @@ protobuf message holds it as JSON.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyfs.checkpoint.engines import Dump, parse_dump
 from lazyfs.checkpoint.manifest import ImageIndex, ImageManifest, Platform
@@ -42,8 +43,7 @@ _SPEC_TYPE = "types.containerd.io/opencontainers/runtime-spec/"
 _CONFIG_MOST_BYTES = 4 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class IndexAsImage:
+class IndexAsImage(msgspec.Struct, frozen=True):
     """A checkpoint's index, read as a manifest whose layers are the blobs it points at."""
 
     manifest: ImageManifest

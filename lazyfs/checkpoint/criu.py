@@ -12,8 +12,9 @@ enum compress_mode of criu/include/compression.h (criu pull request 2895).
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from lazyfs.checkpoint import criu_wire as wire
 from lazyfs.ground.errors import MalformedError
@@ -84,8 +85,7 @@ def pages_image(pages_id: int) -> str:
 # ---- what is read ----
 
 
-@dataclass(frozen=True, slots=True)
-class KernelIds:
+class KernelIds(msgspec.Struct, frozen=True):
     """Which kernel objects a task has, by CRIU's numbers; 0 where the image does not say."""
 
     pid_ns: int = 0
@@ -99,14 +99,15 @@ class KernelIds:
 
     def namespaces_unlike(self, other: "KernelIds") -> tuple[str, ...]:
         """Names of the namespaces ("mnt", "pid", …) that both know and do not share."""
-        pairs = ((name, getattr(self, name), getattr(other, name)) for name in self.__slots__)
+        pairs = (
+            (name, getattr(self, name), getattr(other, name)) for name in self.__struct_fields__
+        )
         return tuple(
             sorted(name.removesuffix("_ns") for name, mine, its in pairs if 0 != mine != its != 0)
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Inventory:
+class Inventory(msgspec.Struct, frozen=True):
     """inventory.img: how the dump as a whole was made."""
 
     images_version: int
@@ -131,8 +132,7 @@ class Inventory:
     """How pages are compressed: "page", each by itself, or "region"; None if they are not."""
 
 
-@dataclass(frozen=True, slots=True)
-class Process:
+class Process(msgspec.Struct, frozen=True):
     """One entry of pstree.img."""
 
     pid: int
@@ -143,8 +143,7 @@ class Process:
     """Of all its threads; the first is the pid. Empty for a zombie."""
 
 
-@dataclass(frozen=True, slots=True)
-class Core:
+class Core(msgspec.Struct, frozen=True):
     """core-ID.img of a process or a thread."""
 
     architecture: str
@@ -159,8 +158,7 @@ class Core:
     """Bits of XSTATE_BV: which register sets were in use, on x86."""
 
 
-@dataclass(frozen=True, slots=True)
-class Mount:
+class Mount(msgspec.Struct, frozen=True):
     """A mount point of mountpoints-ID.img that comes from outside of what was dumped."""
 
     mountpoint: str
@@ -274,7 +272,7 @@ _STATES = {1: "alive", 2: "zombie", 3: "stopped", 6: "zombie"}
 
 
 def _ids(message: Any) -> KernelIds:
-    return KernelIds(*(getattr(message, f"{name}_id") for name in KernelIds.__slots__))
+    return KernelIds(*(getattr(message, f"{name}_id") for name in KernelIds.__struct_fields__))
 
 
 def _text(value: bytes) -> str:

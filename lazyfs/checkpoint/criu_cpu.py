@@ -9,7 +9,8 @@ fpu.h; the names are those of /proc/cpuinfo: Linux, arch/x86/include/asm/cpufeat
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyfs.checkpoint import criu_wire as wire
 from lazyfs.ground.errors import MalformedError
@@ -47,8 +48,7 @@ Protection keys are always in use where they exist, and not missed where they do
 """
 
 
-@dataclass(frozen=True, slots=True)
-class DumpedCpu:
+class DumpedCpu(msgspec.Struct, frozen=True):
     """cpuinfo.img of an x86 machine."""
 
     model: str

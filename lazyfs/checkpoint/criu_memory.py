@@ -11,10 +11,11 @@ criu/include/image.h (VMA_*), criu/include/vma.h (vma_entry_can_be_lazy), criu/p
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from enum import Enum, IntFlag
 from itertools import pairwise
 from typing import Any, NamedTuple
+
+import msgspec
 
 from lazyfs.checkpoint import criu_wire as wire
 from lazyfs.ground.errors import MalformedError
@@ -54,8 +55,7 @@ class PageExtent(NamedTuple):
     """What they take in the pages file, compressed; None where they lie there as they are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pagemap:
+class Pagemap(msgspec.Struct, frozen=True):
     """pagemap-PID.img or pagemap-shmem-ID.img: what memory is in which pages file, in file order.
 
     Addresses of shared memory are offsets into it.

@@ -1,11 +1,11 @@
 """What the layers of one mount share, and how index bytes are fetched before there is a layer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
 import trio
 
 from lazyfs.content.cache import Cache
@@ -24,13 +24,12 @@ if TYPE_CHECKING:
     from lazyfs.checkpoint.trace import Trace
 
 
-@dataclass(frozen=True)
-class OpenConfig:
+class OpenConfig(msgspec.Struct, frozen=True):
     """What opening a checkpoint takes beside its reference."""
 
     cache: Cache
-    transport: TransportSettings = field(default_factory=TransportSettings)
-    content: ContentSettings = field(default_factory=ContentSettings)
+    transport: TransportSettings = msgspec.field(default_factory=TransportSettings)
+    content: ContentSettings = msgspec.field(default_factory=ContentSettings)
     referrers: Literal["auto", "always", "never"] = "auto"
     """Whether to read by an index that only refers to the image: anybody who may push could have
     added it. "auto": if the image is named by a tag, which they could have moved as well."""
@@ -48,8 +47,7 @@ class OpenConfig:
     """Of several traces that are attached, whose to take."""
 
 
-@dataclass(frozen=True)
-class Desk:
+class Desk(msgspec.Struct, frozen=True):
     """What all layers of one mount share."""
 
     config: OpenConfig

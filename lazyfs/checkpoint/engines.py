@@ -15,7 +15,6 @@ issue 962.
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import msgspec
@@ -28,8 +27,7 @@ DUMPS = ("config.dump", "spec.dump", "status.dump")
 _LONGEST_TEXT = 1000
 
 
-@dataclass(frozen=True, slots=True)
-class Origin:
+class Origin(msgspec.Struct, frozen=True):
     """Where a checkpoint comes from, as far as anybody wrote it down; None where nobody did."""
 
     engine: str | None = None
@@ -61,8 +59,7 @@ Found: TypeAlias = Iterator[tuple[str, object]]
 Dump: TypeAlias = Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class _AnnotationMark:
+class _AnnotationMark(msgspec.Struct, frozen=True):
     """Annotations that begin with `prefix` are written by `engine`, or by no engine of its own."""
 
     prefix: str

@@ -11,10 +11,11 @@ criu/kerndat.c (userfaultfd), criu/pagemap.c; CRIU issue 2847 (page counts since
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from lazyfs.checkpoint.engines import Origin
 from lazyfs.checkpoint.host import Host
@@ -48,8 +49,7 @@ class Level(StrEnum):
     OK = "ok"
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """One thing that was compared."""
 
     level: Level
@@ -66,8 +66,7 @@ class HasOrigin(Protocol):
         """Where a checkpoint comes from."""
 
 
-@dataclass(frozen=True, slots=True)
-class Words:
+class Words(msgspec.Struct, frozen=True):
     """What is known of a checkpoint before anything of it is read: its annotations' words."""
 
     origin: Origin

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from lazyfs.checkpoint.plan import Plan, Stretch, traced_stretches
-from lazyfs.checkpoint.restore_sign import RestoreSign
+from lazyfs.checkpoint.restore_sign import MemoryReads, RestoreSign
 from lazyfs.content.prefetch import PrefetchState
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.ground.ranges import ByteRange
@@ -44,20 +44,27 @@ class Foresight:
         self._everything = everything
         self._begun = trio.Event()
         self._sign = RestoreSign()
+        self._memory = MemoryReads()
         self._traced: tuple[Stretch, ...] = ()
         self._rest: tuple[Stretch, ...] = ()
         self._is_replayed = False
         if everything:
             self._begun.set()
 
-    def note_open(self, node: "Node", pid: int) -> None:
-        """Take note that a process has opened a file: a restore may have begun."""
-        if not self._begun.is_set() and node.parent is not None:
-            images = self._checkpoint.images
-            is_image = images is not None and node.parent is images.node
-            if is_image and self._sign.opened(node.name, pid):
-                log.info("a restore has begun")
-                self._begun.set()
+    def note_open(self, node: "Node", pid: int) -> bool:
+        """Take note that a process has opened a file: a restore may have begun.
+
+        Says whether it is CRIU that will read memory from it, in large pieces and once.
+        """
+        images = self._checkpoint.images
+        if images is None or node.parent is not images.node:
+            return False
+        if self._begun.is_set():
+            return self._memory.opened(node.name, pid)
+        if self._sign.opened(node.name, pid):
+            log.info("a restore has begun")
+            self._begun.set()
+        return False
 
     def as_json(self) -> dict[str, Any]:
         """Return what `docs/json.md` describes."""

@@ -14,8 +14,9 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 _PROGRAM_TIMEOUT_S = 5
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -41,8 +42,7 @@ _PLUGIN_DIRECTORIES = (
 _VERSION = re.compile(r"[vV]?([0-9]+(?:\.[0-9]+)+[-+.~0-9A-Za-z]*)")
 
 
-@dataclass(frozen=True, slots=True)
-class CriuProgram:
+class CriuProgram(msgspec.Struct, frozen=True):
     """A CRIU that can be run."""
 
     path: str
@@ -51,8 +51,7 @@ class CriuProgram:
     """It knows the option --compress, and so images version 3."""
 
 
-@dataclass(frozen=True, slots=True)
-class Host:
+class Host(msgspec.Struct, frozen=True):
     """This machine; None where it could not be found out."""
 
     architecture: str
@@ -66,7 +65,7 @@ class Host:
     """"none", "selinux" or "apparmor", as CRIU sees it."""
     cpu_flags: frozenset[str] | None = None
     """As in /proc/cpuinfo."""
-    programs: Mapping[str, str | None] = field(default_factory=dict)
+    programs: Mapping[str, str | None] = msgspec.field(default_factory=dict)
     """Engines and runtimes that were asked for and are here, and their versions."""
     plugins: frozenset[str] = frozenset()
     """CRIU's plugins, without their .so."""

@@ -6,7 +6,6 @@ outside of any image is an image of one layer without a digest, and so is an unp
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from lazyfs.checkpoint import containerd
@@ -28,6 +27,7 @@ from lazyfs.checkpoint.remembered import RememberingSource, is_remembered
 from lazyfs.content.documents import Documents
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
+from lazyfs.ground.discreet import Discreet
 from lazyfs.ground.errors import LazyfsError, MalformedError, SourceError
 from lazyfs.ground.ranges import ByteRange
 from lazyfs.ground.settings import TransportSettings
@@ -46,13 +46,13 @@ _MAGICS = (
 _TAR = "application/vnd.oci.image.layer.v1.tar"
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedImage:
+class ResolvedImage(Discreet, frozen=True):
     """An image whose manifest has been read and proven; its source is open until `close()`.
 
     The methods block and are called in worker threads; the values are just that.
     """
 
+    unprinted = ("source", "referrals", "_archive")
     reference: str
     """As given, pinned by digest where there is one: `host/repository@sha256:…`."""
     digest: Digest | None
@@ -62,11 +62,11 @@ class ResolvedImage:
     """As the index says; None where there is no index or it does not say."""
     annotations: Mapping[str, str]
     """The index's, its descriptor's, and the manifest's own, each over the one before."""
-    source: ImageSource | None = field(repr=False)
+    source: ImageSource | None
     """Where manifests and blobs come from; None for an archive."""
-    referrals: Referrals | None = field(repr=False, default=None)
+    referrals: Referrals | None = None
     """Who refers to it; None for an archive."""
-    _archive: Blob | None = field(repr=False, default=None)
+    _archive: Blob | None = None
 
     @property
     def media_type(self) -> str:

@@ -7,7 +7,8 @@ view is. Anything that would make CRIU fail late, or restore zeros, is refused h
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyfs.checkpoint.criu import INVENTORY, PARENT
 from lazyfs.checkpoint.overlay import resolve_directory
@@ -21,8 +22,7 @@ _FIRST_NAMES = ("checkpoint", "")
 it: found there, it need not be looked for any further."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImagesDirectory:
+class ImagesDirectory(msgspec.Struct, frozen=True):
     """The images directory, and its parents from the nearest on."""
 
     node: Node

@@ -5,11 +5,11 @@ task's core, ids, mappings and pagemap: all of it prefetched at once, and never 
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import trio
+from msgspec.structs import replace
 
 from lazyfs.checkpoint import criu, engines
 from lazyfs.checkpoint.criu_cpu import features_in_use

@@ -8,7 +8,6 @@ image-spec 1.1-rc.
 
 import platform as _platform
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated
 
 import msgspec
@@ -59,8 +58,7 @@ _MACHINES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Platform:
+class Platform(msgspec.Struct, frozen=True):
     """What an image is for, in Go's words: linux/amd64, linux/arm64/v8."""
 
     os: str
@@ -103,8 +101,7 @@ class _Document(msgspec.Struct, frozen=True, rename="camel"):
     annotations: dict[str, str] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ImageManifest:
+class ImageManifest(msgspec.Struct, frozen=True):
     """An image manifest, or an artifact's, which is the same to us."""
 
     media_type: str
@@ -114,8 +111,7 @@ class ImageManifest:
     annotations: Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
+class IndexEntry(msgspec.Struct, frozen=True):
     """A manifest (or whatever else) that an index points at."""
 
     descriptor: LayerDescriptor
@@ -135,8 +131,7 @@ class IndexEntry:
         return self.descriptor.media_type in (*IMAGE_TYPES, *INDEX_TYPES, ARTIFACT_TYPE)
 
 
-@dataclass(frozen=True, slots=True)
-class ImageIndex:
+class ImageIndex(msgspec.Struct, frozen=True):
     """Several manifests under one name, usually one a platform."""
 
     media_type: str

@@ -5,11 +5,11 @@ import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 
 import trio
+from msgspec.structs import replace
 
 from lazyfs.checkpoint import image as images
 from lazyfs.checkpoint.attached import TraceSearch

@@ -8,10 +8,10 @@ somebody has published beside the image.
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 
 import trio
+from msgspec.structs import replace
 
 from lazyfs.checkpoint.desk import Desk, read_ranges
 from lazyfs.checkpoint.image import ResolvedImage

@@ -9,8 +9,9 @@ containerd.py.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
+
+import msgspec
 
 from lazyfs.checkpoint.containerd import CRIU_TAR, FILE_NAMES, PRE_DUMP_TAR, RW_TAR
 from lazyfs.checkpoint.encryption import check_not_encrypted
@@ -36,8 +37,7 @@ _LAYER_PREFIXES = (
 Kind = Literal["layer", "file", "diff"]
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedLayer:
+class PlacedLayer(msgspec.Struct, frozen=True):
     """A layer, and what of the tree it makes."""
 
     descriptor: LayerDescriptor

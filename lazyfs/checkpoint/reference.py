@@ -10,12 +10,14 @@ annotations.md (`org.opencontainers.image.ref.name`); containers-transports(5) (
 """
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
+import msgspec
+
 from lazyfs.ground.digest import Digest
+from lazyfs.ground.discreet import Discreet
 from lazyfs.ground.errors import MalformedError, UsageError
 
 FORMS = """\
@@ -43,8 +45,7 @@ _PREFIXES = ("oci:", "oci-archive:", "docker-archive:", "dir:")
 _DOCKER_ALIASES = {"index.docker.io": "docker.io"}
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryReference:
+class RegistryReference(msgspec.Struct, frozen=True):
     """An image in a registry; where there is a digest, it decides and the tag is a comment."""
 
     host: str
@@ -68,8 +69,7 @@ class RegistryReference:
         return f"{self.host}/{self.repository}{tag}{digest}"
 
 
-@dataclass(frozen=True, slots=True)
-class LayoutReference:
+class LayoutReference(msgspec.Struct, frozen=True):
     """An image in an OCI layout directory; without tag and digest, the only one there."""
 
     directory: Path
@@ -91,8 +91,7 @@ class LayoutReference:
         return f"oci:{self.directory}{tag}{digest}"
 
 
-@dataclass(frozen=True, slots=True)
-class ImageArchiveReference:
+class ImageArchiveReference(msgspec.Struct, frozen=True):
     """An image in a tar on this machine; without name and digest, the only one there."""
 
     scheme: str
@@ -117,8 +116,7 @@ class ImageArchiveReference:
         return f"{self.scheme}:{self.path}{tag}{digest}"
 
 
-@dataclass(frozen=True, slots=True)
-class DirectoryReference:
+class DirectoryReference(msgspec.Struct, frozen=True):
     """An image that skopeo copied to a `dir:`, or a checkpoint that was unpacked."""
 
     directory: Path
@@ -138,15 +136,15 @@ class DirectoryReference:
         return f"dir:{self.directory}{digest}"
 
 
-@dataclass(frozen=True, slots=True)
-class ArchiveReference:
+class ArchiveReference(Discreet, frozen=True):
     """A checkpoint archive that is in no image: `podman container checkpoint --export`.
 
     `location` is a URL without its query, or a path that begins with `/`, `./` or `../`.
     """
 
+    unprinted = ("query",)
     location: str
-    query: str = field(default="", repr=False, compare=False)
+    query: str = ""
     """Of a URL; often a signature, and so never in messages."""
 
     @property
@@ -166,6 +164,12 @@ class ArchiveReference:
 
     def __str__(self) -> str:
         return self.location
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ArchiveReference) and self.location == other.location
+
+    def __hash__(self) -> int:
+        return hash(self.location)
 
 
 ImageReference: TypeAlias = (

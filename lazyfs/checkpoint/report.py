@@ -1,7 +1,8 @@
 """What `lazyfs inspect` tells of a checkpoint: values, and their stable form as JSON."""
 
-from dataclasses import asdict, dataclass
 from typing import Any
+
+import msgspec
 
 from lazyfs.checkpoint.criu import Inventory, Mount
 from lazyfs.checkpoint.criu_cpu import DumpedCpu
@@ -9,16 +10,14 @@ from lazyfs.checkpoint.engines import Origin
 from lazyfs.checkpoint.trust import Trust
 
 
-@dataclass(frozen=True, slots=True)
-class ThreadReport:
+class ThreadReport(msgspec.Struct, frozen=True):
     """A thread, the main one too."""
 
     tid: int
     command: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class ProcessReport:
+class ProcessReport(msgspec.Struct, frozen=True):
     """A process of the checkpoint; None where its images do not say."""
 
     pid: int
@@ -37,8 +36,7 @@ class ProcessReport:
     """Beside `memory_bytes`: left in the parent checkpoint."""
 
 
-@dataclass(frozen=True, slots=True)
-class MemoryReport:
+class MemoryReport(msgspec.Struct, frozen=True):
     """The memory of all processes, as it was in memory; None where it was not looked at."""
 
     total_bytes: int | None
@@ -57,8 +55,7 @@ class MemoryReport:
     """Pages are stored in another form than they had in memory."""
 
 
-@dataclass(frozen=True, slots=True)
-class NeedsReport:
+class NeedsReport(msgspec.Struct, frozen=True):
     """What a restore of this checkpoint takes beside its memory."""
 
     tcp_connections: int
@@ -74,8 +71,7 @@ class NeedsReport:
     """CRIU before 4.2 takes the memory for empty."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerReport:
+class LayerReport(msgspec.Struct, frozen=True):
     """A layer of the image."""
 
     media_type: str
@@ -91,8 +87,7 @@ class LayerReport:
     layer's digest, in the background or before the first byte with --verify full; "none"."""
 
 
-@dataclass(frozen=True, slots=True)
-class SizesReport:
+class SizesReport(msgspec.Struct, frozen=True):
     """Files of the checkpoint, as they are when unpacked."""
 
     files: int
@@ -105,8 +100,7 @@ class SizesReport:
     """The other files of the images directory: fetched while a mount comes up."""
 
 
-@dataclass(frozen=True, slots=True)
-class StandsFor:
+class StandsFor(msgspec.Struct, frozen=True):
     """What a stub says of the image that has its memory."""
 
     reference: str
@@ -120,8 +114,7 @@ class StandsFor:
     made_by: str
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """Everything that `lazyfs inspect` tells; `as_json` gives its stable form."""
 
     reference: str
@@ -156,4 +149,5 @@ class Report:
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values. Keys are documented in docs/json.md, and stay."""
-        return asdict(self)
+        told: dict[str, Any] = msgspec.to_builtins(self)
+        return told

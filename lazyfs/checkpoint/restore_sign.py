@@ -13,10 +13,11 @@ tasks'); of others: criu, crit/crit/__main__.py (explorers), checkpointctl, inte
 
 from collections import OrderedDict
 
-from lazyfs.checkpoint.criu import INVENTORY, PSTREE, task_of
+from lazyfs.checkpoint.criu import INVENTORY, PSTREE, is_pages, task_of
 
 _OPENERS_MOST = 64
 _STEPS = (INVENTORY, PSTREE)
+_TASKS_MOST = 4096
 
 
 class RestoreSign:
@@ -46,3 +47,30 @@ class RestoreSign:
         while len(self._steps) > _OPENERS_MOST:
             self._steps.popitem(last=False)
         return has_begun
+
+
+class MemoryReads:
+    """Tells, of a restore, the open of a pages file for most of its memory from the one before.
+
+    A task opens its pages file twice. By the first one it reads pages one at a time where it may
+    share them with its parent, and plans the rest; by the second one, which its restorer has, it
+    reads the rest by `preadv` of all that lies together, once.
+
+    Source: CRIU, criu/mem.c: restore_priv_vma_content, prepare_vma_ios; criu/pie/restorer.c.
+    """
+
+    def __init__(self) -> None:
+        self._opened: OrderedDict[tuple[str, int], None] = OrderedDict()
+
+    def opened(self, name: str, pid: int) -> bool:
+        """Take note of a file that process `pid` has opened; say if this is the second open.
+
+        `pid`: 0 for processes that cannot be told apart.
+        """
+        if not pid or not is_pages(name):
+            return False
+        is_second = (name, pid) in self._opened
+        self._opened[name, pid] = None
+        while len(self._opened) > _TASKS_MOST:
+            self._opened.popitem(last=False)
+        return is_second

@@ -14,7 +14,8 @@ Source: soci-snapshotter, `soci/soci_index.go` (types and annotations), `soci/so
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyfs.checkpoint.manifest import ImageManifest, parse_manifest
 from lazyfs.checkpoint.referrals import INDEX_DIGEST_KEY, INDEX_V1
@@ -38,8 +39,7 @@ _ZTOC_SLACK_BYTES = MIB
 """A zTOC larger than its layer by more than this (made of very small spans) is of no use."""
 
 
-@dataclass(frozen=True, slots=True)
-class ZtocRef:
+class ZtocRef(msgspec.Struct, frozen=True):
     """A zTOC that somebody offers for a layer."""
 
     descriptor: LayerDescriptor

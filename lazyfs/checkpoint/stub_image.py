@@ -15,10 +15,10 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
+import msgspec
 import trio
 
 from lazyfs.checkpoint.criu import INVENTORY, PARENT, is_pages
@@ -63,8 +63,7 @@ _BUFFER_BYTES = 256 << 10
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class StubReport:
+class StubReport(msgspec.Struct, frozen=True):
     """What was written. The fields are the keys of `lazyfs stub --json`."""
 
     reference: str
@@ -82,7 +81,7 @@ class StubReport:
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
 
 async def write_stub_of(

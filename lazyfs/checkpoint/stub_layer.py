@@ -14,10 +14,11 @@ import hashlib
 import tarfile
 import zlib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
 from typing import BinaryIO, Literal
 
+import msgspec
 import trio
+from msgspec.structs import replace
 
 from lazyfs.checkpoint.criu import is_pages, link_for_left_out
 from lazyfs.content.model import Reader
@@ -40,8 +41,7 @@ _TYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """What becomes of one layer's entries."""
 
     entries: Sequence[Entry]
@@ -63,8 +63,7 @@ class Plan:
         return self.marker_before is not None or any(map(self.leaves_out, self.entries))
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(msgspec.Struct, frozen=True):
     """A layer that was written."""
 
     digest: Digest

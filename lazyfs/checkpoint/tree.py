@@ -14,8 +14,8 @@ A name that somebody has been shown may not change its meaning any more.
 
 import logging
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from lazyfs.ground.errors import LazyfsError, MalformedError
@@ -90,8 +90,7 @@ class Filling:
         self._news.unpark_all()
 
 
-@dataclass(eq=False, slots=True)
-class Node:
+class Node(msgspec.Struct, eq=False):
     """A name in the tree. Hard links of one file are nodes with the same `content_start`."""
 
     name: str
@@ -107,7 +106,7 @@ class Node:
     content_start: int = 0
     symlink_target: str = ""
     xattrs: tuple[tuple[str, bytes], ...] = ()
-    children: dict[str, "Node"] = field(default_factory=dict)
+    children: dict[str, "Node"] = msgspec.field(default_factory=dict)
     parent: "Node | None" = None
     original: "Node | None" = None
     """For a hard link, the node that it is a link to."""

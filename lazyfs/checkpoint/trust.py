@@ -3,8 +3,9 @@
 One table for `inspect`, the status of a mount and ARCHITECTURE.md ("What is trusted, and why").
 """
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from lazyfs.ground.errors import UsageError
 
@@ -21,8 +22,7 @@ _TABLES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Trust:
+class Trust(msgspec.Struct, frozen=True):
     """One kind of bytes."""
 
     what: str

@@ -15,12 +15,12 @@ containerd, whose rootfs-diff.tar is an OCI layer, gzip and whiteouts and all.
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 import trio
+from msgspec.structs import replace
 
 from lazyfs.checkpoint.opened_layer import OpenedLayer
 from lazyfs.checkpoint.opening import Ztocs, find_index, open_layer

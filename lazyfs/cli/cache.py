@@ -5,12 +5,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+import msgspec
 
 from lazyfs.cli.options import (
     cache_dir_option,
@@ -44,8 +44,7 @@ def cache_command() -> None:
     """
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(msgspec.Struct, frozen=True):
     """What is told of one layer."""
 
     layer: "Shelved"

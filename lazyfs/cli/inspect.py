@@ -3,10 +3,10 @@
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import click
+from msgspec.structs import asdict, replace
 
 from lazyfs.cli.opening import with_checkpoint
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, follow_option, source_options

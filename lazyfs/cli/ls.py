@@ -4,10 +4,10 @@ import json
 import stat
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from lazyfs.cli.opening import locate, with_checkpoint
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, follow_option, source_options
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 _TYPE_BITS = {"file": stat.S_IFREG, "directory": stat.S_IFDIR, "symlink": stat.S_IFLNK}
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(msgspec.Struct, frozen=True):
     """What is told of one file. The fields are the keys of `--json`."""
 
     path: str
@@ -39,7 +38,7 @@ class Line:
 
     def as_json(self) -> dict[str, Any]:
         """The line as plain values."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in self.__struct_fields__}
 
     @property
     def mode_text(self) -> str:

@@ -4,12 +4,12 @@ import errno
 import logging
 import os
 import signal
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
+import msgspec
 
 from lazyfs import mountpoint
 from lazyfs.address import Address, parse_address
@@ -171,8 +171,7 @@ def umount_command(directory: Path, lazy: bool) -> None:
     mountpoint.unmount(directory, lazy=lazy)
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
+class _Job(msgspec.Struct, frozen=True):
     """What was asked for."""
 
     reference: str

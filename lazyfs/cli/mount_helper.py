@@ -18,10 +18,10 @@ import getopt
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import click
+import msgspec
 
 import lazyfs
 from lazyfs import mountpoint
@@ -69,8 +69,7 @@ _NOT_FOR_FSTAB = frozenset(["help", "foreground", "verbose", "noexec", "source-n
 _TYPES = ("lazyfs", "fuse.lazyfs")
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """A call of the helper, understood."""
 
     reference: str

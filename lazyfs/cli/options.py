@@ -4,11 +4,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 import click
+import msgspec
+from msgspec.structs import replace
 
 from lazyfs.background import OneLine
 from lazyfs.checkpoint.reference import FORMS
@@ -34,8 +35,7 @@ REFERENCE_HELP = f"\b\nREF is one of\n{FORMS}"
 """For the end of a command's help."""
 
 
-@dataclass(frozen=True, slots=True)
-class SourceOptions:
+class SourceOptions(msgspec.Struct, frozen=True):
     """How a checkpoint is to be opened."""
 
     cache_dir: Path

@@ -343,6 +343,8 @@ def _sentence(event: "Event") -> str | None:
     kind = event["event"]
     if kind == "stub":
         return f"{event['reference']} is a stub of {event['real']}"
+    if kind == "waiting":
+        return f"lazyfs: still waiting: {event['why']}"
     if kind == "mounted":
         return f"restoring {event['reference']}"
     if kind == "resumed":

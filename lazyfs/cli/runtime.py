@@ -4,12 +4,12 @@ import logging
 import os
 import signal
 import stat
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
+from msgspec.structs import replace
 
 from lazyfs.checkpoint.reference import RegistryReference
 from lazyfs.checkpoint.stub import LARGEST_MARKER_BYTES, MARKER, Stub, read_stub, real_reference

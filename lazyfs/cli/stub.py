@@ -5,11 +5,12 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import msgspec
+from msgspec.structs import replace
 
 from lazyfs import __version__
 from lazyfs.checkpoint.reference import (
@@ -174,8 +175,7 @@ def _real(
     return parsed.pinned(image.digest)
 
 
-@dataclass(frozen=True, slots=True)
-class _Storage:
+class _Storage(msgspec.Struct, frozen=True):
     """A containers-storage, as skopeo calls an image there."""
 
     name: str

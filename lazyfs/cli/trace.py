@@ -4,12 +4,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from lazyfs.checkpoint.reference import LayoutReference, RegistryReference, parse_reference
 from lazyfs.checkpoint.stub import ANNOTATION
@@ -152,8 +152,7 @@ def trace_show_command(
             click.echo("\t".join(map(printable, row)))
 
 
-@dataclass(frozen=True, slots=True)
-class _NeededFile:
+class _NeededFile(msgspec.Struct, frozen=True):
     """What was needed of one file."""
 
     path: str

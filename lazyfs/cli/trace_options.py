@@ -2,11 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import click
+from msgspec.structs import replace
 
 from lazyfs.cli.options import SourceOptions
 from lazyfs.ground.errors import MalformedError, UsageError

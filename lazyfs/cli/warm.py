@@ -3,10 +3,10 @@
 import sys
 import time
 from contextlib import AbstractContextManager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
+from msgspec.structs import replace
 
 from lazyfs.cli.opening import with_checkpoint
 from lazyfs.cli.options import REFERENCE_HELP, SourceOptions, follow_option, source_options

@@ -12,9 +12,10 @@ import os
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from lazyfs.content import janitor
 from lazyfs.content.cache_file import MARK_BYTES, is_sealed, little_endian, seal
@@ -40,14 +41,13 @@ _STREAMED = ("zstd-stream-1", "gzip-spans-1")
 """Layouts whose content is one stretch after the other, unless they have an index."""
 
 
-@dataclass
-class Audit:
+class Audit(msgspec.Struct):
     """What was found of one layer."""
 
     layer: Shelved
     checked_chunks: int = 0
     checked_bytes: int = 0
-    damaged: list[ByteRange] = field(default_factory=list)
+    damaged: list[ByteRange] = msgspec.field(default_factory=list)
     """Content that is not what was stored."""
     torn: bool = False
     """Its files do not fit each other: none of it is good for anything."""

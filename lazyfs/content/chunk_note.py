@@ -21,9 +21,9 @@ import tempfile
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import xxhash
 
 from lazyfs.ground.data import Data
@@ -37,8 +37,7 @@ _NOTE_MOST_BYTES = 1 << 30
 _STEP = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Grid:
+class Grid(msgspec.Struct, frozen=True):
     """How content is cut; `starts` and `sizes` in bytes, a number for each chunk."""
 
     starts: Sequence[int]

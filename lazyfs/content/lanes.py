@@ -3,7 +3,9 @@
 A demand read never queues behind background work: each lane has its own limiter. The lanes
 share the link all the same, so while faults come out of the blue the background keeps to few
 connections (`ContentSettings.gentle_connections`) with little on their way (`transport/window.py`),
-for as long as another fault is likely, by how quickly the latest followed each other.
+for as long as another fault is likely, by how quickly the latest followed each other. Beside who
+*walks*, has much fetched ahead at each fault and waits for it all the same, it asks for nothing:
+such a reader can use all of the link.
 """
 
 import time
@@ -18,7 +20,8 @@ _APART_WEIGHT = 0.25
 _APART_TIMES = 4
 _YIELD_LEAST_S = 0.05
 _WALK_S = 0.1
-"""Who walks asks for more several times in so long."""
+"""Who walks asks for more, and waits for it, several times in so long."""
+_LOOK_AGAIN_S = 0.02
 
 
 class Lane(Enum):
@@ -44,7 +47,8 @@ class Lanes:
         self._fault_at_s = float("-inf")
         self._apart_s = settings.yield_s
         """How long after a fault the next one comes, as of late."""
-        self._walking_until_s = float("-inf")
+        self._walked_at_s = float("-inf")
+        self._waited_at_s = float("-inf")
         self._limiters = {
             Lane.DEMAND: trio.CapacityLimiter(settings.demand_connections),
             Lane.READAHEAD: trio.CapacityLimiter(settings.readahead_connections),
@@ -58,8 +62,8 @@ class Lanes:
     def note_demand(self, *, out_of_the_blue: bool) -> None:
         """Remember that a reader had to wait just now."""
         self._demand_at_s = trio.current_time()
+        self._waited_at_s = now_s = time.monotonic()
         if out_of_the_blue:
-            now_s = time.monotonic()
             apart_s = min(now_s - self._fault_at_s, self._settings.yield_s)
             self._apart_s += _APART_WEIGHT * (apart_s - self._apart_s)
             self._fault_at_s = now_s
@@ -71,7 +75,13 @@ class Lanes:
 
     def note_walk(self) -> None:
         """Much is fetched ahead of a reader who goes from one fault to the next."""
-        self._walking_until_s = time.monotonic() + _WALK_S
+        self._walked_at_s = time.monotonic()
+
+    async def wait_walked(self) -> None:
+        """Come back when nobody walks; at once, if so."""
+        # It ends by the passing of time: there is no event to wait for.
+        while self.is_walked:  # noqa: ASYNC110
+            await trio.sleep(_LOOK_AGAIN_S)
 
     def _be_gentle(self, for_s: float) -> None:
         for_s = min(max(for_s, _YIELD_LEAST_S), self._settings.yield_s)
@@ -86,22 +96,14 @@ class Lanes:
         return time.monotonic() < self._gentle_until_s
 
     @property
-    def gentle_connections(self) -> int:
-        """How many connections the background keeps to while `is_gentle`."""
-        return 1 if self._is_walked else self._settings.gentle_connections
-
-    @property
     def gentle_bytes(self) -> int:
-        """How much may be on its way to each of them. From any thread.
-
-        Who jumps about uses little of the link, and wants everything in the end; who walks can use
-        all of it.
-        """
-        return NARROW_BYTES if self._is_walked else SHARED_BYTES
+        """How much may be on its way to each background connection then. From any thread."""
+        return NARROW_BYTES if self.is_walked else SHARED_BYTES
 
     @property
-    def _is_walked(self) -> bool:
-        return time.monotonic() < self._walking_until_s
+    def is_walked(self) -> bool:
+        """Whether somebody walks, and bytes do not come as quickly as he does. From any thread."""
+        return time.monotonic() - min(self._walked_at_s, self._waited_at_s) < _WALK_S
 
     @property
     def idle_for_s(self) -> float:

@@ -131,6 +131,14 @@ class LayerContent(Content):
         first, last = self._span(content)
         return all(state >= READY for state in self._state[first:last])
 
+    def is_kept(self, content: ByteRange) -> bool:
+        """Whether the bytes are held, or in the cache and yet to be checked."""
+        first, last = self._span(content)
+        return self._state.find(ABSENT, first, last) < 0 and not any(
+            flight.first < last and first < flight.last and flight.task is not Task.CHECK
+            for flight in self._flights
+        )
+
     def is_coming(self, content: ByteRange) -> bool:
         """Whether whatever of the bytes is not held is being fetched already."""
         first, last = self._span(content)

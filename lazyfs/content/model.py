@@ -77,3 +77,9 @@ class Reader(Protocol):
 
     def is_here(self, offset: int, size_bytes: int) -> bool:
         """Whether `read` would have them at once."""
+
+    def is_kept(self) -> bool:
+        """Whether all of the file is in the cache, so that nothing needs to be fetched for it.
+
+        Checked it may not be yet; what is then found damaged is fetched.
+        """

@@ -13,10 +13,11 @@ import os
 import struct
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from enum import IntEnum
 
+import msgspec
 import xxhash
+from msgspec.structs import replace
 
 from lazyfs.ground.errors import (
     FetchError,
@@ -47,8 +48,7 @@ class State(IntEnum):
     """The blob is not what its digest promises; the latest trouble says how."""
 
 
-@dataclass(frozen=True, slots=True)
-class News:
+class News(msgspec.Struct, frozen=True):
     """A moment of a pass."""
 
     beats: int = 0

@@ -15,9 +15,10 @@ No lock within: on the trio thread, and changed between two checkpoints only.
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
+import msgspec
 import trio
+from msgspec.structs import replace
 
 from lazyfs.content.flight import Flight, Task
 from lazyfs.content.holdings import ABSENT, FLYING, UNCHECKED, Holdings
@@ -35,8 +36,7 @@ _IGNORE_STALLED_S = 15.0
 _TRIES = 8
 
 
-@dataclass(frozen=True, slots=True)
-class _Stalled:
+class _Stalled(msgspec.Struct, frozen=True):
     """Chunks that somebody has locked and does not bring."""
 
     first: int
@@ -45,8 +45,7 @@ class _Stalled:
     until_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(msgspec.Struct, frozen=True):
     """What is to be done about some chunks."""
 
     task: Task

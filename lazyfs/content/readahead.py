@@ -24,9 +24,10 @@ import logging
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from math import inf
 
+import msgspec
 import trio
 
 from lazyfs.content.flight import Flight, Task
@@ -60,6 +61,7 @@ _FAMILY_FILES = 3
 """Long reads in so many files of a family within `_SCATTER_S`: they are all being read."""
 _SWEEP_STALL_S = 1.0
 _LOOK_AGAIN_S = 0.1
+_YIELD_S = 0.02
 _LEAST_REQUEST_BYTES = 1 << 20
 _TRACED_ON_THE_WAY_BYTES = 4 << 20
 """Of what a trace names: three times what is on its way at 1 Gbit/s and 10 ms."""
@@ -70,8 +72,7 @@ _AWAITED_MOST = 16
 """Flights of other daemons that are awaited at a time; they take no connection."""
 
 
-@dataclass(eq=False, slots=True)
-class _Stream:
+class _Stream(msgspec.Struct, eq=False):
     position: int
     limit: int
     consumed_bytes: int
@@ -103,6 +104,8 @@ class Readahead:
         self._fill_error: LazyfsError | None = None
         self._long_read = trio.Event()
         self._wanted = trio.Event()
+        self._has_yielded = False
+        """Whether nothing was begun because somebody walks: nobody tells when that is over."""
 
     def observe(self, content: ByteRange, limit: int) -> bool:
         """Take note of a read within a file that ends at `limit`; say if it was foreseen."""
@@ -221,7 +224,8 @@ class Readahead:
         """Keep the windows of all streams filled, then a sweep, then `fill`; for ever."""
         async with trio.open_nursery() as nursery:
             while True:
-                await self._wanted.wait()
+                with trio.move_on_after(_YIELD_S if self._has_yielded else inf):
+                    await self._wanted.wait()
                 self._wanted = trio.Event()
                 while (flight := self._next()) is not None:
                     self._depart(flight)
@@ -233,6 +237,7 @@ class Readahead:
         Of the latest streams first, nearest to the reader first.
         """
         settings = self._settings
+        self._has_yielded = False
         if self._content.poison is not None:
             return None
         keeps_all = self._content.holdings.keeps_all
@@ -245,13 +250,15 @@ class Readahead:
             flight = self._content.take_off(run, Lane.READAHEAD)
             flight.window_bytes = SHARED_BYTES
             return flight
+        self._has_yielded = self._content.lanes.is_walked
+        if self._has_yielded:
+            self._width.idle()
+            return None
         sweeping = keeps_all and self._sweep.start < self._sweep.stop
         request_bytes = settings.readahead_request_bytes
         if self._content.lanes.is_gentle:  # the windows are narrow then
             self._width.idle()
-            connections = min(
-                self._content.lanes.gentle_connections, settings.readahead_connections
-            )
+            connections = min(settings.gentle_connections, settings.readahead_connections)
             request_bytes = min(_LEAST_REQUEST_BYTES, request_bytes)
         else:
             self._width.observe(trio.current_time(), self._content.landed_bytes)
@@ -405,3 +412,7 @@ class FileReader:
         begin = min(self._start + offset, self._stop)
         wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
         return wanted.start == wanted.stop or self._content.is_here(wanted)
+
+    def is_kept(self) -> bool:
+        """Whether all of the file is in the cache, checked or not."""
+        return not self._file.size_bytes or self._content.is_kept(self._file)

@@ -28,11 +28,15 @@ class Runs:
         self._settings = settings
 
     def next_run(self, first: int, last: int, most_bytes: int) -> tuple[int, int] | None:
-        """Return the first chunks from `first` up to `last` that nobody fetches yet."""
+        """Return the first chunks from `first` up to `last` that nobody fetches yet.
+
+        Those that only have to be checked may go on past `last`: a window that moves on by a chunk
+        would else have each checked by itself.
+        """
         absent = self._state.find(ABSENT, first, last)
         unchecked = self._state.find(UNCHECKED, first, last if absent < 0 else absent)
         if unchecked >= 0:
-            return unchecked, self.unchecked_end(unchecked, last)
+            return unchecked, self.unchecked_end(unchecked, len(self._state))
         return (absent, self._end(absent, last, most_bytes)) if absent >= 0 else None
 
     def absent(self, first: int, last: int, *, demand: bool) -> list[tuple[int, int]]:

@@ -13,8 +13,9 @@ import re
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from lazyfs.ground.digest import Digest
 from lazyfs.ground.errors import MalformedError
@@ -41,8 +42,7 @@ _STREAMED = ("gzip-spans", "zstd-stream")
 _OF_A_SOURCE = re.compile(r"-[0-9a-f]{16}$")
 
 
-@dataclass(frozen=True, slots=True)
-class Shelved:
+class Shelved(msgspec.Struct, frozen=True):
     """A layer of which the cache holds something."""
 
     home: Path
@@ -78,8 +78,7 @@ class Shelved:
         return self.format_name == "tar"
 
 
-@dataclass(frozen=True, slots=True)
-class Document:
+class Document(msgspec.Struct, frozen=True):
     """A document of which the cache has a copy."""
 
     path: Path

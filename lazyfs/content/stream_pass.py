@@ -12,10 +12,10 @@ touches the file, whose rules are its own.
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import msgspec
 import trio
 
 from lazyfs.content.blob_stream import BlobStream
@@ -46,8 +46,7 @@ _BEAT_S = 0.25
 """Much less than the patience of those that follow (`following.py`)."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What is to be brought here, and with what."""
 
     blob: Blob

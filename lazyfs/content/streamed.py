@@ -415,3 +415,7 @@ class StreamReader:
         begin = min(self._start + offset, self._stop)
         wanted = ByteRange(begin, min(begin + size_bytes, self._stop))
         return self._content.peek(wanted) is not None
+
+    def is_kept(self) -> bool:
+        """Whether all of the file has been decoded."""
+        return self.is_here(0, self._stop - self._start)

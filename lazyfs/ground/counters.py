@@ -1,12 +1,11 @@
 """What happened, in numbers. Plain additions under the GIL; readers tolerate being one behind."""
 
-from dataclasses import dataclass, field, fields
+import msgspec
 
 from lazyfs.ground.journal import Journal
 
 
-@dataclass(slots=True)
-class Counters:
+class Counters(msgspec.Struct):
     """One mount's counters, from its start."""
 
     requests: int = 0
@@ -37,10 +36,9 @@ class Counters:
     cache_refused: int = 0
     """Chunks of other mounts whose bytes had changed; fetched anew."""
     cache_write_errors: int = 0
-    journal: Journal | None = field(default=None, repr=False, compare=False)
+    journal: Journal | None = None
     """Where what happens is noted, while somebody records; no counter."""
 
     def snapshot(self) -> dict[str, int]:
         """All counters by name."""
-        names = (each.name for each in fields(self) if each.name != "journal")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in self.__struct_fields__ if name != "journal"}

@@ -1,7 +1,9 @@
 """What may be tuned, as plain values; the door fills them in, everything below reads them."""
 
-from dataclasses import dataclass, replace
 from typing import Literal
+
+import msgspec
+from msgspec.structs import replace
 
 KIB = 1024
 MIB = 1024 * KIB
@@ -9,8 +11,7 @@ MIRRORS = ("auto", "containers", "containerd", "none")
 GIB = 1024 * MIB
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
+class Limit(msgspec.Struct, frozen=True):
     """How large something may become: so many bytes, or a part of what there is."""
 
     count_bytes: int | None = None
@@ -29,8 +30,7 @@ CACHE_LIMIT = Limit(percent=50, least_bytes=GIB)
 """Half of the filesystem that the cache is on, or of the memory that is available."""
 
 
-@dataclass(frozen=True, slots=True)
-class TransportSettings:
+class TransportSettings(msgspec.Struct, frozen=True):
     """How long to wait for a source, and how often to ask again.
 
     `deadline_s` bounds the silence of one fetch: attempts and pauses since its last byte, or
@@ -79,8 +79,7 @@ class TransportSettings:
         return replace(self, deadline_s=min(self.deadline_s, self.prompt_deadline_s))
 
 
-@dataclass(frozen=True, slots=True)
-class ContentSettings:
+class ContentSettings(msgspec.Struct, frozen=True):
     """Sizes of requests and how many at once; see ARCHITECTURE.md, "The read path".
 
     Fill rule: connections x request size >= 3 x the link's bandwidth-delay product.
@@ -101,7 +100,7 @@ class ContentSettings:
     most, with narrow windows (`transport/window.py`)."""
     gentle_connections: int = 2
     """Narrow windows of so many connections are 0.8 of a link of 1 Gbit/s and 10 ms, and fill no
-    queue; with three a read waits twice as long. Beside who fetches much at each fault, one."""
+    queue; with three a read waits twice as long. Beside who fetches much at each fault, none."""
     patience_s: float = 0.4
     """A reader that waits for somebody else's fetch and sees no byte of it for so long asks
     for itself."""

@@ -8,9 +8,10 @@ it shares with no other, but that one may begin with the last byte of the one be
 """
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
+
+import msgspec
 
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
@@ -30,8 +31,7 @@ class EntryType(Enum):
     """A name that hides the same name in what lies below; only of a container's file changes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One name of a layer, in the order of the layer.
 
     `path`: relative, normalised ("checkpoint/pages-1.img"), "" for the layer's root; never
@@ -55,8 +55,7 @@ class Entry:
     """Extended attributes as archived; only the files of a container have any."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerDescriptor:
+class LayerDescriptor(msgspec.Struct, frozen=True):
     """A layer as the manifest describes it (OCI image-spec, descriptor.md).
 
     `digest` is None where nothing promises one: a checkpoint archive that is not in an image.
@@ -128,8 +127,7 @@ def no_walk() -> Walk:
     yield from ()
 
 
-@dataclass(frozen=True, slots=True)
-class LayerIndex:
+class LayerIndex(msgspec.Struct, frozen=True):
     """An opened layer that can be read at random: how its content is cut, and who is in it.
 
     The walk's ranges are read through the chunks like any file, so what it saw is cached.
@@ -175,8 +173,7 @@ class StreamDecoder(Protocol):
         """After `finish`: what `StreamIndex.reopen` wants; None if there is no such thing."""
 
 
-@dataclass(frozen=True, slots=True)
-class StreamIndex:
+class StreamIndex(msgspec.Struct, frozen=True):
     """An opened layer that can only be decoded from its start.
 
     Its content address space is the uncompressed tar.

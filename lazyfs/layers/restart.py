@@ -4,14 +4,13 @@ Sources: RFC 1951 (deflate); zlib, `examples/zran.c` (the idea); soci-snapshotte
 `ztoc/compression/gzip_zinfo.c` (the same points, as SOCI keeps them).
 """
 
-from dataclasses import dataclass
+import msgspec
 
 WINDOW_BYTES = 32 * 1024
 """How far back deflate can refer: what has to be known to go on (RFC 1951, section 2)."""
 
 
-@dataclass(frozen=True, slots=True)
-class RestartPoint:
+class RestartPoint(msgspec.Struct, frozen=True):
     """A place in a gzip blob where a deflate block begins, and in the content it decodes to.
 
     `blob_offset`: of the first byte none of whose bits belong to what came before. Where `bits`

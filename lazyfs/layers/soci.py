@@ -17,7 +17,8 @@ import hashlib
 import re
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from lazyfs.ground.data import Data
 from lazyfs.ground.errors import MalformedError, UnsupportedLayer

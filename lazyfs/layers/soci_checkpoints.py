@@ -15,7 +15,8 @@ Source: soci-snapshotter, `ztoc/compression/gzip_zinfo.c` (`blob_to_zinfo`, `zin
 
 import struct
 from array import array
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyfs.ground.errors import MalformedError, UnsupportedLayer
 from lazyfs.layers.chunks import BLOB_CHUNK_MOST_BYTES
@@ -33,8 +34,7 @@ _STRIDE_BYTES = _POINT.size + WINDOW_BYTES
 _BITS_MOST = 7
 
 
-@dataclass(frozen=True, slots=True)
-class Checkpoints:
+class Checkpoints(msgspec.Struct, frozen=True):
     """Columns of restart points; see `lazyfs.layers.restart.RestartPoint` for their meaning."""
 
     blob_starts: "array[int]"

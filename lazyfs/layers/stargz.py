@@ -10,8 +10,9 @@ Source: stargz-snapshotter, `docs/estargz.md`, "Content Verification in eStargz"
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import msgspec
 
 from lazyfs.ground.data import Data
 from lazyfs.ground.digest import Digest
@@ -60,8 +61,7 @@ class Unpacker(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Packing:
+class Packing(msgspec.Struct, frozen=True):
     """What eStargz needs to know of a compression."""
 
     find_toc: Callable[[bytes, int], TocPlace | None]

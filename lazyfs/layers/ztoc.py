@@ -12,9 +12,9 @@ large, is refused. There is no recursion: the depth is the schema's.
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 from flatbuffers import number_types  # type: ignore[import-untyped]
 from flatbuffers.table import Table  # type: ignore[import-untyped]
 
@@ -39,8 +39,7 @@ _FOREIGN_ERRORS = (struct.error, ValueError, TypeError, IndexError, OverflowErro
 """What the runtime, and Python's own reading of buffers, may raise for wrong bytes."""
 
 
-@dataclass(frozen=True, slots=True)
-class ZtocFile:
+class ZtocFile(msgspec.Struct, frozen=True):
     """A member of the tar: `FileMetadata` of the schema."""
 
     name: bytes
@@ -59,8 +58,7 @@ class ZtocFile:
     """Keys of the member's pax records; the schema calls them `xattrs`, and that a mistake."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ztoc:
+class Ztoc(msgspec.Struct, frozen=True):
     """A zTOC less its files, as it is written: no two of these values have been compared yet."""
 
     version: bytes

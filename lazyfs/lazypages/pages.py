@@ -111,6 +111,8 @@ class _StoredPages:
         wanted = self._range(offset, size_bytes)
         if lane is not Lane.DEMAND:
             await self._layer.wait_replayed(wanted)
+            if isinstance(self._content, LayerContent):
+                await self._content.lanes.wait_walked()
             return await self._reader.read(offset, size_bytes, lane)
         prefetch = self._layer.prefetched
         foreseen = False

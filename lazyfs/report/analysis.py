@@ -7,7 +7,8 @@ files are as unpacked, bytes of fetches as they lie in the blob: the two are nev
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyfs.checkpoint.criu_phases import phases_of
 from lazyfs.checkpoint.trace import Fetch, Mark, Need, Phase, Read, Recording, Trace
@@ -35,8 +36,7 @@ _RESTORED = ("restored",)
 _UNTIL = "until"
 
 
-@dataclass(frozen=True, slots=True)
-class FileFates:
+class FileFates(msgspec.Struct, frozen=True):
     """What became of a file's bytes."""
 
     index: int
@@ -54,8 +54,7 @@ class FileFates:
     """All that came, also after the end mark."""
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
+class Budget(msgspec.Struct, frozen=True):
     """What the time until the end mark was spent on, each moment on one thing."""
 
     start_ms: float
@@ -73,8 +72,7 @@ class Budget:
         return self.start_ms + self.criu_ms + self.waiting_ms + self.rest_ms
 
 
-@dataclass(frozen=True, slots=True)
-class Analysis:
+class Analysis(msgspec.Struct, frozen=True):
     """All that the report tells."""
 
     trace: Trace

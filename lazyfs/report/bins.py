@@ -2,10 +2,11 @@
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import pairwise
 from typing import NamedTuple
+
+import msgspec
 
 from lazyfs.report.analysis import FileFates
 from lazyfs.report.spans import INSTANT_MS, Fate, Flow
@@ -153,8 +154,7 @@ def cumulative(events: Iterable[tuple[float, int]], moments: Sequence[float]) ->
     return had
 
 
-@dataclass(slots=True)
-class Column:
+class Column(msgspec.Struct):
     """A part of a file."""
 
     needed_bytes: int = 0
@@ -176,8 +176,7 @@ class Stroke(NamedTuple):
     ended_ms: float
 
 
-@dataclass(frozen=True, slots=True)
-class AddressMap:
+class AddressMap(msgspec.Struct, frozen=True):
     """A file by columns, and by columns and time."""
 
     column_bytes: float

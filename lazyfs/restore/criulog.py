@@ -10,7 +10,8 @@ The texts are CRIU's own, of 4.1.1 and 4.2: `criu/cr-restore.c`, `clone-noasan.c
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 _MOST_BYTES = 8 << 20
 _LINES_MOST = 8
@@ -25,8 +26,7 @@ _TRAILING = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Diagnosis(msgspec.Struct, frozen=True):
     """What went wrong, as far as the log tells."""
 
     lines: tuple[str, ...] = ()

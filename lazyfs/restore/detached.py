@@ -22,8 +22,9 @@ import errno
 import os
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
+
+import msgspec
 
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.mountpoint import FUSE_DEVICE, FUSE_SUBTYPE, check_fuse, mounts
@@ -42,8 +43,7 @@ _MESSAGE_BYTES = 4096
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-@dataclass
-class Place:
+class Place(msgspec.Struct):
     """Where a filesystem is to be served; a context manager that is left by `close`."""
 
     fuse: int = -1
@@ -52,7 +52,7 @@ class Place:
     """The mount; it lives as long as this is open in any process."""
     directory: Path | None = None
     """What is mounted on, where there is no detached mount."""
-    _home: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    _home: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def path(self) -> Path:

@@ -24,7 +24,7 @@ _LINE_MOST_BYTES = 1 << 20
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Event = Mapping[str, Any]
-"""`event` says which: stub, mounted, resumed, progress, home, proving, end."""
+"""`event` says which: waiting, stub, mounted, resumed, progress, home, proving, end."""
 
 
 class Front:

@@ -224,7 +224,11 @@ class _Keeper:
             self._work if self._has_own_pages else None,
             self._recorded.config if self._recorded is not None else None,
         )
-        served = serve(job, abandon=self._watch.stops)
+
+        def wait(why: str) -> None:
+            self._watch.tell(event="waiting", why=why)
+
+        served = serve(job, abandon=self._watch.stops, on_waiting=wait)
         stack.callback(self._end_mount, served)
         self._spared |= {served.pid, served.guard_pid}
         return served

@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import msgspec
 
 if TYPE_CHECKING:
     from lazyfs.checkpoint.desk import OpenConfig
@@ -16,8 +17,7 @@ PIDFILE = "restore.pid"
 _SHELL_JOB = re.compile(r"--shell-job|-[A-Za-z]*j")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Container:
+class Container(msgspec.Struct, frozen=True, kw_only=True):
     """A container that a runtime is to restore."""
 
     runtime: tuple[str, ...]
@@ -27,8 +27,7 @@ class Container:
     """Its id, as the runtime will know it."""
 
 
-@dataclass(frozen=True)
-class Recording:
+class Recording(msgspec.Struct, frozen=True):
     """What is needed, to be written to a file."""
 
     file: Path
@@ -40,8 +39,7 @@ class Recording:
     """Whether only what is wanted is brought meanwhile; else all goes as it would otherwise."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """One restore."""
 
     reference: str

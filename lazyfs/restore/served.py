@@ -16,11 +16,14 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lazyfs.background import close_inherited, log_to
+import msgspec
+from msgspec.structs import asdict
+
+from lazyfs.background import Waiting, close_inherited, log_to
+from lazyfs.checkpoint.reference import parse_reference
 from lazyfs.ground.errors import LazyfsError
 from lazyfs.mountpoint import answer_of
 from lazyfs.restore.detached import Place, open_place
@@ -37,6 +40,7 @@ _MESSAGE_MOST_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 16
 _STATUS_XATTR = "user.lazyfs.status"
 _END_TIMEOUT_S = 10.0
+_SILENT_S = 2.0
 _KILL_TIMEOUT_S = 5.0
 
 
@@ -48,8 +52,7 @@ class NoAnswer(LazyfsError):
     """The daemon lives, but has not answered in time: it may be busy, stopped, or stuck."""
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(msgspec.Struct, frozen=True):
     """What is to be served, and for what."""
 
     reference: str
@@ -182,10 +185,13 @@ class Served:
         self.end()
 
 
-def serve(job: Job, *, abandon: Sequence[int] = ()) -> Served:
+def serve(
+    job: Job, *, abandon: Sequence[int] = (), on_waiting: Callable[[str], None] = lambda why: None
+) -> Served:
     """Start a daemon that serves a checkpoint; return when it answers.
 
-    It is given up as soon as one of the descriptors `abandon` can be read.
+    It is given up as soon as one of the descriptors `abandon` can be read. `on_waiting` is told
+    what it waits for, if that takes a while.
 
     Raises:
         Abandoned: one of those could be.
@@ -207,7 +213,7 @@ def serve(job: Job, *, abandon: Sequence[int] = ()) -> Served:
     os.close(watching)
     place.let_go_of_fuse()
     try:
-        told = _hear(hearing, pid, abandon)
+        told = _hear(hearing, pid, abandon, job.reference, on_waiting)
         return Served(place, lifeline, pid, told)
     except BaseException:
         place.close()
@@ -218,21 +224,36 @@ def serve(job: Job, *, abandon: Sequence[int] = ()) -> Served:
         os.close(hearing)
 
 
-def _hear(hearing: int, pid: int, abandon: Sequence[int]) -> Mapping[str, Any]:
-    """Return what the daemon says when it is ready.
+def _hear(
+    hearing: int,
+    pid: int,
+    abandon: Sequence[int],
+    reference: str,
+    on_waiting: Callable[[str], None],
+) -> Mapping[str, Any]:
+    """Return what the daemon says when it is ready; before that, a line for what it waits for.
 
     Raises:
         LazyfsError: it says what went wrong, or ends without a word.
     """
     heard = bytearray()
+    silent_s: float | None = _SILENT_S
     while True:
-        readable = _wait_readable([hearing, *abandon], None)
+        readable = _wait_readable([hearing, *abandon], silent_s)
+        if not readable:
+            on_waiting(f"{parse_reference(reference)} is not mounted yet")
+            silent_s = None
+            continue
         if hearing not in readable:
             raise Abandoned("interrupted; nothing of the restore is left")
         piece = os.read(hearing, _PIECE_BYTES)
         if not piece or len(heard) > _MESSAGE_MOST_BYTES:
             break
         heard += piece
+        *lines, heard = heard.split(b"\n")
+        for line in lines:
+            on_waiting(json.loads(line)["waiting"])
+            silent_s = None
     try:
         told = json.loads(bytes(heard))
     except ValueError:
@@ -277,6 +298,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
 
         guard = Guard.start()
     is_ready = False
+    waiting = Waiting(lambda why: _write(telling, {"waiting": why}, b"\n"))
     try:
         opening = job.opening()  # what that begins goes on while the rest is imported
         import trio
@@ -294,6 +316,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
                 "guard_pid": guard.pid if guard is not None else 0,
                 "findings": [asdict(each) for each in ready.findings],
             }
+            waiting.silence()
             try:
                 _say(telling, words)
             except BrokenPipeError:
@@ -330,6 +353,7 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
         trio.run(main)
     except LazyfsError as error:
         log.log(logging.CRITICAL if is_ready else logging.INFO, "the mount ends: %s", error)
+        waiting.silence()
         if not is_ready:
             with suppress(BrokenPipeError):
                 _say(telling, {"error": str(error), "exit_code": error.exit_code})
@@ -343,10 +367,15 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
 
 
 def _say(telling: int, words: Mapping[str, Any]) -> None:
-    text = json.dumps(words).encode()
+    """Say the last of it."""
+    _write(telling, words)
+    os.close(telling)
+
+
+def _write(telling: int, words: Mapping[str, Any], end: bytes = b"") -> None:
+    text = json.dumps(words).encode() + end
     while text:
         text = text[os.write(telling, text) :]
-    os.close(telling)
 
 
 def _forget_signals() -> None:

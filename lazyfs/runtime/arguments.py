@@ -11,8 +11,9 @@ clusters of short options and abbreviations of long ones, in order (GNU argp; cr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import PurePosixPath
+
+import msgspec
 
 _GLOBAL_VALUES = frozenset(
     ("root", "log", "log-format", "log-level", "criu", "rootless", "cgroup-manager", "config")
@@ -36,19 +37,17 @@ _FALSE = frozenset(("0", "f", "F", "false", "FALSE", "False"))
 """Go's strconv.ParseBool."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
+class _Place(msgspec.Struct, frozen=True):
     """Where a value stands: a word of its own, or behind a prefix."""
 
     index: int
     prefix: str = ""
 
 
-@dataclass
-class _Options:
-    values: dict[str, str] = field(default_factory=dict)
-    places: dict[str, list[_Place]] = field(default_factory=dict)
-    plain: list[str] = field(default_factory=list)
+class _Options(msgspec.Struct):
+    values: dict[str, str] = msgspec.field(default_factory=dict)
+    places: dict[str, list[_Place]] = msgspec.field(default_factory=dict)
+    plain: list[str] = msgspec.field(default_factory=list)
 
     def put(self, name: str, value: str, place: _Place) -> None:
         self.values[name] = value
@@ -58,8 +57,7 @@ class _Options:
         return flag in self.values and self.values[flag] not in _FALSE
 
 
-@dataclass(frozen=True, slots=True)
-class RestoreCall:
+class RestoreCall(msgspec.Struct, frozen=True):
     """A runtime's `restore`, understood."""
 
     words: tuple[str, ...]

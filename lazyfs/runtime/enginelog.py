@@ -16,16 +16,16 @@ the same keys.
 import contextlib
 import json
 import os
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+import msgspec
 
 _READ_MOST_BYTES = 1 << 20
 _MESSAGE_MOST = 4000
 
 
-@dataclass(frozen=True, slots=True)
-class EngineLog:
+class EngineLog(msgspec.Struct, frozen=True):
     """The runtime's log file, as it was before the call."""
 
     path: Path | None

@@ -8,9 +8,10 @@ once it is complete; whoever calls removes the directory after a failure.
 import errno
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from lazyfs.ground.errors import LazyfsError, NotACheckpoint, raise_sole_error
 from lazyfs.restore.served import Abandoned

@@ -28,10 +28,11 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+
+import msgspec
 
 from lazyfs.background import close_inherited, log_to
 from lazyfs.ground.errors import LazyfsError
@@ -70,8 +71,7 @@ class Fetch(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(msgspec.Struct, frozen=True):
     """What the keeper has to do. Paths are absolute."""
 
     reference: str

@@ -5,9 +5,11 @@ registry's own last.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
+from lazyfs.ground.discreet import Discreet
 from lazyfs.ground.errors import MalformedError, SourceError
 from lazyfs.transport.hosts_toml import HostServer
 from lazyfs.transport.registries_conf import Location, RegistryEntry, find_entry
@@ -17,10 +19,10 @@ _SERVED_BY = {"docker.io": "registry-1.docker.io"}
 _CALLED = {server: host for host, server in _SERVED_BY.items()}
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(Discreet, frozen=True):
     """One repository at one server."""
 
+    unprinted = ("headers",)
     host: str
     """As a person calls it, and logs in to it: `docker.io`, `mirror.example:5000`."""
     repository: str
@@ -31,9 +33,9 @@ class Address:
     """Where the server's API begins."""
     namespace: str | None = None
     """Sent as `?ns=`: the registry that the server stands in for (containerd's mirrors)."""
-    tls: TlsConfig = field(default_factory=TlsConfig)
+    tls: TlsConfig = msgspec.field(default_factory=TlsConfig)
     """What is to be done beside what holds for the host anyway."""
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     connect_timeout_s: float | None = None
     for_tags: bool = True
     """Whether it may say what a tag means, and who refers to what."""

@@ -7,10 +7,11 @@ distribution-spec, "Error Codes".
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from typing import NamedTuple
+
+import msgspec
 
 from lazyfs.ground.errors import FetchError, SourceError
 from lazyfs.ground.ranges import ByteRange
@@ -73,8 +74,7 @@ def warnings_in(text: str | None) -> list[str]:
     return ["".join(filter(str.isprintable, each)) for each in plain]
 
 
-@dataclass(frozen=True, slots=True)
-class Question:
+class Question(msgspec.Struct, frozen=True):
     """What was asked of whom, and what a person may do if it is refused."""
 
     what: str

@@ -12,8 +12,9 @@ containers-certs.d(5). There, what is set for the registry also holds wherever i
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from lazyfs.ground.errors import SourceError
 from lazyfs.transport.tls import ClientPair, Endpoint, Endpoints, TlsConfig

@@ -12,9 +12,10 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
+
+import msgspec
 
 from lazyfs.ground.errors import ClosedEarly, FetchError, SourceError
 from lazyfs.ground.settings import TransportSettings
@@ -140,8 +141,7 @@ class Reply:
             self._client.give_back(self._connection, clean=self._ended)
 
 
-@dataclass(frozen=True, slots=True)
-class SmallReply:
+class SmallReply(msgspec.Struct, frozen=True):
     """An answer that was read whole."""
 
     url: str

@@ -14,11 +14,11 @@ import binascii
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
 
+from lazyfs.ground.discreet import Discreet
 from lazyfs.ground.errors import SourceError
 from lazyfs.transport.helpers import HelperAnswer, NoHelper, ask_helper
 
@@ -33,17 +33,17 @@ AskHelper = Callable[[str, str], HelperAnswer | None]
 """`ask_helper` as far as name and server."""
 
 
-@dataclass(frozen=True, slots=True)
-class Credentials:
+class Credentials(Discreet, frozen=True):
     """What a registry or its token server is shown. The repr tells only where it is from."""
 
-    username: str = field(repr=False)
-    password: str = field(repr=False)
+    unprinted = ("username", "password", "identity_token", "registry_token")
+    username: str
+    password: str
     source: Path | str
     """The file, or the helper."""
-    identity_token: str = field(default="", repr=False)
+    identity_token: str = ""
     """An OAuth2 refresh token, for the token server."""
-    registry_token: str = field(default="", repr=False)
+    registry_token: str = ""
     """A bearer token for the registry itself."""
 
     def basic(self) -> str | None:

@@ -14,8 +14,9 @@ import stat
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
@@ -163,8 +164,7 @@ def _hex_of(data: bytes, like: Digest) -> str:
     return hasher.hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class _File:
+class _File(msgspec.Struct, frozen=True):
     """A file of an unpacked checkpoint as it was when it was found."""
 
     path: str

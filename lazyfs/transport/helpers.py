@@ -17,10 +17,10 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import msgspec
 
+from lazyfs.ground.discreet import Discreet
 from lazyfs.ground.errors import SourceError
 
 _HELPER_MOST_S = 30.0
@@ -38,12 +38,12 @@ class NoHelper(SourceError):
     """There is no such helper on this machine."""
 
 
-@dataclass(frozen=True, slots=True)
-class HelperAnswer:
+class HelperAnswer(Discreet, frozen=True):
     """What a helper knows. Its repr tells nothing of it."""
 
-    username: str = field(repr=False)
-    secret: str = field(repr=False)
+    unprinted = ("username", "secret")
+    username: str
+    secret: str
 
     @property
     def is_identity_token(self) -> bool:

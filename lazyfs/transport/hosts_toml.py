@@ -10,10 +10,12 @@ without `[host."URL"]` headings of their own do not count as servers.
 import posixpath
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
+
+from lazyfs.ground.discreet import Discreet
 from lazyfs.ground.errors import MalformedError
 
 SIZE_LIMIT_BYTES = 1024 * 1024
@@ -27,10 +29,10 @@ _DURATION_PART = re.compile(r"([0-9.]+)(ns|us|µs|μs|ms|s|m|h)")
 _UNIT_S = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}
 
 
-@dataclass(frozen=True, slots=True)
-class HostServer:
+class HostServer(Discreet, frozen=True):
     """One server of a hosts.toml. Its repr tells no headers: credentials may be in them."""
 
+    unprinted = ("headers",)
     scheme: str
     """`http`, `https`; empty, like `host`, where the file does not name the registry's own."""
     host: str
@@ -42,7 +44,7 @@ class HostServer:
     """Files of certificate and key; the same one twice where both are in it."""
     skip_verify: bool | None = None
     """None: the file does not say."""
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     dial_timeout_s: float | None = None
 
     @property

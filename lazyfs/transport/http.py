@@ -18,12 +18,13 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any, BinaryIO, Literal
 
+import msgspec
 import requests
 import urllib3
+from msgspec.structs import replace
 from requests.adapters import HTTPAdapter
 from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -61,8 +62,7 @@ _WANTS_CERTIFICATE = ("CERTIFICATE_REQUIRED", "HANDSHAKE_FAILURE", "BAD_CERTIFIC
 _TUNNEL = re.compile(r"Tunnel connection failed: (\d{3})")
 
 
-@dataclass(frozen=True, slots=True)
-class Upload:
+class Upload(msgspec.Struct, frozen=True):
     """A request that is no GET, and what goes with it."""
 
     method: Literal["HEAD", "POST", "PUT"]

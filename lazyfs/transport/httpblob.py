@@ -12,8 +12,9 @@ for `_location` harmlessly: each value is a good place to ask or will be forgott
 
 from collections.abc import Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Self
+
+import msgspec
 
 from lazyfs.ground.errors import FetchError, IntegrityError, LazyfsError, OddAnswer, SourceError
 from lazyfs.ground.ranges import ByteRange
@@ -32,8 +33,7 @@ class NoRanges(SourceError):
     """Everything was sent for a range, and everything is too much."""
 
 
-@dataclass(frozen=True, slots=True)
-class Pin:
+class Pin(msgspec.Struct, frozen=True):
     """What a file without a digest was when it was opened (RFC 9110, section 13)."""
 
     etag: str | None

@@ -20,12 +20,12 @@ import os
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from lazyfs.ground.discreet import Discreet
 from lazyfs.ground.errors import SourceError
 
 _log = logging.getLogger(__name__)
@@ -76,12 +76,12 @@ class _Response(msgspec.Struct, frozen=True):
     auth: dict[str, _Login] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Login:
+class Login(Discreet, frozen=True):
     """What a provider knows. Its repr tells nothing of it."""
 
-    username: str = field(repr=False)
-    password: str = field(repr=False)
+    unprinted = ("username", "password")
+    username: str
+    password: str
     provider: str
 
     def auth_file(self, host: str) -> bytes:

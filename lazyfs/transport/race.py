@@ -11,8 +11,8 @@ what its sink has told before is known before the fetch goes on.
 import math
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 
+import msgspec
 import trio
 
 from lazyfs.ground.counters import Counters
@@ -32,15 +32,14 @@ _LATE_S = 0.25
 _ENDING_S = 0.5
 
 
-@dataclass(frozen=True)
-class Means:
+class Means(msgspec.Struct, frozen=True):
     """What all fetches of a mount share."""
 
     settings: TransportSettings
     counters: Counters
     slots: Slots
-    budget: HedgeBudget = field(default_factory=HedgeBudget)
-    threads: trio.CapacityLimiter = field(
+    budget: HedgeBudget = msgspec.field(default_factory=HedgeBudget)
+    threads: trio.CapacityLimiter = msgspec.field(
         default_factory=lambda: trio.CapacityLimiter(_THREADS_MOST)
     )
 

@@ -9,8 +9,9 @@ be a mistake not to be relied on), and version 1 of the format is refused, not c
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
+
+import msgspec
 
 from lazyfs.ground.errors import MalformedError
 
@@ -21,8 +22,7 @@ _REGISTRIES_MOST = 10_000
 _V1 = ("search", "insecure", "block")
 
 
-@dataclass(frozen=True, slots=True)
-class Location:
+class Location(msgspec.Struct, frozen=True):
     """A mirror, or the registry itself."""
 
     location: str
@@ -32,8 +32,7 @@ class Location:
     pull_from_mirror: PullFromMirror = "all"
 
 
-@dataclass(frozen=True, slots=True)
-class RegistryEntry:
+class RegistryEntry(msgspec.Struct, frozen=True):
     """One `[[registry]]`: what is known of the names that begin with `prefix`."""
 
     prefix: str

@@ -18,10 +18,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
+
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest

@@ -16,9 +16,9 @@ piece. The sink is never touched once `fetch` has ended (`lease.py`).
 
 import logging
 import time
-from dataclasses import replace
 
 import trio
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.errors import LazyfsError

@@ -5,8 +5,9 @@ All of it blocks and is called in worker threads. Manifests and small blobs are 
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
 
 from lazyfs.ground.digest import Digest
 from lazyfs.transport.blob import Blob
@@ -16,27 +17,25 @@ MANIFEST_LIMIT_BYTES = 4 * 1024 * 1024
 """The most that distribution-spec asks a registry to take, and that we read."""
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+class Manifest(msgspec.Struct, frozen=True):
     """A manifest or an index as it was served, its digest computed and, if asked by it, proven."""
 
     data: bytes
     media_type: str
     """As the source labels it; the document may say otherwise."""
     digest: Digest
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
     """Of the descriptor that named it, where there was one."""
 
 
-@dataclass(frozen=True, slots=True)
-class ReferrerDescriptor:
+class ReferrerDescriptor(msgspec.Struct, frozen=True):
     """A manifest that says of itself that it refers to another one."""
 
     digest: Digest
     media_type: str
     size_bytes: int
     artifact_type: str
-    annotations: Mapping[str, str] = field(default_factory=dict)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
 class Referrers(list[ReferrerDescriptor]):

@@ -10,15 +10,16 @@ A client certificate, a header and `verify=False` are for the one origin that th
 
 import ssl
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
+
+from lazyfs.ground.discreet import Discreet
 from lazyfs.ground.errors import SourceError
 from lazyfs.transport.urls import Origin
 
 
-@dataclass(frozen=True, slots=True)
-class ClientPair:
+class ClientPair(msgspec.Struct, frozen=True):
     """A client certificate and its key, in PEM."""
 
     certificate: Path
@@ -26,8 +27,7 @@ class ClientPair:
     """None: it is in the certificate's file."""
 
 
-@dataclass(frozen=True, slots=True)
-class TlsConfig:
+class TlsConfig(msgspec.Struct, frozen=True):
     """Whom to trust, and what to show. The default is what this machine trusts, and nothing."""
 
     authorities: tuple[Path, ...] = ()
@@ -65,12 +65,12 @@ class TlsConfig:
         return (self, *(_stamp_of(path) for path in paths))
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
+class Endpoint(Discreet, frozen=True):
     """How one origin is spoken to."""
 
+    unprinted = ("headers",)
     tls: TlsConfig = TlsConfig()
-    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     """Sent with each request to it, and to nobody else: they may be secret."""
 
 

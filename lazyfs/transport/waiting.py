@@ -1,7 +1,8 @@
 """Fetches that are under way: what each has come to, and what may be told of it."""
 
 import time
-from dataclasses import dataclass
+
+import msgspec
 
 from lazyfs.ground.journal import FetchNote
 from lazyfs.ground.ranges import ByteRange
@@ -9,8 +10,7 @@ from lazyfs.transport.blob import Sink
 from lazyfs.transport.lease import Lease
 
 
-@dataclass(frozen=True, slots=True)
-class Waiting:
+class Waiting(msgspec.Struct, frozen=True):
     """A fetch that somebody waits for."""
 
     blob: str

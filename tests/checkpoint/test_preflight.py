@@ -1,10 +1,10 @@
 import os
 import stat
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from lazyfs.checkpoint.criu import Inventory, Mount
 from lazyfs.checkpoint.criu_cpu import DumpedCpu

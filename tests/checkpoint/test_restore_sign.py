@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from lazyfs.checkpoint.restore_sign import RestoreSign
+from lazyfs.checkpoint.restore_sign import MemoryReads, RestoreSign
 
 from . import sample
 
@@ -72,3 +72,24 @@ def test_it_remembers_a_few_processes_only() -> None:
     for pid in range(1000, 1100):
         sign.opened("core-1.img", pid)
     assert not has_begun(CRIU[2:], 7, sign)
+
+
+def test_memory_is_read_from_a_pages_file_that_a_task_opens_again() -> None:
+    reads = MemoryReads()
+    opened = [("pages-1.img", 7), ("pages-2.img", 8), ("pagemap-7.img", 7), ("pagemap-7.img", 7)]
+    assert not any(reads.opened(*each) for each in opened)
+    assert reads.opened("pages-1.img", 7)
+    assert not reads.opened("pages-2.img", 7), "a parent's"
+    assert reads.opened("pages-2.img", 8)
+
+
+def test_tasks_that_cannot_be_told_apart_read_none() -> None:
+    reads = MemoryReads()
+    assert not any(reads.opened("pages-1.img", 0) for _ in range(3))
+
+
+def test_of_ever_more_tasks_the_latest_are_known() -> None:
+    reads = MemoryReads()
+    assert not any(reads.opened("pages-1.img", pid) for pid in range(1, 100_000))
+    assert reads.opened("pages-1.img", 99_999)
+    assert not reads.opened("pages-1.img", 1)

@@ -1,11 +1,11 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from msgspec.structs import replace
 
 from lazyfs.checkpoint.criu import Inventory
 from lazyfs.checkpoint.findings import Finding, Level

@@ -128,7 +128,7 @@ def test_the_help_of_all_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("arguments", "absent"),
     [
-        (["--help"], {"trio", "rich", "msgspec", "requests", "google.protobuf", "pyfuse3"}),
+        (["--help"], {"trio", "rich", "requests", "google.protobuf", "pyfuse3"}),
         (["ls", "--help"], {"trio", "rich", "requests", "google.protobuf", "pyfuse3"}),
         (["mount", "--help"], {"rich", "google.protobuf"}),
     ],

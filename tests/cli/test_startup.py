@@ -19,7 +19,7 @@ def test_who_parses_a_command_line_imports_no_slow_library() -> None:
     """The caller of a mount waits for its daemon, and needs none of what that does."""
     commands = ("main", "mount", "status", "wait", "warm", "inspect", "ls", "cat", "report")
     statement = f"import {', '.join(f'lazyfs.cli.{name}' for name in commands)}"
-    assert imported(statement, [*SLOW, "msgspec", "xxhash", "zstandard"]) == set()
+    assert imported(statement, [*SLOW, "xxhash", "zstandard"]) == set()
 
 
 def test_what_asks_for_a_manifest_waits_for_no_event_loop() -> None:

@@ -12,12 +12,13 @@ from testbed.registry import free_port
 TIMEOUT_S = 60
 
 
-def begun(name: str, home: Path, stderr: int) -> subprocess.Popen[bytes]:
+def begun(name: str, home: Path, stderr: int, *options: str) -> subprocess.Popen[bytes]:
     """Ask for a checkpoint of a registry that is not there, with little patience."""
     reference = f"127.0.0.1:{free_port()}/team/checkpoint:1"
     command = [sys.executable, "-m", "lazyfs", name, f"--cache-dir={home}/cache", "--deadline=3"]
     (home / "mnt").mkdir()
     words = [reference, *([str(home / "mnt")] if name == "mount" else [])]
+    words += options
     return subprocess.Popen([*command, *words], stderr=stderr, stdout=subprocess.DEVNULL)
 
 
@@ -49,3 +50,19 @@ def test_a_script_hears_of_the_end_alone(tmp_path: Path) -> None:
         _, stderr = process.communicate(timeout=TIMEOUT_S)
     (line,) = stderr.decode().splitlines()
     assert "gave up" in line
+
+
+@pytest.mark.mount
+@pytest.mark.parametrize("hears", [True, False])
+def test_who_restores_hears_it_unless_it_is_a_program(tmp_path: Path, hears: bool) -> None:
+    words = [] if hears else ["--json"]
+    with begun("restore", tmp_path, subprocess.PIPE, "--criu=true", *words) as process:
+        _, stderr = process.communicate(timeout=TIMEOUT_S)
+    *waiting, last = [line for line in stderr.decode().splitlines() if "logs are in" not in line]
+    assert process.returncode == 3
+    assert "gave up" in last
+    assert bool(waiting) is hears
+    for line in waiting:
+        assert line.startswith("lazyfs: still waiting: 127.0.0.1:")
+    if hears:
+        assert any("connection refused" in line for line in waiting)

@@ -35,10 +35,16 @@ async def test_faults_that_follow_each_other_at_once_are_soon_over() -> None:
         await trio.sleep(0.01)
 
 
-async def test_who_walks_from_fault_to_fault_has_more_of_the_link() -> None:
+async def test_who_walks_and_waits_has_the_link_for_himself_until_one_of_the_two_is_over() -> None:
     lanes = Lanes(ContentSettings())
-    lone = lanes.gentle_connections, lanes.gentle_bytes
+    lone_bytes = lanes.gentle_bytes
     lanes.note_walk()
-    walked = lanes.gentle_connections, lanes.gentle_bytes
-    assert walked[0] < lone[0]
-    assert walked[1] < lone[1]
+    assert not lanes.is_walked  # all that he wants comes in time
+    lanes.note_demand(out_of_the_blue=True)
+    assert lanes.is_walked
+    assert lanes.gentle_bytes < lone_bytes
+    with trio.fail_after(30):
+        await lanes.wait_walked()
+    assert not lanes.is_walked
+    lanes.note_demand(out_of_the_blue=True)
+    assert not lanes.is_walked

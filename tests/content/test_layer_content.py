@@ -5,12 +5,12 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import CacheFile, open_cache_file
@@ -102,6 +102,31 @@ async def test_one_fetch_for_many_readers(tmp_path: Path) -> None:
             gate.open()
         assert got == [DATA[100:200]] * 20
         assert len(setup.blob.asked) == 1
+
+
+async def test_a_file_is_kept_when_none_of_it_has_to_be_fetched(tmp_path: Path) -> None:
+    with cached(tmp_path) as setup:
+        file = setup.file()
+        assert not file.is_kept()
+        gate = setup.blob.before = Gate()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_expect, setup, ByteRange(0, len(DATA)))
+            await trio.to_thread.run_sync(gate.wait_entered)
+            assert not file.is_kept(), "it is on its way"
+            gate.open()
+        assert file.is_kept()
+    with cached(tmp_path) as setup:
+        assert setup.file().is_kept(), "it is to be checked"
+        await _expect(setup, ByteRange(0, len(DATA)))
+        assert setup.counters.bytes_fetched == 0
+
+
+async def test_what_is_only_to_be_checked_is_checked_at_large(tmp_path: Path) -> None:
+    with cached(tmp_path) as setup:
+        await _expect(setup, ByteRange(0, len(DATA)))
+    with cached(tmp_path) as setup:
+        first = setup.content.next_run(ByteRange(0, KIB), KIB)
+        assert first == (0, len(setup.content.chunks)), "not by the chunk, as a window moves on"
 
 
 async def test_a_waiter_leads_when_the_leader_is_cancelled(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import trio
 import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import open_cache_file
@@ -117,6 +117,23 @@ async def test_what_was_needed_first_is_fetched_first_and_once(tmp_path: Path) -
         assert it.prefetch.traced_bytes == it.prefetch.traced_here_bytes() == len(far) * CHUNK
         for item in chunk(*far):
             assert bytes(it.content.peek(item) or b"") == DATA[item.start : item.stop]
+
+
+async def test_the_rest_is_fetched_once_nobody_walks_any_more(
+    tmp_path: Path,
+) -> None:
+    async with opened(tmp_path) as it:
+        it.lanes.note_walk()
+        it.lanes.note_demand(out_of_the_blue=True)
+        while_walked = []
+        it.readahead.follow([ByteRange(0, len(DATA))])
+        while it.lanes.is_walked:
+            while_walked = it.blob.asked[:]
+            await trio.sleep(0.001)
+        assert not while_walked
+        with trio.fail_after(30):
+            while not it.content.is_here(ByteRange(0, len(DATA))):
+                await it.content.wait_news()
 
 
 async def test_what_nobody_waits_for_lets_a_trace_go_first(tmp_path: Path) -> None:

@@ -10,12 +10,12 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
+from msgspec.structs import replace
 
 from lazyfs.content.cache import Cache
 from lazyfs.content.cache_file import CacheFile, open_cache_file

@@ -4,6 +4,7 @@ import dataclasses
 import random
 import struct
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -81,11 +82,11 @@ def test_it_is_recognised_by_annotations_and_bytes() -> None:
     assert form.recognises(described, b"")
     assert not form.recognises(described, b"\x1f\x8b\x08")
     digest_only = {DIGEST_KEY: LAYER.annotations[DIGEST_KEY]}
-    gzip_or_zstd = dataclasses.replace(described, annotations=digest_only)
+    gzip_or_zstd = msgspec.structs.replace(described, annotations=digest_only)
     assert form.recognises(gzip_or_zstd, LAYER.blob[:100])
     assert not form.recognises(gzip_or_zstd, b"")
     no_digest = {ZSTD_KEYS + "manifest-checksum": LAYER.annotations[DIGEST_KEY]}
-    plain = dataclasses.replace(described, annotations=no_digest)
+    plain = msgspec.structs.replace(described, annotations=no_digest)
     assert not form.recognises(plain, LAYER.blob[:100])
 
 

@@ -1,9 +1,11 @@
 """A mount that knows what will be wanted fetches it first, once, and lets nobody wait for it."""
 
+import hashlib
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,24 @@ import os, sys
 for path in sys.argv[1:]:
     os.close(os.open(path, os.O_RDONLY))
 """
+_READ_AS_A_TASK = """
+import hashlib, mmap, os, sys
+pages, size = sys.argv[-1], int(sys.argv[1])
+for path in sys.argv[2:]:
+    os.close(os.open(path, os.O_RDONLY))
+file = os.open(pages, os.O_RDONLY)
+target = mmap.mmap(-1, size)
+pieces = [(0, 4096), (4096, 3 << 20), ((3 << 20) + 4096, size - (3 << 20) - 4096)]
+views = [memoryview(target)[at : at + length] for at, length in pieces]
+read = 0
+while read < size:
+    read += os.preadv(file, views if not read else [memoryview(target)[read:]], read)
+print(hashlib.sha256(target).hexdigest())
+assert os.pread(file, 5000, 777) == target[777:5777]
+assert os.pread(file, 1 << 20, size - 5) == target[size - 5 :]
+assert os.pread(file, 1 << 20, size) == b""
+"""
+"""As CRIU: looks into the pages file, then opens it anew and reads all that lies together."""
 
 
 def checkpoint() -> dict[str, bytes]:
@@ -148,6 +168,44 @@ def test_who_reads_on_and_on_after_a_restore_has_begun_gets_all_of_it_ahead(
     wait_until(lambda: prefetch(mount)["everything"], "it was noticed")
     wait_until(lambda: mount.status()["safe_offline"], "all of it is here")
     assert (mount / "pages-1.img").read_bytes() == FILES[PAGES]
+
+
+@pytest.mark.parametrize("form", [tar_layer, zstd_chunked])
+def test_a_restore_reads_what_is_all_in_the_cache_past_the_page_cache(
+    mounts: Mounts, server: FaultServer, form: Callable[[dict[str, bytes]], Layer]
+) -> None:
+    """For what is not, the kernel reads ahead, and whoever waits can be killed."""
+    reference = publish(server, form(FILES))
+    digest = hashlib.sha256(FILES[PAGES]).hexdigest()
+
+    def restore(mount: Mount) -> int:
+        """Return how much of the pages file is asked for again after a task has read it."""
+        words = [sys.executable, "-c", _READ_AS_A_TASK, str(PAGES_BYTES)]
+        words += [str(mount / name) for name in [*CRIU_OPENS, "pages-1.img"]]
+        done = subprocess.run(words, check=True, capture_output=True, text=True)
+        assert done.stdout.strip() == digest
+        before: int = mount.status()["bytes_read"]
+        assert (mount / "pages-1.img").read_bytes() == FILES[PAGES]
+        after: int = mount.status()["bytes_read"]
+        return after - before
+
+    mount = mounts.mount(reference)
+    assert restore(mount) < MIB
+    wait_until(lambda: mount.status()["safe_offline"], "all of it is here")
+    assert mount.umount().code == 0
+    mount = mounts.mount(reference)
+    fetched = mount.status()["bytes_fetched"]
+    assert restore(mount) >= PAGES_BYTES
+    assert mount.status()["bytes_fetched"] == fetched
+    (cached,) = mounts.cache_dir.glob("layers/*/content")
+    assert mount.umount().code == 0
+    with cached.open("r+b") as file:
+        file.seek(PAGES_BYTES // 2)
+        file.write(bytes(8192))
+    mounts.expect_log("WARNING .* cached chunk .* has changed on disk; fetching it anew")
+    mount = mounts.mount(reference)
+    assert restore(mount) >= PAGES_BYTES
+    assert mount.status()["cache_refused"] > 0
 
 
 def test_a_reader_overtakes_a_replay(

@@ -1,6 +1,5 @@
-from dataclasses import replace
-
 import msgspec
+from msgspec.structs import replace
 
 from lazyfs.checkpoint.trace import Fetch, Phase, Read, Recording, Trace
 from lazyfs.report.analysis import analyse

@@ -288,6 +288,7 @@ def test_where_no_mount_is_to_be_had_the_policy_decides(wrapped: Wrapped) -> Non
     subprocess.run(["rm", "-rf", wrapped.directory / "cache"], check=True)
     done = subprocess.run([*command, *wrapped.words], check=False, **options)  # type: ignore[call-overload]
     assert done.returncode == 5
+    wrapped.wait_alone()
     assert [path.name for path in wrapped.images.iterdir()] == ["lazyfs-stub.json"]
 
 

@@ -3,13 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest

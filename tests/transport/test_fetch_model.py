@@ -3,11 +3,12 @@ error; and the sink is left alone once the fetch has ended."""
 
 import random
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import trio
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.errors import FetchError, LazyfsError, SourceError

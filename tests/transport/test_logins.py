@@ -6,11 +6,11 @@ Reads go through the policy that a mount has, so that what passes is waited for.
 import base64
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest

@@ -4,10 +4,10 @@ import logging
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest

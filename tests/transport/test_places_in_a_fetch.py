@@ -6,11 +6,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 
 import pytest
 import trio
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.errors import FetchError, IntegrityError, OddAnswer, SourceError

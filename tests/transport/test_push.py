@@ -5,11 +5,11 @@ import io
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from msgspec.structs import replace
 
 from lazyfs.ground.counters import Counters
 from lazyfs.ground.digest import Digest
