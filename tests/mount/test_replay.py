@@ -111,6 +111,7 @@ def test_for_a_restore_what_was_needed_comes_first_then_all_of_it_and_nothing_tw
     mount = mounts.mount(reference, "--lazy-pages", work, "--trace", traced(layer, tmp_path))
     wait_until(lambda: mount.status()["here_bytes"] >= len(layer.blob), "all of it is here")
     wait_until(lambda: prefetch(mount)["state"] == "done", "it is done")
+    wait_until(lambda: prefetch(mount)["traced_bytes"] > 0, "the trace was followed, too")
     told = prefetch(mount)
     assert told["everything"]
     assert told["traced_bytes"] == told["traced_here_bytes"] >= sum(size for _, size in NEEDED)
