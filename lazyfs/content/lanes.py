@@ -95,6 +95,16 @@ class Lanes:
         """
         return time.monotonic() < self._gentle_until_s
 
+    def is_surprised(self, since_s: float) -> bool:
+        """Whether another fault out of the blue is likely, which even a trace makes room for.
+
+        `since_s`: by time.monotonic(), when the trace was known; earlier ones were none to it.
+        """
+        if self._fault_at_s < since_s:
+            return False
+        now_s = time.monotonic()
+        return now_s < self._gentle_until_s and now_s - self._fault_at_s < self._settings.yield_s
+
     @property
     def gentle_bytes(self) -> int:
         """How much may be on its way to each background connection then. From any thread."""

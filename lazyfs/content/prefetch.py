@@ -15,6 +15,7 @@ Sans-I/O, on the trio thread: it decides which run of chunks is next, and fetche
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
@@ -75,6 +76,8 @@ class Prefetch:
         self._traced: Sequence[ByteRange] = ()
         self.traced_bytes = 0
         """How much content the trace names: whole chunks."""
+        self.known_at_s = 0.0
+        """When the trace was known, by time.monotonic()."""
         self._next_traced = 0
         self._rest: list[ByteRange] = []
         self._next_rest = 0
@@ -104,6 +107,7 @@ class Prefetch:
         """Replay a trace, in the place of another."""
         self._traced, self._named, self.traced_bytes = traced
         self._next_traced = self._taken_bytes = 0
+        self.known_at_s = time.monotonic()
         self._waits.clear()
         self.state = PrefetchState.REPLAYING if self._traced else PrefetchState.NONE
 

@@ -250,13 +250,14 @@ class Readahead:
             flight = self._content.take_off(run, Lane.READAHEAD)
             flight.window_bytes = SHARED_BYTES
             return flight
-        self._has_yielded = self._content.lanes.is_walked
+        lanes = self._content.lanes
+        self._has_yielded = lanes.is_walked or self._is_replay_disturbed
         if self._has_yielded:
             self._width.idle()
             return None
         sweeping = keeps_all and self._sweep.start < self._sweep.stop
         request_bytes = settings.readahead_request_bytes
-        if self._content.lanes.is_gentle:  # the windows are narrow then
+        if lanes.is_gentle:  # the windows are narrow then
             self._width.idle()
             connections = min(settings.gentle_connections, settings.readahead_connections)
             request_bytes = min(_LEAST_REQUEST_BYTES, request_bytes)
@@ -299,12 +300,22 @@ class Readahead:
     def _next_traced(self, *, keeps_all: bool) -> tuple[int, int] | None:
         """Return what a trace wants next, if it may be on its way by now."""
         settings = self._settings
-        if len(self._under_way) >= settings.readahead_connections or self._awaited >= _AWAITED_MOST:
+        connections, most_bytes = settings.readahead_connections, _TRACED_ON_THE_WAY_BYTES
+        if self._is_replay_disturbed:  # what is on its way stands before what is waited for
+            connections = min(settings.gentle_connections, connections)
+            most_bytes = connections * SHARED_BYTES
+        if len(self._under_way) >= connections or self._awaited >= _AWAITED_MOST:
             return None
-        if sum(self._under_way.values()) >= _TRACED_ON_THE_WAY_BYTES:
+        if sum(self._under_way.values()) >= most_bytes:
             return None
         room_bytes = sys.maxsize if keeps_all else settings.memory_cache_bytes // 2
         return self.prefetch.next_traced(room_bytes)
+
+    @property
+    def _is_replay_disturbed(self) -> bool:
+        """Whether readers wait for what the trace does not name, while it is being replayed."""
+        prefetch = self.prefetch
+        return prefetch.is_replaying and self._content.lanes.is_surprised(prefetch.known_at_s)
 
     async def _conduct(self, flight: Flight) -> None:
         try:
