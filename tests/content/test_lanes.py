@@ -48,3 +48,17 @@ async def test_who_walks_and_waits_has_the_link_for_himself_until_one_of_the_two
     assert not lanes.is_walked
     lanes.note_demand(out_of_the_blue=True)
     assert not lanes.is_walked
+
+
+async def test_a_fault_before_a_trace_was_known_is_no_surprise_to_it() -> None:
+    lanes = Lanes(ContentSettings(yield_s=60.0))
+    lanes.expect_faults()
+    assert not lanes.is_surprised(time.monotonic())
+    lanes.note_demand(out_of_the_blue=True)
+    known_at_s = time.monotonic()
+    assert lanes.is_surprised(0.0)
+    assert not lanes.is_surprised(known_at_s)
+    lanes.note_demand(out_of_the_blue=False)
+    assert not lanes.is_surprised(known_at_s)
+    lanes.note_demand(out_of_the_blue=True)
+    assert lanes.is_surprised(known_at_s)

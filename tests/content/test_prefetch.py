@@ -242,6 +242,27 @@ async def test_a_fault_on_what_is_traced_does_not_slow_the_background(tmp_path: 
         gate.open()
 
 
+@pytest.mark.parametrize(("is_named", "most_bytes"), [(True, 4 * MIB), (False, MIB)])
+async def test_beside_a_fault_on_what_is_not_traced_little_of_the_trace_is_on_its_way(
+    tmp_path: Path, is_named: bool, most_bytes: int
+) -> None:
+    settings = ContentSettings(idle_s=3600.0, yield_s=600.0)
+    async with opened(tmp_path, settings) as it:
+        gate = it.blob.before = Gate()
+        it.lanes.note_demand(out_of_the_blue=True)  # nothing was known then
+        it.expect(chunk(*range(64)))
+        it.lanes.note_demand(out_of_the_blue=not is_named)
+        it.readahead.follow([ByteRange(0, len(DATA))])
+        with trio.fail_after(30):
+            while sum(each.size_bytes for each in it.blob.asked) < most_bytes:  # noqa: ASYNC110
+                await trio.sleep(0.001)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        assert sum(each.size_bytes for each in it.blob.asked) == most_bytes
+        gate.open()
+        await it.settle()
+        assert it.prefetch.state is PrefetchState.DONE
+
+
 async def test_a_trace_of_something_else_is_dropped(tmp_path: Path) -> None:
     async with opened(tmp_path) as it:
         gate = it.blob.before = Gate()
