@@ -210,7 +210,6 @@ class _Keeper:
 
     def _serve(self, stack: ExitStack, reference: str) -> Served:
         plan = self._plan
-        check_with = " ".join(plan.criu) if plan.container is None else "criu"
         if plan.recording is not None:
             from lazyfs.restore.recorded import Recorded
 
@@ -220,7 +219,7 @@ class _Keeper:
             plan.opening,
             self._work / "lazyfs.log",
             plan.restores,
-            check_with,
+            plan.check_with,
             self._work if self._has_own_pages else None,
             self._recorded.config if self._recorded is not None else None,
         )

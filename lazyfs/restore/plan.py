@@ -1,6 +1,7 @@
 """What is to be restored, and how: the words of the program that does it."""
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,6 +69,11 @@ class Plan(msgspec.Struct, frozen=True, kw_only=True):
     def restores(self) -> str:
         """Return what `lazyfs status` calls it."""
         return self.container.name if self.container is not None else self.reference
+
+    @property
+    def check_with(self) -> str:
+        """Return the CRIU that will restore it, as `--criu` has it; runtimes use the PATH's."""
+        return shlex.join(self.criu) if self.container is None else "criu"
 
     @property
     def way(self) -> str:

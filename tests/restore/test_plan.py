@@ -1,3 +1,4 @@
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ def test_criu_is_called_with_images_work_directory_and_the_users_options_last() 
     assert words[-2:] == ["--tcp-close", "-v4"]
     assert "--lazy-pages" not in words
     assert "--lazy-pages" in plan(lazy_pages=True).command(IMAGES, WORK)
+
+
+def test_the_criu_that_is_asked_for_its_version_is_the_one_that_restores() -> None:
+    made = plan(criu=("/opt/my criu/criu", "-x", "a b"))
+    assert shlex.split(made.check_with) == list(made.criu)
+    box = Container(runtime=("runc",), bundle=Path("/b"), name="web")
+    assert plan(criu=("mine",), container=box).check_with == "criu"
 
 
 def test_a_runtime_is_called_with_its_own_global_options() -> None:
