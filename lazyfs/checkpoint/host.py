@@ -88,7 +88,6 @@ def collect_host(
     look for; `task_ids`: to look which exist.
     """
     machine = platform.machine()
-    memory = _meminfo()
     return Host(
         architecture=_ARCHITECTURES.get(machine, machine),
         kernel=platform.release(),
@@ -99,15 +98,29 @@ def collect_host(
         programs=_programs(programs),
         plugins=frozenset(_plugins()),
         userfaultfd=_userfaultfd(),
-        memory_bytes=_sum(memory, "MemTotal", "SwapTotal"),
-        available_bytes=_sum(memory, "MemAvailable", "SwapFree"),
         tasks=_tasks(task_ids),
+        **_memory(),
     )
 
 
 def look_again(host: Host, *, programs: Iterable[str], task_ids: Iterable[int]) -> Host:
-    """Find out what else is wanted of this machine, which was looked at a moment ago. Blocks."""
-    return msgspec.structs.replace(host, programs=_programs(programs), tasks=_tasks(task_ids))
+    """Find out what else is wanted of this machine, and what may have changed since. Blocks.
+
+    The source may have been waited for meanwhile: other programs have taken memory. CRIU is not
+    asked again.
+    """
+    return msgspec.structs.replace(
+        host, programs=_programs(programs), tasks=_tasks(task_ids), **_memory()
+    )
+
+
+def _memory() -> dict[str, int | None]:
+    """Return how much of it there is, by the fields of `Host`."""
+    memory = _meminfo()
+    return {
+        "memory_bytes": _sum(memory, "MemTotal", "SwapTotal"),
+        "available_bytes": _sum(memory, "MemAvailable", "SwapFree"),
+    }
 
 
 def _programs(names: Iterable[str]) -> dict[str, str | None]:

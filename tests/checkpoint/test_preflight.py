@@ -10,7 +10,7 @@ from lazyfs.checkpoint.criu import Inventory, Mount
 from lazyfs.checkpoint.criu_cpu import DumpedCpu
 from lazyfs.checkpoint.engines import Origin
 from lazyfs.checkpoint.findings import Finding, Level, check, programs_wanted, task_ids
-from lazyfs.checkpoint.host import CriuProgram, Host, collect_host, version_in
+from lazyfs.checkpoint.host import CriuProgram, Host, collect_host, look_again, version_in
 from lazyfs.checkpoint.inspect import inspect
 from lazyfs.checkpoint.preflight import quick_check
 from lazyfs.checkpoint.report import Report
@@ -267,6 +267,18 @@ def test_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert host.memory_bytes is not None
     assert host.available_bytes is not None
     assert host.memory_bytes >= host.available_bytes > 0
+
+
+def test_what_may_have_changed_is_looked_at_again_and_criu_is_not_asked(tmp_path: Path) -> None:
+    runc = program(tmp_path, "runc", "echo runc version 1.1.15")
+    before = replace(HOST, memory_bytes=1, available_bytes=1, tasks=frozenset({1 << 30}))
+    host = look_again(before, programs=[str(runc)], task_ids=[os.getpid()])
+    assert host.criu == before.criu
+    assert host.programs == {str(runc): "1.1.15"}
+    assert host.tasks == {os.getpid()}
+    assert host.memory_bytes is not None
+    assert host.available_bytes is not None
+    assert host.memory_bytes >= host.available_bytes > 1
 
 
 @pytest.mark.parametrize(
