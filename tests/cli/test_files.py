@@ -95,7 +95,7 @@ async def test_lines_for_a_machine() -> None:
         "symlink_target": None,
     }
     documented = (sample.LAYOUT.parents[2] / "docs/json.md").read_text()
-    assert not [key for key in Line.__slots__ if f"`{key}`" not in documented]
+    assert not [key for key in Line.__struct_fields__ if f"`{key}`" not in documented]
 
 
 async def test_a_file_is_written_whole() -> None:
