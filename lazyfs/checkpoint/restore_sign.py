@@ -65,12 +65,16 @@ class MemoryReads:
     def opened(self, name: str, pid: int) -> bool:
         """Take note of a file that process `pid` has opened; say if this is the second open.
 
+        The next one is a first one again: another restore's, of a process of the same number.
+
         `pid`: 0 for processes that cannot be told apart.
         """
         if not pid or not is_pages(name):
             return False
-        is_second = (name, pid) in self._opened
+        if (name, pid) in self._opened:
+            del self._opened[name, pid]
+            return True
         self._opened[name, pid] = None
         while len(self._opened) > _TASKS_MOST:
             self._opened.popitem(last=False)
-        return is_second
+        return False
