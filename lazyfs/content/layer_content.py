@@ -132,9 +132,14 @@ class LayerContent(Content):
         return all(state >= READY for state in self._state[first:last])
 
     def is_kept(self, content: ByteRange) -> bool:
-        """Whether the bytes are held, or in the cache and yet to be checked."""
+        """Whether the bytes are in the cache's file, maybe yet to be checked, or zeros.
+
+        What only memory holds may have to go before it is read.
+        """
         first, last = self._span(content)
-        return self._state.find(ABSENT, first, last) < 0 and not any(
+        if self._state.find(ABSENT, first, last) >= 0 or self.holdings.may_lose(first, last):
+            return False
+        return not any(
             flight.first < last and first < flight.last and flight.task is not Task.CHECK
             for flight in self._flights
         )

@@ -121,6 +121,14 @@ async def test_a_file_is_kept_when_none_of_it_has_to_be_fetched(tmp_path: Path) 
         assert setup.counters.bytes_fetched == 0
 
 
+async def test_what_only_memory_holds_is_not_kept() -> None:
+    setup = Setup(MemoryBlob(DATA), None)
+    await _expect(setup, ByteRange(0, len(DATA)))
+    whole = ByteRange(0, len(DATA))
+    assert setup.content.is_here(whole)
+    assert not setup.content.is_kept(whole), "others may need the room"
+
+
 async def test_what_is_only_to_be_checked_is_checked_at_large(tmp_path: Path) -> None:
     with cached(tmp_path) as setup:
         await _expect(setup, ByteRange(0, len(DATA)))
