@@ -56,6 +56,9 @@ class MemoryReads:
     share them with its parent, and plans the rest; by the second one, which its restorer has, it
     reads the rest by `preadv` of all that lies together, once.
 
+    Who is none and does the same reads the same bytes, past the page cache, too; but may not map
+    them with MAP_SHARED (ENODEV; Linux, fs/fuse/file.c: fuse_file_mmap).
+
     Source: CRIU, criu/mem.c: restore_priv_vma_content, prepare_vma_ios; criu/pie/restorer.c.
     """
 
