@@ -56,6 +56,9 @@ class MemoryReads:
     share them with its parent, and plans the rest; by the second one, which its restorer has, it
     reads the rest by `preadv` of all that lies together, once.
 
+    Who is none and does the same reads the same bytes, past the page cache, too; but may not map
+    them with MAP_SHARED (ENODEV; Linux, fs/fuse/file.c: fuse_file_mmap).
+
     Source: CRIU, criu/mem.c: restore_priv_vma_content, prepare_vma_ios; criu/pie/restorer.c.
     """
 
@@ -65,12 +68,16 @@ class MemoryReads:
     def opened(self, name: str, pid: int) -> bool:
         """Take note of a file that process `pid` has opened; say if this is the second open.
 
+        The next one is a first one again: another restore's, of a process of the same number.
+
         `pid`: 0 for processes that cannot be told apart.
         """
         if not pid or not is_pages(name):
             return False
-        is_second = (name, pid) in self._opened
+        if (name, pid) in self._opened:
+            del self._opened[name, pid]
+            return True
         self._opened[name, pid] = None
         while len(self._opened) > _TASKS_MOST:
             self._opened.popitem(last=False)
-        return is_second
+        return False

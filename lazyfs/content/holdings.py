@@ -100,6 +100,10 @@ class Holdings:
         """Whether the chunks `first` up to `last` may be read through `view`."""
         return self.state.count(READY, first, last) == last - first
 
+    def may_lose(self, first: int, last: int) -> bool:
+        """Whether any of the chunks is held in memory, until others need the room."""
+        return any(first <= index < last for index in self._memory)
+
     def here_flags(self) -> bytes:
         """Return a byte for each chunk: 1 if it is here."""
         return bytes(self.state).translate(_IS_HERE)

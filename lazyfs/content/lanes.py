@@ -4,8 +4,8 @@ A demand read never queues behind background work: each lane has its own limiter
 share the link all the same, so while faults come out of the blue the background keeps to few
 connections (`ContentSettings.gentle_connections`) with little on their way (`transport/window.py`),
 for as long as another fault is likely, by how quickly the latest followed each other. Beside who
-*walks*, has much fetched ahead at each fault and waits for it all the same, it asks for nothing:
-such a reader can use all of the link.
+*walks*, has much fetched ahead at each fault and waits for it all the same, it asks for nothing but
+what a trace names: such a reader can use all of the link.
 """
 
 import time

@@ -132,9 +132,14 @@ class LayerContent(Content):
         return all(state >= READY for state in self._state[first:last])
 
     def is_kept(self, content: ByteRange) -> bool:
-        """Whether the bytes are held, or in the cache and yet to be checked."""
+        """Whether the bytes are in the cache's file, maybe yet to be checked, or zeros.
+
+        What only memory holds may have to go before it is read.
+        """
         first, last = self._span(content)
-        return self._state.find(ABSENT, first, last) < 0 and not any(
+        if self._state.find(ABSENT, first, last) >= 0 or self.holdings.may_lose(first, last):
+            return False
+        return not any(
             flight.first < last and first < flight.last and flight.task is not Task.CHECK
             for flight in self._flights
         )
@@ -353,16 +358,27 @@ class LayerContent(Content):
                 landing.close()
 
     async def _check_cached(self, flight: Flight) -> None:
-        """Believe chunks that others have stored only if they still give their marks."""
-        found = await self._others.check(
-            [(index, self.holdings.mark(index)) for index in range(flight.first, flight.last)]
-        )
-        for index, mark, is_good in found:
-            if not is_good:
-                self.holdings.refuse(index, mark)
-            elif self._state[index] == FLYING:
-                self.holdings.accept(index, mark)
-                self._note_arrival(index, index + 1)
+        """Believe chunks that others have stored only if they still give their marks.
+
+        The first of them, for which somebody may be waiting, are let in before the rest is looked
+        at. Those that are bad are refused at the end, since until then they fly here.
+        """
+        is_demand = flight.lane is Lane.DEMAND
+        head = self._runs.check_head(flight.first, flight.last) if is_demand else flight.last
+        bad: list[tuple[int, int]] = []
+        for first, last in ((flight.first, head), (head, flight.last)):
+            if first == last:
+                continue
+            marks = [(index, self.holdings.mark(index)) for index in range(first, last)]
+            for index, mark, is_good in await self._others.check(marks):
+                if not is_good:
+                    bad.append((index, mark))
+                elif self._state[index] == FLYING:
+                    self.holdings.accept(index, mark)
+                    self._note_arrival(index, index + 1)
+            flight.let_go(first, last)
+        for index, mark in bad:
+            self.holdings.refuse(index, mark)
 
     def _arrived(self, first: int, last: int) -> None:
         """Wake those who wait for chunks that another daemon has brought."""

@@ -105,7 +105,8 @@ class Readahead:
         self._long_read = trio.Event()
         self._wanted = trio.Event()
         self._has_yielded = False
-        """Whether nothing was begun because somebody walks: nobody tells when that is over."""
+        """Whether nothing was begun because somebody walks, or faults beside a trace: nobody tells
+        when that is over."""
 
     def observe(self, content: ByteRange, limit: int) -> bool:
         """Take note of a read within a file that ends at `limit`; say if it was foreseen."""

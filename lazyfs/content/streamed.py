@@ -417,5 +417,8 @@ class StreamReader:
         return self._content.peek(wanted) is not None
 
     def is_kept(self) -> bool:
-        """Whether all of the file has been decoded."""
+        """Whether all of the file has been decoded, or is kept and has been checked.
+
+        Where it is not what it was all is decoded anew, which is no short wait.
+        """
         return self.is_here(0, self._stop - self._start)

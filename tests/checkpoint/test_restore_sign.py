@@ -83,6 +83,11 @@ def test_memory_is_read_from_a_pages_file_that_a_task_opens_again() -> None:
     assert reads.opened("pages-2.img", 8)
 
 
+def test_a_task_of_another_restore_may_have_the_same_number() -> None:
+    reads = MemoryReads()
+    assert [reads.opened("pages-1.img", 7) for _ in range(4)] == [False, True, False, True]
+
+
 def test_tasks_that_cannot_be_told_apart_read_none() -> None:
     reads = MemoryReads()
     assert not any(reads.opened("pages-1.img", 0) for _ in range(3))

@@ -40,10 +40,14 @@ async def test_who_walks_and_waits_has_the_link_for_himself_until_one_of_the_two
     lone_bytes = lanes.gentle_bytes
     lanes.note_walk()
     assert not lanes.is_walked  # all that he wants comes in time
-    lanes.note_demand(out_of_the_blue=True)
-    assert lanes.is_walked
-    assert lanes.gentle_bytes < lone_bytes
+    walked = False, lone_bytes
     with trio.fail_after(30):
+        while not walked[0] or walked[1] == lone_bytes:  # it lasts no longer than a slow machine
+            lanes.note_walk()
+            lanes.note_demand(out_of_the_blue=True)
+            walked = lanes.is_walked, lanes.gentle_bytes
+            await trio.lowlevel.checkpoint()
+        assert walked[1] < lone_bytes
         await lanes.wait_walked()
     assert not lanes.is_walked
     lanes.note_demand(out_of_the_blue=True)

@@ -3,7 +3,7 @@
 import errno
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -119,6 +119,14 @@ async def test_a_file_is_kept_when_none_of_it_has_to_be_fetched(tmp_path: Path) 
         assert setup.file().is_kept(), "it is to be checked"
         await _expect(setup, ByteRange(0, len(DATA)))
         assert setup.counters.bytes_fetched == 0
+
+
+async def test_what_only_memory_holds_is_not_kept() -> None:
+    setup = Setup(MemoryBlob(DATA), None)
+    await _expect(setup, ByteRange(0, len(DATA)))
+    whole = ByteRange(0, len(DATA))
+    assert setup.content.is_here(whole)
+    assert not setup.content.is_kept(whole), "others may need the room"
 
 
 async def test_what_is_only_to_be_checked_is_checked_at_large(tmp_path: Path) -> None:
@@ -237,6 +245,25 @@ async def test_a_changed_cache_costs_a_fetch_and_no_wrong_byte(
     with cached(tmp_path) as setup:
         await _expect(setup, ByteRange(0, MIB))
         assert setup.counters.cache_refused == 1
+
+
+@pytest.mark.parametrize("damage", [[], [10, 300 * KIB, MIB, 5 * MIB]])
+async def test_who_wants_a_little_of_what_is_cached_waits_for_little_of_its_check(
+    tmp_path: Path, damage: Sequence[int]
+) -> None:
+    with cached(tmp_path) as setup:
+        await _expect(setup, ByteRange(0, len(DATA)))
+    for offset in damage:
+        damage_cache(tmp_path, offset, b"x" * 4096)
+    with cached(tmp_path) as setup:
+        async with trio.open_nursery() as nursery:
+            run = setup.content.next_run(ByteRange(0, KIB), KIB)
+            assert run == (0, len(setup.content.chunks))
+            nursery.start_soon(setup.content.conduct, setup.content.take_off(run, Lane.DEMAND))
+            await _expect(setup, ByteRange(0, KIB))
+            assert setup.content.is_fetching == (not damage), "the rest is still looked at"
+            await _expect(setup, ByteRange(0, len(DATA)))
+        assert setup.counters.cache_refused == len(damage)
 
 
 @pytest.mark.parametrize("eager", [True, False])
