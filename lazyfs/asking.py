@@ -58,8 +58,9 @@ class _Candidate(msgspec.Struct, frozen=True):
 def known_mounts() -> list[Known]:
     """Return all mounts of this user, for root of everybody: by directory."""
     found = _ask_all(_candidates(mountpoint.mounts()))
-    pids = [known.told.get("pid") for known in found if known.state != "detached"]
     # A daemon that was given its mount may not know its device, nor its socket's name tell it.
+    pids = [known.told.get("pid") for known in found if known.state != "detached"]
+    pids = [pid for pid in pids if isinstance(pid, int)]  # who says nothing is nobody else
     found = [each for each in found if each.state != "detached" or each.told.get("pid") not in pids]
     return sorted(found, key=lambda known: known.directory)
 

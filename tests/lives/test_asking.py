@@ -48,3 +48,11 @@ def test_anything_may_be_said(
     assert [each.state for each in known if each.told.get("pid") in ([], None)] == (
         ["detached"] if is_told else []
     )
+
+
+def test_who_says_nothing_hides_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither's process is known; that they are the same one is not."""
+    silent = asking.Known("/a", "", "silent", {})
+    detached = asking.Known("/b", "", "detached", {"directory": "/b"})
+    monkeypatch.setattr(asking, "_ask_all", lambda candidates: [silent, detached])
+    assert asking.known_mounts() == [silent, detached]

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def test_whoever_is_killed_during_a_restore_nothing_is_left(
     with place(store, made, rate_bytes_s=_SLOW_BYTES_S, forgiven=_EXPECTED) as there:
         restore = there.start()
         wait_until(lambda: there.crossed_bytes > 1 << 20, "the restore is under way", 60)
-        for pid in wait_until(lambda: _of(there.here, victim) or None, f"a {victim}", 60):
+        for pid in wait_until(lambda: _of(there.here, restore, victim) or None, f"a {victim}", 60):
             os.kill(pid, signal.SIGKILL)
         restore.communicate(timeout=120)
         if victim == "podman":
@@ -115,9 +116,9 @@ def test_whoever_is_killed_during_a_restore_nothing_is_left(
         there.assert_nothing_is_left()
 
 
-def _of(here: Machine, name: str) -> list[int]:
+def _of(here: Machine, restore: subprocess.Popen[str], name: str) -> list[int]:
     """Return a machine's processes by their parts in a restore; none if it has not begun."""
-    everybody = tree(here.session.pid)
+    everybody = tree(here.session.pid) + tree(restore.pid)  # Podman itself is nobody's child there
     if name not in ("front", "keeper", "mount"):
         return [pid for pid in everybody if _program(pid) == name]
     runtimes = {pid for pid in everybody if _program(pid) == "runc"}
