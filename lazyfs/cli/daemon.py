@@ -79,11 +79,11 @@ def _live(
         close_inherited({pipe, hearing, *kept})
 
         def ready(message: str) -> None:
+            os.chdir("/")  # the caller's directory may want to be removed or unmounted
             os.write(pipe, message.encode())
             os.close(pipe)
             _await_answer(hearing)
             os.close(hearing)
-            os.chdir("/")  # the caller's directory may want to be removed or unmounted
             null = os.open(os.devnull, os.O_RDWR)
             for descriptor in (0, 1, 2):
                 os.dup2(null, descriptor)

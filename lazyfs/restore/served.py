@@ -317,11 +317,11 @@ def _serve(job: Job, place: Place, telling: int, watching: int) -> int:
                 "findings": [asdict(each) for each in ready.findings],
             }
             waiting.silence()
+            os.chdir("/")  # not before: a reference may be a path
             try:
                 _say(telling, words)
             except BrokenPipeError:
                 raise LazyfsError("whoever asked for the mount is gone; unmounting") from None
-            os.chdir("/")  # not before: a reference may be a path
             is_ready = True
 
         async def end_with_starter(scope: trio.CancelScope) -> None:
