@@ -35,21 +35,26 @@ def run_detached(
     `serve` is given a function to call once, with a message for the caller, when it is ready;
     what it returns is the child's exit code. Returned are the exit code for the caller (0 when
     ready) and that message. The child keeps the descriptors `kept`, and no other of the caller's.
+    Ctrl-C ends the child too, from the moment there is one; once it is ready, the caller has all
+    but returned, and is not interrupted any more.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     reading, writing = os.pipe()
     hearing, answering = os.pipe()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     child = os.fork()
     if child == 0:
         os.close(reading)
         os.close(answering)
-        _live(serve, writing, hearing, log_file, kept)
+        _live(serve, writing, hearing, log_file, kept, blocked)
     os.close(writing)
     os.close(hearing)
     try:
         with open(reading, "rb") as pipe, open(answering, "wb", buffering=0) as answer:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             message = pipe.read(_READY_LIMIT_BYTES)
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             with suppress(BrokenPipeError):  # it has failed, or waits no longer
                 answer.write(_HEARD)
     except KeyboardInterrupt:
@@ -58,6 +63,7 @@ def run_detached(
         return _INTERRUPTED, ""
     if message:
         return 0, message.decode()
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     _, wait_status = os.waitpid(child, 0)
     code = os.waitstatus_to_exitcode(wait_status)
     if code < 0:
@@ -71,11 +77,13 @@ def _live(
     hearing: int,
     log_file: Path,
     kept: Collection[int],
+    blocked: Collection[int],
 ) -> None:
     """Be the child; never returns."""
     code = 1
     try:
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         close_inherited({pipe, hearing, *kept})
 
         def ready(message: str) -> None:

@@ -160,6 +160,32 @@ def test_interrupted_while_it_mounts(
     assert nothing_is_left(mounts)
 
 
+_AT_ONCE = """
+import os, signal, sys, time
+from pathlib import Path
+from lazyfs.cli.daemon import run_detached
+
+fork = os.fork
+def fork_and_interrupt():
+    child = fork()
+    if child:
+        print(child, flush=True)
+        os.kill(os.getpid(), signal.SIGINT)
+    return child
+os.fork = fork_and_interrupt
+code, said = run_detached(lambda ready: time.sleep(600), Path(sys.argv[1]))
+print(code, repr(said))
+"""
+
+
+def test_interrupted_as_soon_as_there_is_a_daemon(tmp_path: Path) -> None:
+    """On a busy machine the daemon may have come far before its starter runs again."""
+    done = run([sys.executable, "-c", _AT_ONCE, str(tmp_path / "log")], timeout=20)
+    child, *rest = done.out.split("\n")
+    assert (rest, done.err, done.code) == (["130 ''", ""], "", 0)
+    assert not is_alive(int(child))
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGHUP])
 def test_the_caller_goes_before_it_is_ready(
     server: FaultServer, mounts: Mounts, remote: str, number: signal.Signals
