@@ -26,7 +26,10 @@ class OneLine(logging.Formatter):
 
 
 class Waiting(logging.Handler):
-    """Says what a source is asked for again, after a second, and not each time."""
+    """Says what a source is asked for again, after a second, and not each time.
+
+    A pause that lasts beyond that second is told as it begins: nothing else may come after it.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         """Begin to hear of it. `say` may raise OSError and ValueError."""
@@ -39,7 +42,8 @@ class Waiting(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Say it, if the last word is a while ago."""
-        if time.monotonic() < self._quiet_until_s:
+        pause_s: float = getattr(record, "pause_s", 0.0)
+        if time.monotonic() + pause_s < self._quiet_until_s:
             return
         self._quiet_until_s = time.monotonic() + _EVERY_S
         try:

@@ -67,7 +67,9 @@ class Patience:
         pause_s = random.uniform(0, most_s)  # noqa: S311 - spreads clients, guards no secret
         pause_s = min(max(pause_s - silent_s, wish_s, 0.0), left_s)
         self._silence_s += pause_s
-        _log.info("%s: asking again in %.1f s: %s", self._what, pause_s, why)
+        _log.info(
+            "%s: asking again in %.1f s: %s", self._what, pause_s, why, extra={"pause_s": pause_s}
+        )
         return pause_s
 
 
